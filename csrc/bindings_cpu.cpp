@@ -1,0 +1,101 @@
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <stdexcept>
+
+#include "runtime.h"
+
+namespace py = pybind11;
+using namespace vops;
+
+namespace {
+
+// (address, dtype, N, C, H, W, and their strides), or None.
+Tensor4 tensor(py::handle h) {
+  Tensor4 t = {};
+  if (h.is_none()) return t;
+  const py::tuple v = py::cast<py::tuple>(h);
+  if (v.size() != 10) throw std::invalid_argument("a tensor is a tuple of 10 integers");
+  t.data = reinterpret_cast<void*>(py::cast<uintptr_t>(v[0]));
+  t.dtype = py::cast<int>(v[1]);
+  for (int i = 0; i < 4; i++) {
+    t.size[i] = py::cast<int64_t>(v[2 + i]);
+    t.stride[i] = py::cast<int64_t>(v[6 + i]);
+  }
+  return t;
+}
+
+DwConv conv(const py::tuple& v) {  // (kernel, stride, dilation, pad_top, pad_left)
+  if (v.size() != 5) throw std::invalid_argument("a convolution is a tuple of 5 integers");
+  int64_t n[5];
+  for (int i = 0; i < 5; i++) n[i] = py::cast<int64_t>(v[i]);
+  return {n[0], n[1], n[2], n[3], n[4]};
+}
+
+MultiOrderDwConv multi_order(const py::tuple& convs, const py::tuple& weights, const py::tuple& biases) {
+  MultiOrderDwConv p;
+  for (int i = 0; i < 3; i++) {
+    p.conv[i] = conv(convs[i]);
+    p.weight[i] = tensor(weights[i]);
+    p.bias[i] = tensor(biases[i]);
+  }
+  return p;
+}
+
+template <class F>
+void run(const F& f) {
+  Error error;
+  {
+    py::gil_scoped_release released;
+    error = f();
+  }
+  if (error == kOutOfMemory) throw std::bad_alloc();
+  if (error) throw std::runtime_error(error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.attr("isa") = cpu_kernels().isa;
+
+  m.def("dwconv", [](py::handle x, py::handle w, py::handle b, py::handle y, const py::tuple& f, int activation) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), ty = tensor(y);
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv->forward(tx, tw, tb, ty, c, Activation(activation)); });
+  });
+  m.def("dwconv_backward_activation", [](py::handle dy, py::handle x, py::handle w, py::handle b, py::handle du,
+                                         const py::tuple& f, int activation) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tb = tensor(b), tdu = tensor(du);
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv->backward_activation(tdy, tx, tw, tb, tdu, c, Activation(activation)); });
+  });
+  m.def("dwconv_backward_input", [](py::handle dy, py::handle w, py::handle dx, const py::tuple& f) {
+    const Tensor4 tdy = tensor(dy), tw = tensor(w), tdx = tensor(dx);
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv->backward_input(tdy, tw, tdx, c); });
+  });
+  m.def("dwconv_backward_weight", [](py::handle dy, py::handle x, py::handle dw, py::handle db, const py::tuple& f) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tdw = tensor(dw), tdb = tensor(db);
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv->backward_weight(tdy, tx, tdw, tdb, c); });
+  });
+
+  m.def("multi_order_dwconv",
+        [](py::handle x, const py::tuple& weights, const py::tuple& biases, py::handle y, const py::tuple& convs) {
+          const Tensor4 tx = tensor(x), ty = tensor(y);
+          const MultiOrderDwConv p = multi_order(convs, weights, biases);
+          run([&] { return cpu_kernels().multi_order_dwconv->forward(tx, p, ty); });
+        });
+  m.def("multi_order_dwconv_backward",
+        [](py::handle dy, py::handle x, const py::tuple& weights, const py::tuple& biases, py::handle dx,
+           const py::tuple& dweights, const py::tuple& dbiases, const py::tuple& convs) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x);
+          const MultiOrderDwConv p = multi_order(convs, weights, biases);
+          MultiOrderDwConvGrads grads = {tensor(dx), {}, {}};
+          for (int i = 0; i < 3; i++) {
+            grads.weight[i] = tensor(dweights[i]);
+            grads.bias[i] = tensor(dbiases[i]);
+          }
+          run([&] { return cpu_kernels().multi_order_dwconv->backward(tdy, tx, p, grads); });
+        });
+}

@@ -1,0 +1,1 @@
+"""Triton kernels, imported as vision_ops.kernels; importing this package does not import triton."""
