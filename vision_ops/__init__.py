@@ -1,0 +1,30 @@
+"""Fused depthwise, gating and attention kernels for vision backbones, with gradients, on CPUs and NVIDIA GPUs."""
+
+import sys
+from importlib.util import find_spec
+
+from ._version import __version__
+
+
+def _is_main() -> bool:
+    """Whether this is `python -m vision_ops`, which reports what was built even where torch is missing."""
+    arguments = sys.orig_argv
+    return "-m" in arguments and arguments[arguments.index("-m") + 1 :][:1] == ["vision_ops"]
+
+
+if find_spec("torch") is not None:
+    from . import nn, reference
+    from .dispatch import explain, use_backend
+    from .ops import fused_dwconv, fused_multi_order_dwconv
+
+    __all__ = [
+        "__version__",
+        "explain",
+        "fused_dwconv",
+        "fused_multi_order_dwconv",
+        "nn",
+        "reference",
+        "use_backend",
+    ]
+elif not _is_main():
+    raise ImportError("vision_ops needs PyTorch 2.11 or later: pip install 'torch>=2.11'")

@@ -1,0 +1,85 @@
+"""Which implementation of an op runs, and why."""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+BACKENDS = ("auto", "fused", "reference")
+
+
+def _backend_of_environment() -> str:
+    name = os.environ.get("VISION_OPS_BACKEND", "auto")
+    if name in BACKENDS:
+        return name
+    warnings.warn(f"VISION_OPS_BACKEND={name!r} is not one of {BACKENDS}; 'auto' is used", stacklevel=2)
+    return "auto"
+
+
+_current = _backend_of_environment()
+
+
+def resolve_backend(backend: str | None) -> str:
+    """The backend of a call: its own argument, else the one set by `use_backend`."""
+    if backend is None:
+        return _current
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    return backend
+
+
+class use_backend:
+    """Sets the backend of all ops in this process; as a context manager, until the block ends.
+
+    "auto": the fused kernels where they exist for the arguments and are not slower, else PyTorch. "fused": the fused
+    kernels, or a ValueError that says why they cannot run. "reference": plain PyTorch. The `backend=` argument of an op
+    takes the same names and wins. The environment variable VISION_OPS_BACKEND, read at import, sets the initial one.
+    """
+
+    def __init__(self, backend: str) -> None:
+        global _current
+        self._previous, _current = _current, resolve_backend(backend)
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self._previous
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs for some arguments. `parts` maps the parts of the op to what runs them; `str()` is meant to be read."""
+
+    op: str
+    backend: str
+    parts: dict[str, str]
+    cannot: list[str]
+    slower: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} (backend {self.backend!r})"]
+        lines += [f"  {part}: {runs}" for part, runs in self.parts.items()]
+        lines += [f"  the fused kernel cannot run: {reason}" for reason in self.cannot]
+        lines += [f"  the fused kernel would be slower: {reason}" for reason in self.slower]
+        return "\n".join(lines)
+
+
+explainers: dict[str, Callable[..., Explanation]] = {}
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """What `fused_<op>(*args, **kwargs)` would run, part by part, and every reason against the fused kernels.
+
+    Takes what the op takes, `backend=` included; trailing arguments may be missing. Nothing is computed.
+
+    >>> print(explain("multi_order_dwconv", torch.randn(1, 64, 56, 56)))
+    """
+    if op not in explainers:
+        raise ValueError(f"op must be one of {sorted(explainers)}, got {op!r}")
+    return explainers[op](*args, **kwargs)

@@ -1,0 +1,144 @@
+"""`python -m vision_ops`: what was built, what this machine has, and what each op would run and why."""
+
+import importlib.metadata
+import json
+import platform
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+
+
+def describe() -> dict[str, Any]:
+    """The same facts as data, for bug reports and benchmark files."""
+    facts: dict[str, Any] = {
+        "vision_ops": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "build": read_build_info(),
+    }
+    if find_spec("torch") is None:
+        return facts
+    import torch
+
+    from . import _native
+
+    facts["cpu"] = {
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _native.cpu.isa if _native.cpu else None,
+        "missing": _native.cpu_missing,
+    }
+    facts["cuda"] = {"torch": torch.version.cuda, "missing": _native.cuda_missing, "gpus": _gpus()}
+    return facts
+
+
+def main() -> None:
+    facts = describe()
+    versions = [f"{name} {facts[name] or 'not installed'}" for name in ("python", "torch", "triton", "numpy")]
+    print(f"vision_ops {facts['vision_ops']}")
+    print(f"  {', '.join(versions)}")
+    print(f"  {facts['platform']}")
+    _print_build(facts["build"])
+    if "cpu" not in facts:
+        print("\nPyTorch is not installed, so nothing can run: pip install 'torch>=2.11'")
+        return
+    cpu, cuda = facts["cpu"], facts["cuda"]
+    print(f"\nCPU: {cpu['processor']}, {cpu['threads']} threads")
+    print(f"  {cpu['missing'] or cpu['instruction_set'] + ' kernels in use'}")
+    print(f"\nGPUs: {', '.join(gpu['name'] for gpu in cuda['gpus']) or 'none that torch can use'}")
+    for gpu in cuda["gpus"]:
+        print(f"  {gpu['name']} (sm_{gpu['capability']}): {gpu['kernels']}")
+    if cuda["missing"]:
+        print(f"  {cuda['missing']}")
+    _print_ops([gpu["index"] for gpu in cuda["gpus"]])
+
+
+def _print_build(build: dict[str, Any]) -> None:
+    print("\nBuilt:")
+    if not build:
+        print("  nothing is on record: this is a source tree that was never installed (pip install -e .)")
+        return
+    for part in ("cpu", "cuda"):
+        facts = build.get(part, {})
+        if not facts.get("built"):
+            print(f"  {part}: no; {facts.get('reason') or 'no reason on record'}")
+            continue
+        targets = ", ".join(facts.get("isas") or facts.get("archs") or [])
+        print(f"  {part}: {targets}; {facts.get('compiler') or facts.get('nvcc')}")
+    for flag in ("debug", "sanitize"):
+        if build.get(flag):
+            print(f"  {flag}: {build[flag]}")
+
+
+def _print_ops(gpus: list[int]) -> None:
+    import torch
+
+    from .dispatch import explain, explainers
+
+    print("\nOps, for a float32 image:")
+    for device in ["cpu", *(f"cuda:{i}" for i in gpus)]:
+        x = torch.empty(1, 64, 56, 56, device=device)
+        for op in sorted(explainers):
+            choice = explain(op, x)
+            runs = ", ".join(f"{part} by {what}" for part, what in choice.parts.items())
+            print(f"  {device:7} {op:20} {runs}")
+            for reason in (*choice.cannot, *choice.slower):
+                print(f"  {'':28} {reason}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_build_info() -> dict[str, Any]:
+    """What setup.py wrote down; needs no torch."""
+    try:
+        return json.loads((Path(__file__).parent / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        kernels = _gpu_kernels(major * 10 + minor)
+        name = torch.cuda.get_device_name(index)
+        found.append({"index": index, "name": name, "capability": major * 10 + minor, "kernels": kernels})
+    return found
+
+
+def _gpu_kernels(capability: int) -> str:
+    """Whether the binary has code for a GPU: cubins run on their own major version, PTX on everything newer."""
+    from . import _native
+
+    if _native.cuda is None:
+        return "no compiled kernels"
+    archs = _native.build_info["cuda"]["archs"]
+    cubins = [int("".join(filter(str.isdigit, a))) for a in archs if "PTX" not in a]
+    ptx = [int("".join(filter(str.isdigit, a))) for a in archs if "PTX" in a]
+    if any(a // 10 == capability // 10 and a <= capability for a in cubins):
+        return "compiled for it"
+    if any(a <= capability for a in ptx):
+        return "PTX, compiled by the driver at the first call"
+    return f"the binary has no code for it (it has {', '.join(archs)})"

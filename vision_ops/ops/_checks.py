@@ -1,0 +1,54 @@
+"""Refusals of bad arguments. Every message names the argument, what it was and what it must be."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def check_tensor(name: str, t: Any, dims: str) -> None:
+    """A dense floating-point tensor with the dimensions that `dims` names, e.g. "N, C, H, W"."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.ndim != dims.count(",") + 1:
+        raise ValueError(f"{name} must have the dimensions ({dims}), got shape {tuple(t.shape)}")
+
+
+def check_parameter(name: str, t: Any, shape: Sequence[int], why: str, x: Tensor) -> None:
+    """A parameter of exactly this shape, on the device of x, in its dtype or, beside a half x, in float32."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+    mixed = t.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    if t.dtype != x.dtype and not mixed and not (t.dtype in FLOATS and autocast_enabled(x)):
+        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or float32 beside a half x, got {t.dtype}")
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{name} must be {f'from {low} to {high}' if high is not None else f'at least {low}'}, got {value}"
+        )
+
+
+def check_sequence(name: str, value: Any, length: int) -> None:
+    if isinstance(value, Tensor) or not isinstance(value, Sequence) or len(value) != length:
+        raise ValueError(f"{name} must be a sequence of {length}, got {value!r}")

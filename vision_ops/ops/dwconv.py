@@ -1,0 +1,232 @@
+"""Depthwise convolution with bias and activation: the engine that the convolutions of all five backbones share."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ..reference.dwconv import ACTIVATIONS, four_paddings
+from ._checks import check_integer, check_parameter, check_tensor
+from ._registration import FusedOp, device_reasons, empty, memory_format
+
+_ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    activation: str | None,
+) -> Tensor:
+    return reference.dwconv(x, weight, bias, stride=stride, padding=padding, dilation=dilation, activation=activation)
+
+
+def _output_size(size: int, before: int, after: int, kernel_size: int, stride: int, dilation: int) -> int:
+    return (size + before + after - dilation * (kernel_size - 1) - 1) // stride + 1
+
+
+def _output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    activation: str | None,
+) -> Tensor:
+    n, c, h, w = x.shape
+    top, bottom, left, right = padding
+    k = weight.shape[-1]
+    height = _output_size(h, top, bottom, k, stride, dilation)
+    width = _output_size(w, left, right, k, stride, dilation)
+    return empty((n, c, height, width), x)
+
+
+def _torch_is_faster(x: Tensor, weight: Tensor, stride: int, dilation: int, activation: str | None) -> bool:
+    """Large channels_last 3x3 convolutions wait for memory, and there oneDNN streams better (measured, AVX-512)."""
+    if weight.shape[-1] != 3 or stride != 1 or dilation != 1 or weight.dtype != x.dtype:
+        return False
+    if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
+        return False
+    if x.dtype == torch.float32:
+        return activation == "gelu" and x.shape[2] * x.shape[3] >= 56 * 56
+    return x.numel() >= 2_400_000
+
+
+def _forward_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    activation: str | None,
+) -> Tensor:
+    if _torch_is_faster(x, weight, stride, dilation, activation):
+        return _reference(x, weight, bias, stride, padding, dilation, activation)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    conv = (weight.shape[-1], stride, dilation, padding[0], padding[2])
+    y = _output(x, weight, bias, stride, padding, dilation, activation)
+    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
+    _native.kernels().dwconv(*views, conv, _ACTIVATION_CODES[activation])
+    return y
+
+
+def _backward_cpu(
+    grads: list[Tensor | None],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    activation: str | None,
+) -> None:
+    dx, dweight, dbias = grads
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    conv = (weight.shape[-1], stride, dilation, padding[0], padding[2])
+    x_view, weight_view = _native.view(x), _native.weight_view(weight)
+    if activation is not None:
+        # The convolution is computed again, which is cheaper than to keep its output from the forward pass.
+        du = empty(grad.shape, grad)
+        views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
+        _native.kernels().dwconv_backward_activation(*views, conv, _ACTIVATION_CODES[activation])
+        grad = du
+    grad_view = _native.view(grad)
+    if dx is not None:
+        _native.kernels().dwconv_backward_input(grad_view, weight_view, _native.view(dx), conv)
+    if dweight is not None or dbias is not None:
+        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        _native.kernels().dwconv_backward_weight(grad_view, x_view, *sums, conv)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+
+
+def _predicate(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: Sequence[int] = (),
+    dilation: int = 1,
+    activation: str | None = None,
+) -> tuple[list[str], list[str]]:
+    cannot = device_reasons(x, _KERNELS)
+    # A compiled graph must not depend on the size: there the kernel hands over. So it does in training without
+    # activation, where our backward pass is the faster one.
+    if weight is None or torch.compiler.is_compiling() or cannot:
+        return cannot, []
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if (activation is None and trains) or not _torch_is_faster(x, weight, stride, dilation, activation):
+        return cannot, []
+    return cannot, ["oneDNN is faster for channels_last 3x3 of this size"]
+
+
+_op = FusedOp(
+    "dwconv",
+    tensors="Tensor x, Tensor weight, Tensor? bias",
+    options="int stride, int[] padding, int dilation, str? activation",
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+)
+
+
+def _explain(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | Sequence[int] | None = None,
+    dilation: int = 1,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    found = _op.explain(x, weight, bias, stride, (), dilation, activation, backend=backend)
+    if found.parts["dwconv"] == "PyTorch" or found.cannot or weight is None:
+        return found
+    if not _torch_is_faster(x, weight, stride, dilation, activation):
+        return found
+    return replace(found, parts={"forward": "PyTorch (oneDNN)", "backward": found.parts["dwconv"]})
+
+
+explainers["dwconv"] = _explain
+
+
+def fused_dwconv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | Sequence[int] | None = None,
+    dilation: int = 1,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """act(conv2d(x, weight, bias, stride, padding, dilation, groups=C)), one pass.
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its memory format and dtype.
+        weight: (C, 1, K, K), K odd, in the dtype of x, or float32 beside a half x. Fast for K = 3, 5, 7, 9.
+        bias: (C,), as weight.
+        stride: 1 or more; fast for 1 and 2.
+        padding: None for dilation * (K - 1) / 2 on every side at any stride; an int; (height, width); or (top, bottom,
+            left, right): TensorFlow's "SAME" at stride 2 is (0, 1, 0, 1) on even sizes.
+        dilation: 1 or more.
+        activation: None, "gelu" (the erf form) or "silu".
+        backend: as in `vision_ops.use_backend`.
+
+    Sums are float32 (float64 for float64). Gradients are bitwise repeatable and come in each argument's own dtype;
+    backward keeps the arguments only. Without a kernel for the device, `reference.dwconv` runs; so it does where oneDNN
+    is faster, for large channels_last 3x3 convolutions (`explain` tells).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or the output would be empty for want of rows or columns.
+
+    The depthwise convolutions of MogaNet (arXiv 2211.03295), HorNet (2207.14284), EdgeNeXt (2206.10589) and MOAT
+    (2210.01820).
+    """
+    check_tensor("x", x, "N, C, H, W")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    channels, kernel_size = x.shape[1], weight.shape[-1] if weight.ndim else 0
+    if kernel_size % 2 == 0:
+        raise ValueError(f"weight must have an odd kernel size, got shape {tuple(weight.shape)}")
+    check_parameter("weight", weight, (channels, 1, kernel_size, kernel_size), "C, 1, K, K", x)
+    if bias is not None:
+        check_parameter("bias", bias, (channels,), "C", x)
+    check_integer("stride", stride, 1)
+    check_integer("dilation", dilation, 1)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    four = _checked_padding(padding, kernel_size, dilation)
+    reach = dilation * (kernel_size - 1) + 1
+    if x.shape[2] + four[0] + four[1] < reach or x.shape[3] + four[2] + four[3] < reach:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} with padding {four} is smaller than the kernel, which spans {reach}"
+        )
+    return _op(x, weight, bias, stride, four, dilation, activation, backend=backend)
+
+
+def _checked_padding(padding: int | Sequence[int] | None, kernel_size: int, dilation: int) -> tuple[int, ...]:
+    if isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) in (2, 4):
+        for i, p in enumerate(padding):
+            check_integer(f"padding[{i}]", p, 0)
+    elif padding is not None:
+        if not isinstance(padding, int):
+            raise ValueError(
+                f"padding must be None, an int, (height, width) or (top, bottom, left, right), got {padding!r}"
+            )
+        check_integer("padding", padding, 0)
+    return four_paddings(padding, kernel_size, dilation)

@@ -1,0 +1,162 @@
+"""MogaNet's multi-order depthwise convolution: one convolution, then two dilated ones on slices of its output."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ..reference.multi_order_dwconv import split_channels
+from ._checks import check_integer, check_parameter, check_sequence, check_tensor
+from ._registration import FusedOp, device_reasons, empty
+
+
+def _reference(
+    x: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b0: Tensor | None,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    dilations: Sequence[int],
+) -> Tensor:
+    split = (x.shape[1] - w1.shape[0] - w2.shape[0], w1.shape[0], w2.shape[0])
+    return reference.multi_order_dwconv(x, (w0, w1, w2), (b0, b1, b2), dilations=dilations, split=split)
+
+
+def _output(x: Tensor, *_: Any) -> Tensor:
+    return empty(x.shape, x)
+
+
+def _conv(weight: Tensor, dilation: int) -> tuple[int, ...]:
+    k = weight.shape[-1]
+    pad = dilation * (k - 1) // 2
+    return k, 1, dilation, pad, pad
+
+
+def _forward_cpu(
+    x: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b0: Tensor | None,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    dilations: Sequence[int],
+) -> Tensor:
+    y = _output(x)
+    weights = [w.contiguous() for w in (w0, w1, w2)]
+    biases = [None if b is None else b.contiguous() for b in (b0, b1, b2)]
+    convs = tuple(map(_conv, weights, dilations))
+    parameters = tuple(map(_native.weight_view, weights)), tuple(map(_native.weight_view, biases))
+    _native.kernels().multi_order_dwconv(_native.view(x), *parameters, _native.view(y), convs)
+    return y
+
+
+def _backward_cpu(
+    grads: list[Tensor | None],
+    grad: Tensor,
+    x: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b0: Tensor | None,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    dilations: Sequence[int],
+) -> None:
+    dx, *dparameters = grads
+    weights = [w.contiguous() for w in (w0, w1, w2)]
+    biases = [None if b is None else b.contiguous() for b in (b0, b1, b2)]
+    convs = tuple(map(_conv, weights, dilations))
+    parameters = tuple(map(_native.weight_view, weights)), tuple(map(_native.weight_view, biases))
+    outputs = tuple(map(_native.weight_view, dparameters[:3])), tuple(map(_native.weight_view, dparameters[3:]))
+    views = _native.view(grad), _native.view(x), *parameters, _native.view(dx), *outputs
+    _native.kernels().multi_order_dwconv_backward(*views, convs)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+
+
+def _predicate(x: Tensor, *_: Any) -> tuple[list[str], list[str]]:
+    return device_reasons(x, _KERNELS), []
+
+
+_op = FusedOp(
+    "multi_order_dwconv",
+    tensors="Tensor x, Tensor w0, Tensor w1, Tensor w2, Tensor? b0, Tensor? b1, Tensor? b2",
+    options="int[] dilations",
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+)
+
+
+def _explain(x: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> Explanation:
+    return _op.explain(x, backend=backend)
+
+
+explainers["multi_order_dwconv"] = _explain
+
+
+def fused_multi_order_dwconv(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    dilations: Sequence[int] = (1, 2, 3),
+    split: Sequence[int] = (1, 3, 4),
+    backend: str | None = None,
+) -> Tensor:
+    """x0 = dw0(x); cat(x0[:c0], dw1(x0[c0 : c0 + c1]), dw2(x0[c0 + c1 :])), without x0 or the cat in memory.
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
+            dtype.
+        weights: (C, 1, K0, K0), (c1, 1, K1, K1), (c2, 1, K2, K2), all K odd, in the dtype of x or float32 beside a half
+            x; the published networks have K = 5, 5, 7. Every convolution keeps the size.
+        biases: (C,), (c1,), (c2,); each or all may be None.
+        dilations: of the three convolutions, 1 to 3.
+        split: the ratio c0 : c1 : c2; its sum divides C.
+        backend: as in `vision_ops.use_backend`.
+
+    x0 is zero outside the image, as the padding of dw1 and dw2 wants, not dw0 of the padding. Sums are float32 (float64
+    for float64) and x0 is not rounded in between. Backward keeps the arguments only and computes x0 again; gradients
+    are bitwise repeatable and come in each argument's own dtype. Without a kernel for the device,
+    `reference.multi_order_dwconv` runs. The pointwise convolution that follows is in `nn.MultiOrderDWConv`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    MogaNet (arXiv 2211.03295), MultiOrderDWConv in models/moganet.py of Westlake-AI/MogaNet.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    check_sequence("weights", weights, 3)
+    biases = (None, None, None) if biases is None else biases
+    check_sequence("biases", biases, 3)
+    widths = check_multi_order(x.shape[1], dilations, split)
+    for i, (weight, bias, width) in enumerate(zip(weights, biases, (x.shape[1], *widths[1:]), strict=True)):
+        kernel_size = weight.shape[-1] if isinstance(weight, Tensor) and weight.ndim else 1
+        if kernel_size % 2 == 0:
+            raise ValueError(f"weights[{i}] must have an odd kernel size, got shape {tuple(weight.shape)}")
+        why = f"{'C' if i == 0 else f'c{i}'}, 1, K, K"
+        check_parameter(f"weights[{i}]", weight, (width, 1, kernel_size, kernel_size), why, x)
+        if bias is not None:
+            check_parameter(f"biases[{i}]", bias, (width,), "one number a channel", x)
+    return _op(x, *weights, *biases, list(dilations), backend=backend)
+
+
+def check_multi_order(channels: int, dilations: Sequence[int], split: Sequence[int]) -> tuple[int, int, int]:
+    """Refuses what the official class refuses; returns the widths of the three branches."""
+    check_sequence("dilations", dilations, 3)
+    check_sequence("split", split, 3)
+    for i, d in enumerate(dilations):
+        check_integer(f"dilations[{i}]", d, 1, 3)
+    for i, part in enumerate(split):
+        check_integer(f"split[{i}]", part, 0 if i == 0 else 1)
+    if channels % sum(split) != 0:
+        raise ValueError(f"split {tuple(split)} adds up to {sum(split)}, which must divide the {channels} channels")
+    return split_channels(channels, split)
