@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def ops(monkeypatch):
+    """The command with two small ops and without what it would change in this process or take long to find out."""
+    pytest.importorskip("rich")
+    from benchmarks import cases, ops
+    from benchmarks.machine import Rates
+    from benchmarks.shapes import DWConvShape
+    from vision_ops import reference
+
+    def op(name, fused):
+        shapes = {"tiny": DWConvShape(8, 6, 3)}
+        return cases.Op(name, fused, reference.dwconv, shapes, cases.build_dwconv, quick=("tiny",))
+
+    def wrong(*args, **options):
+        return reference.dwconv(*args, **options) + 1
+
+    fakes = {"dwconv": op("dwconv", reference.dwconv), "multi_order_dwconv": op("dwconv", wrong)}
+    monkeypatch.setattr(ops, "OPS", fakes)
+    monkeypatch.setattr(ops, "_prepare_torch", lambda args: None)
+    monkeypatch.setattr(cli, "prepare_environment", lambda threads: None)
+    monkeypatch.setattr(ops.machine, "measure_rates", lambda *args: Rates({1: 1e9}, 1e9))
+    return fakes
+
+
+def run(*words):
+    return cli.main(["ops", "--device", "cpu", "--quick", "--seconds", "0.001", *words])
+
+
+def read(folder):
+    return json.loads((folder / "ops.json").read_text())
+
+
+def test_a_right_op_exits_with_0_and_leaves_its_files(ops, tmp_path):
+    assert run("--op", "dwconv", "--out", str(tmp_path), "--mode", "train", "--layout", "channels_last") == 0
+    written = read(tmp_path)
+    assert written["arguments"]["batch"] == 4
+    assert {"python", "torch", "vision_ops"} <= set(written["versions"])
+    (result,) = written["results"]
+    assert (result["mode"], result["dtype"], result["rounds"] >= 20) == ("train", "float32", True)
+    assert {provider["layout"] for provider in result["providers"]} == {"channels_last"}
+    assert (tmp_path / "ops.csv").exists()
+
+
+def test_a_wrong_op_exits_with_1(ops, tmp_path):
+    assert run("--out", str(tmp_path), "--mode", "forward") == 1
+    assert [result["status"] for result in read(tmp_path)["results"]] == ["ok", "WRONG"]
+
+
+def test_an_interrupted_run_keeps_what_it_measured(ops, tmp_path, monkeypatch):
+    from benchmarks.race import Race
+
+    measure = Race.run
+
+    def interrupt(self, tell):
+        if self.op is ops["multi_order_dwconv"]:
+            raise KeyboardInterrupt
+        return measure(self, tell)
+
+    monkeypatch.setattr(Race, "run", interrupt)
+    assert run("--out", str(tmp_path), "--mode", "forward") == 130
+    assert [result["status"] for result in read(tmp_path)["results"]] == ["ok"]
+
+
+def test_without_matplotlib_one_line_says_so(ops, tmp_path, monkeypatch, capsys):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert run("--op", "dwconv", "--mode", "forward", "--out", str(tmp_path)) == 0
+    assert "pip install 'vision-ops[bench]'" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ops", "--op", "nothing"], "argument --op: 'nothing' is not one of multi_order_dwconv, dwconv"),
+        (["ops", "--dtype", "float32,int8"], "argument --dtype: 'int8' is not one of float32, bfloat16, float16"),
+        (["ops", "--mode", "backward"], "argument --mode: 'backward' is not one of forward, train"),
+        (["ops", "--layout", "nhwc"], "argument --layout: 'nhwc' is not one of contiguous, channels_last"),
+        (["ops", "--batch", "0"], "argument --batch: '0' is not a positive int"),
+        (["ops", "--seconds", "nan"], "argument --seconds: 'nan' is not a positive float"),
+        (["ops", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_say_why(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "prepare_environment", lambda threads: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_rich_one_line_says_what_to_install(monkeypatch, capsys):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "rich" else find(name))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ops"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "rich is not installed: pip install 'vision-ops[bench]'\n"
+
+
+def test_the_command_line_imports_nothing_heavy():
+    code = (
+        "import sys, benchmarks.__main__, benchmarks.shapes; print({'torch', 'rich', 'vision_ops'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

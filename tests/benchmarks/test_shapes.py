@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.cases import OPS, Setting, dwconv_flops
+from vision_ops import reference
+
+SETTING = Setting("cpu", torch.float32, "channels_last", batch=2)
+
+
+def test_multi_order_runs_at_every_distinct_stage_of_moganet():
+    cases = {label: (shape.channels, shape.size) for label, shape in shapes.multi_order_cases().items()}
+    assert cases == {
+        "MogaNet-XT.1": (32, 56), "MogaNet-XT.2": (64, 28), "MogaNet-XT.3": (96, 14), "MogaNet-XT.4": (192, 7),
+        "MogaNet-T.3": (128, 14), "MogaNet-T.4": (256, 7),
+        "MogaNet-S.1": (64, 56), "MogaNet-S.2": (128, 28), "MogaNet-S.3": (320, 14), "MogaNet-S.4": (512, 7),
+        "MogaNet-B.2": (160, 28), "MogaNet-L.4": (640, 7),
+        "MogaNet-XL.1": (96, 56), "MogaNet-XL.2": (192, 28), "MogaNet-XL.3": (480, 14), "MogaNet-XL.4": (960, 7),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "channels", "size", "kernel"),
+    [
+        ("MogaNet-S.3 dw5d2", 120, 14, 5),
+        ("MogaNet-S.3 dw7d3", 160, 14, 7),
+        ("MogaNet-S.3 ffn", 1280, 14, 3),
+        ("MogaNet-L.4 ffn", 2560, 7, 3),
+        ("HorNet-T.2", 224, 28, 7),
+        ("HorNet-S.4", 1488, 7, 7),
+        ("EdgeNeXt-B.4", 584, 8, 9),
+        ("EdgeNeXt-XXS.3 split", 30, 16, 3),
+        ("EdgeNeXt-B.4 split", 146, 8, 3),
+        ("ConvNeXt-T.3", 384, 14, 7),
+        ("MOAT-0.2", 768, 28, 3),
+        ("MOAT-0.2 entry", 768, 56, 3),
+    ],
+)
+def test_dwconv_shapes_of_the_networks(label, channels, size, kernel):
+    shape = shapes.dwconv_cases()[label]
+    assert (shape.channels, shape.size, shape.kernel) == (channels, size, kernel)
+
+
+def test_a_shape_that_two_networks_share_is_one_case():
+    cases = shapes.dwconv_cases()
+    assert "HorNet-T.1" in cases
+    assert "ConvNeXt-T.1" not in cases
+    assert len(set(cases.values())) == len(cases)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_quick_names_cases(op):
+    assert set(op.quick) <= set(op.cases)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_problems_have_their_layout_and_the_same_values_in_both(op):
+    case = op.quick[-1]
+    nhwc = op.problem(case, SETTING)
+    nchw = op.problem(case, Setting("cpu", torch.float32, "contiguous", batch=2))
+    assert nhwc.inputs[0].is_contiguous(memory_format=torch.channels_last)
+    assert nchw.inputs[0].is_contiguous()
+    assert all(map(torch.equal, nhwc.inputs, nchw.inputs))
+    assert all(tensor.requires_grad and tensor.is_leaf for tensor in nhwc.inputs)
+
+
+def test_the_entry_of_a_moat_stage_halves_the_size():
+    problem = OPS["dwconv"].problem("MOAT-tiny0.4 entry", SETTING)
+    assert problem.inputs[0].shape == (2, 1024, 14, 14)
+    assert reference.dwconv(*problem.args, **problem.options).shape == (2, 1024, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [
+        (7, 7, {"dilation": 3}),
+        (14, 5, {"dilation": 2}),
+        (5, 3, {}),
+        (8, 3, {"stride": 2, "padding": (0, 1, 0, 1)}),
+    ],
+)
+def test_flops_leave_out_the_taps_in_the_padding(size, kernel, options):
+    ones = torch.ones(2, 3, size, size), torch.ones(3, 1, kernel, kernel)
+    taps = reference.dwconv(*ones, **options).sum().item()
+    assert dwconv_flops(2, 3, size, kernel, **options) == 2 * taps

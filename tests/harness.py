@@ -1,0 +1,148 @@
+"""What every op is tested for. A test describes its op as a Case; the checks are the same for all."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Largest error relative to the largest value that no eager baseline has to justify.
+FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Case:
+    """tensors: x first, None for absent ones. run(tensors, backend) calls the op."""
+
+    run: Callable[[Sequence[Tensor | None], str], Tensor]
+    tensors: list[Tensor | None]
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        return Case(self.run, [t if t is None else t.detach().to(dtype) for t in self.tensors])
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The values of t (N, C, H, W) in another layout."""
+    if layout == "contiguous":
+        return t.contiguous()
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = t.shape
+    if layout == "channel_slice":
+        wide = torch.full((n, c + 5, h, w), 7.0, dtype=t.dtype, device=t.device).to(memory_format=torch.channels_last)
+        wide[:, 3 : 3 + c] = t
+        return wide[:, 3 : 3 + c]
+    if layout == "cropped":
+        wide = torch.full((n, c, h + 3, w + 2), 7.0, dtype=t.dtype, device=t.device)
+        wide[:, :, 1 : 1 + h, 2:] = t
+        return wide[:, :, 1 : 1 + h, 2:]
+    if layout == "transposed":
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "expanded":
+        return t[:1, :, :1, :1].expand(n, c, h, w)
+    raise ValueError(layout)
+
+
+LAYOUTS = ("contiguous", "channels_last", "channel_slice", "cropped", "transposed", "expanded")
+
+
+def outputs(case: Case, backend: str, grad: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """[y, the gradients of all tensors], and the grad_output that was used."""
+    leaves = [t if t is None else t.detach().requires_grad_() for t in case.tensors]
+    y = case.run(leaves, backend)
+    grad = torch.randn_like(y) if grad is None else grad
+    present = [t for t in leaves if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, present, grad.to(y.dtype))], grad
+
+
+def relative_error(a: Tensor, exact: Tensor) -> float:
+    if exact.numel() == 0:
+        return 0.0
+    return ((a.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+
+
+def check_against_reference(case: Case, grad_layout: str = "contiguous") -> None:
+    """Output and gradients: error at most twice that of eager PyTorch in the same dtype, both against float64."""
+    y = case.run(case.tensors, "reference")
+    grad = laid_out(torch.randn_like(y), grad_layout)
+    fused, _ = outputs(case, "fused", grad)
+    eager, _ = outputs(case, "reference", grad)
+    exact, _ = outputs(case.to(torch.float64), "reference", grad)
+    for i, (a, b, e) in enumerate(zip(fused, eager, exact, strict=True)):
+        what = "output" if i == 0 else f"gradient {i - 1}"
+        assert a.shape == b.shape and a.dtype == b.dtype, what
+        eager_error = relative_error(
+            b, e
+        )  # NaN where eager itself goes wrong: it does for some bfloat16 weight gradients
+        allowed = 2 * (0.0 if math.isnan(eager_error) else eager_error) + FLOOR[case.tensors[0].dtype]
+        error = relative_error(a, e)
+        assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def check_gradients(case: Case, second: bool = True) -> None:
+    """Numerical gradients in float64, first and second order."""
+    leaves = [t if t is None else t.double().detach().requires_grad_() for t in case.tensors]
+    present = [t for t in leaves if t is not None]
+
+    def run(*given: Tensor) -> Tensor:
+        rest = iter(given)
+        return case.run([t if t is None else next(rest) for t in leaves], "fused")
+
+    assert torch.autograd.gradcheck(run, present)
+    if second:
+        assert torch.autograd.gradgradcheck(run, present)
+
+
+def check_bitwise_repeatable(case: Case) -> None:
+    first, grad = outputs(case, "fused")
+    for threads in (torch.get_num_threads(), 1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        again, _ = outputs(case, "fused", grad)
+        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"{threads} threads"
+
+
+def check_compiles(cases: Sequence[Case], dynamic: bool | None = None) -> None:
+    """torch.compile(fullgraph=True), forward and backward, for the cases one after the other."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        run = torch.compile(cases[0].run, fullgraph=True, dynamic=dynamic)
+        for case in cases:
+            eager, grad = outputs(case, "fused")
+            compiled, _ = outputs(Case(run, case.tensors), "fused", grad)
+            for a, b in zip(eager, compiled, strict=True):
+                assert a.stride() == b.stride()
+                torch.testing.assert_close(a, b)
+        with torch.no_grad():
+            torch.testing.assert_close(run(case.tensors, "fused"), case.run(case.tensors, "fused"))
+
+
+def check_opcheck(name: str, arguments: Sequence[object], tensors: int) -> None:
+    """torch.library.opcheck of forward and backward, for x in both memory formats."""
+    forward = getattr(torch.ops.vision_ops, name).default
+    backward = getattr(torch.ops.vision_ops, f"{name}_backward").default
+    x, *rest = arguments
+    for layout in ("contiguous", "channels_last"):
+        given = laid_out(x, layout), *rest
+        grad = torch.randn_like(forward(*given))
+        needs = [t is not None for t in given[:tensors]]
+        torch.library.opcheck(forward, given)
+        torch.library.opcheck(backward, (grad, *given, needs))
+        torch.library.opcheck(forward, (given[0].clone().requires_grad_(), *rest))
+
+
+def saved_bytes(case: Case, backend: str) -> int:
+    """Bytes that the forward pass keeps for the backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    leaves = [t if t is None else t.detach().requires_grad_() for t in case.tensors]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        case.run(leaves, backend)
+    return sum(kept.values())

@@ -1,0 +1,98 @@
+"""The package as it is installed: imports, the report, the binaries."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vision_ops
+from vision_ops import _native, info
+
+BLOCK_TORCH = "import sys; sys.modules['torch'] = None; "
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Python outside of the repository, so that only what is installed can be imported."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd="/", env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_kernels_import_from_anywhere_without_triton():
+    done = run("import sys, vision_ops.kernels; assert 'triton' not in sys.modules; print(vision_ops.kernels.__name__)")
+    assert done.stdout.strip() == "vision_ops.kernels", done.stderr
+    assert run("import benchmarks").returncode != 0
+
+
+def test_import_without_torch_is_one_clear_line():
+    done = run(BLOCK_TORCH + "import vision_ops")
+    expected = "ImportError: vision_ops needs PyTorch 2.11 or later: pip install 'torch>=2.11'"
+    assert done.stderr.strip().splitlines()[-1] == expected
+
+
+def test_report_without_torch_still_says_what_was_built():
+    arguments = "sys.orig_argv = ['python', '-m', 'vision_ops']; "
+    done = run(BLOCK_TORCH + arguments + "import runpy; runpy.run_module('vision_ops', run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    assert "Built:" in done.stdout and "cpu:" in done.stdout and "PyTorch is not installed" in done.stdout
+
+
+def test_report():
+    done = subprocess.run([sys.executable, "-m", "vision_ops"], cwd="/", capture_output=True, text=True, check=True)
+    for expected in (vision_ops.__version__, _native.cpu.isa, "dwconv", "multi_order_dwconv", "GPUs:", "cpu:", "cuda:"):
+        assert expected in done.stdout
+
+
+def test_binary_that_does_not_load_keeps_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_native, "_ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "vision_ops._cpu", None)
+    module, reason = _native._load("cpu")
+    assert module is None and "could not be loaded" in reason
+
+
+def test_missing_binary_repeats_what_the_build_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(_native, "_ROOT", tmp_path)
+    monkeypatch.setitem(sys.modules, "vision_ops._cuda", None)
+    monkeypatch.setitem(_native.build_info, "cuda", {"built": False, "reason": "nvcc was not found"})
+    assert _native._load("cuda") == (None, "nvcc was not found")
+
+
+def test_gpu_code_matching(monkeypatch):
+    monkeypatch.setattr(_native, "cuda", object())
+    monkeypatch.setitem(_native.build_info, "cuda", {"archs": ["sm_80", "sm_90", "compute_90+PTX"]})
+    assert info._gpu_kernels(86) == "compiled for it"
+    assert info._gpu_kernels(90) == "compiled for it"
+    assert info._gpu_kernels(120).startswith("PTX")
+    assert "no code" in info._gpu_kernels(75)
+
+
+ISAS = [isa for isa in ("baseline", "avx2", "avx512") if isa in _native.build_info.get("cpu", {}).get("isas", [])]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_kernels_of_every_instruction_set(isa):
+    """The numerical tests again, in a process that is held to an instruction set that the processor has."""
+    if ISAS.index(isa) > ISAS.index(_native.cpu.isa):
+        pytest.skip(f"this processor has no {isa}")
+    environment = {**os.environ, "VISION_OPS_CPU_ISA": isa}
+    assert run("from vision_ops import _native; print(_native.cpu.isa)", VISION_OPS_CPU_ISA=isa).stdout.strip() == isa
+    if isa == _native.cpu.isa:
+        return
+    select = "cpu and (matches_reference or dtypes or activations)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).parent / "ops"), "-k", select]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_objects_of_an_instruction_set_share_nothing():
+    """A weak symbol outside its namespace could put AVX-512 code into the baseline when the linker merges."""
+    objects = [o for o in Path(__file__).parents[1].glob("build/**/*.o") if "_isa" in o.name]
+    if not objects:
+        pytest.skip("the object files are not here: installed from a wheel")
+    for path in objects:
+        names = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in names.splitlines() if re.search(r"^\S* [wWvVuU] ", line) and " W " in f" {line} "]
+        assert all(re.search(r"vops::(baseline|avx2|avx512)::", line) for line in weak), (path.name, weak[:5])
