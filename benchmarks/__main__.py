@@ -1,0 +1,84 @@
+"""The command line. Nothing heavy is imported before the arguments are known to be good."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import DTYPES, LAYOUTS, MODES
+
+REQUIRED = {"torch": "torch", "vision_ops": "-e .", "rich": "'vision-ops[bench]'"}
+
+
+def words(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(text.split(",")))
+        for word in chosen:
+            if word not in allowed:
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def positive(number: type[int] | type[float]) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            value = number(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {number.__name__}")
+        return value
+
+    return parse
+
+
+def add_ops(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("ops", help="every fused op at the networks' stage shapes")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", type=words(DTYPES), metavar="D,D", help="default: float32, on a GPU bfloat16")
+    parser.add_argument("--mode", type=words(MODES), metavar="M,M", default=MODES)
+    parser.add_argument("--batch", type=positive(int), metavar="N", help="default: 4, on a GPU 128")
+    parser.add_argument("--layout", type=words(LAYOUTS), metavar="L,L", default=LAYOUTS)
+    parser.add_argument("--quick", action="store_true", help="a few cases, about a minute")
+    parser.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--seconds",
+        type=positive(float),
+        metavar="S",
+        help="longest time on one case and mode, past the rounds a ratio needs; default: 60, quick: 3",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON, CSV and PNG go; default: nowhere")
+    parser.set_defaults(module="benchmarks.ops", error=parser.error)
+
+
+def prepare_environment(threads: int | None) -> None:
+    """What OpenMP and the profiler read once, when torch is loaded."""
+    # Threads that spin after their work is done take the processor from the next provider's.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_ops(commands)
+    args = parser.parse_args(argv)
+    for name, package in REQUIRED.items():
+        if importlib.util.find_spec(name) is None:
+            parser.exit(2, f"{name} is not installed: pip install {package}\n")
+    prepare_environment(args.threads)
+    return importlib.import_module(args.module).run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

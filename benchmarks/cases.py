@@ -1,0 +1,165 @@
+"""What is measured: every op's cases, and how a case becomes tensors.
+
+To register an op: its shapes go into shapes.py, a function here turns one of them into a Problem, and OPS names both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vision_ops
+from benchmarks import shapes
+from vision_ops import reference
+
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# An argument of an op that takes a gradient, or several that go together, or none.
+Argument = Tensor | tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a case runs and in what form; the same for all its providers but for the layout."""
+
+    device: str
+    dtype: torch.dtype
+    layout: str
+    batch: int
+
+    def normal(self, *size: int) -> Tensor:
+        """Four-dimensional weights take the layout too, as a model's do under .to(memory_format=...)."""
+        values = torch.randn(size, device=self.device, dtype=self.dtype)
+        return values.to(memory_format=MEMORY_FORMATS[self.layout]) if values.dim() == 4 else values
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an op. `flops` are those of its forward pass."""
+
+    args: tuple[Argument, ...]
+    flops: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """x and all parameters: the tensors that take a gradient."""
+        return tuple(_tensors(self.args))
+
+    def require_grad(self) -> Problem:
+        for tensor in self.inputs:
+            tensor.requires_grad_()
+        return self
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return Problem(_converted(self.args, dtype), self.flops, self.options).require_grad()
+
+
+def _tensors(args: tuple[Argument, ...]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from _tensors(arg)
+        elif arg is not None:
+            yield arg
+
+
+def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument, ...]:
+    return tuple(
+        None if arg is None else _converted(arg, dtype) if isinstance(arg, tuple) else arg.detach().to(dtype)
+        for arg in args
+    )
+
+
+@dataclass(frozen=True)
+class Op:
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run."""
+
+    name: str
+    fused: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    cases: Mapping[str, Any]
+    build: Callable[[Any, Setting], Problem]
+    quick: tuple[str, ...]
+    compile_in_quick: bool = False
+
+    def problem(self, case: str, setting: Setting) -> Problem:
+        """The same values for every layout, so that one exact result judges them all."""
+        torch.manual_seed(0)
+        return self.build(self.cases[case], setting).require_grad()
+
+
+def live_taps(size: int, kernel: int, *, dilation: int = 1, stride: int = 1, before: int, after: int) -> int:
+    """Taps along one axis that meet the image, summed over the outputs: those in the padding need no work."""
+    outputs = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+    return sum(0 <= stride * i - before + dilation * k < size for i in range(outputs) for k in range(kernel))
+
+
+def dwconv_flops(
+    images: int,
+    channels: int,
+    size: int,
+    kernel: int,
+    *,
+    dilation: int = 1,
+    stride: int = 1,
+    padding: tuple[int, int, int, int] | None = None,
+) -> int:
+    top, bottom, left, right = padding or (dilation * (kernel - 1) // 2,) * 4
+    rows = live_taps(size, kernel, dilation=dilation, stride=stride, before=top, after=bottom)
+    columns = live_taps(size, kernel, dilation=dilation, stride=stride, before=left, after=right)
+    return 2 * images * channels * rows * columns
+
+
+def build_dwconv(shape: shapes.DWConvShape, setting: Setting) -> Problem:
+    channels, kernel = shape.channels, shape.kernel
+    x = setting.normal(setting.batch, channels, shape.size, shape.size)
+    weight = setting.normal(channels, 1, kernel, kernel)
+    bias = setting.normal(channels) if shape.bias else None
+    window = {"dilation": shape.dilation, "stride": shape.stride, "padding": shape.padding}
+    flops = dwconv_flops(setting.batch, channels, shape.size, kernel, **window)
+    return Problem((x, weight, bias), flops, {**window, "activation": shape.activation})
+
+
+def build_multi_order(shape: shapes.MultiOrderShape, setting: Setting) -> Problem:
+    channels, size = shape.channels, shape.size
+    convs = ((channels, 5, 1), (channels * 3 // 8, 5, 2), (channels // 2, 7, 3))
+    x = setting.normal(setting.batch, channels, size, size)
+    weights = tuple(setting.normal(width, 1, kernel, kernel) for width, kernel, _ in convs)
+    biases = tuple(setting.normal(width) for width, _, _ in convs)
+    flops = sum(dwconv_flops(setting.batch, width, size, kernel, dilation=d) for width, kernel, d in convs)
+    return Problem((x, weights, biases), flops)
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op(
+            "multi_order_dwconv",
+            vision_ops.fused_multi_order_dwconv,
+            reference.multi_order_dwconv,
+            shapes.multi_order_cases(),
+            build_multi_order,
+            quick=("MogaNet-S.1", "MogaNet-S.2", "MogaNet-S.3"),
+            compile_in_quick=True,
+        ),
+        Op(
+            "dwconv",
+            vision_ops.fused_dwconv,
+            reference.dwconv,
+            shapes.dwconv_cases(),
+            build_dwconv,
+            quick=(
+                "MogaNet-S.2 dw7d3",
+                "MogaNet-S.3 ffn",
+                "HorNet-T.2",
+                "EdgeNeXt-S.2",
+                "EdgeNeXt-S.4",
+                "MOAT-tiny0.2 entry",
+            ),
+        ),
+    )
+}

@@ -1,0 +1,181 @@
+"""One case: build it, prove the fused op right, then time it against its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import vision_ops
+from benchmarks.cases import MEMORY_FORMATS, Op, Setting
+from benchmarks.machine import Rates
+from benchmarks.measure import (
+    Quartiles,
+    Ratio,
+    Rule,
+    Step,
+    Stopwatch,
+    Times,
+    first_call,
+    interleave,
+    peak_bytes,
+    saved_bytes,
+)
+from benchmarks.providers import Provider, line_up, make_step
+from benchmarks.report import CaseResult, ProviderResult
+from benchmarks.verify import complaints
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What holds for all cases of a run."""
+
+    setting: Setting
+    layouts: Sequence[str]
+    modes: Sequence[str]
+    rule: Rule
+    stopwatch: Stopwatch
+    rates: Rates
+
+
+class Race:
+    def __init__(self, op: Op, case: str, peers: Sequence[str], plan: Plan) -> None:
+        self.op, self.case, self.plan = op, case, plan
+        self.fused, self.peers = line_up(("fused",), plan.layouts), line_up(peers, plan.layouts)
+        self.problems = {layout: op.problem(case, replace(plan.setting, layout=layout)) for layout in plan.layouts}
+        self.grad_outputs = self._make_grad_outputs()
+
+    def run(self, tell: Callable[[str], None]) -> list[CaseResult]:
+        """A result for every mode. `tell` hears what the race is at."""
+        torch._dynamo.reset()
+        results = [self._blank_result(mode) for mode in self.plan.modes]
+        unfinished = list(results)
+        try:
+            tell("checking")
+            for result in results:
+                self._explain(result)
+            steps = {result.mode: self._first_calls(result, self.fused) for result in results}
+            wrong = self._wrong()
+            if wrong:
+                _spoil(results, "WRONG", "; ".join(wrong))
+                return results
+            for result in results:
+                tell(f"{result.mode}, first calls")
+                steps[result.mode].update(self._first_calls(result, self.peers))
+                tell(f"{result.mode}, timing")
+                self._time(result, steps.pop(result.mode))
+                unfinished.remove(result)
+        except Exception as error:
+            # One case that cannot run is no reason to lose the others; the exit status tells.
+            _spoil(unfinished, "FAILED", _one_line(error))
+        return results
+
+    def _make_grad_outputs(self) -> dict[str, Tensor]:
+        problem = self.problems[self.plan.layouts[0]]
+        with torch.no_grad():
+            values = torch.randn_like(self.op.reference(*problem.args, **problem.options))
+        return {
+            layout: values.contiguous(memory_format=MEMORY_FORMATS[layout]) if values.dim() == 4 else values
+            for layout in self.plan.layouts
+        }
+
+    def _blank_result(self, mode: str) -> CaseResult:
+        layout = self.plan.layouts[0]
+        problem = self.problems[layout]
+        inputs, output = sum(tensor.nbytes for tensor in problem.inputs), self.grad_outputs[layout].nbytes
+        moved, flops = inputs + output, problem.flops
+        if mode == "train":
+            # The backward pass reads the inputs and the output's gradient and writes the inputs' gradients, and every
+            # product of the forward pass comes back in two.
+            moved, flops = moved + 2 * inputs + output, 3 * flops
+        return CaseResult(
+            op=self.op.name,
+            case=self.case,
+            shape=str(self.op.cases[self.case]),
+            dtype=str(self.plan.setting.dtype).removeprefix("torch."),
+            batch=self.plan.setting.batch,
+            mode=mode,
+            flops=flops,
+            min_bytes=moved,
+            floor_s=self.plan.rates.floor(moved, flops),
+        )
+
+    def _explain(self, result: CaseResult) -> None:
+        """What runs. That PyTorch runs because it is faster is told; that it runs for want of a kernel is a failure."""
+        texts = []
+        for layout, problem in self.problems.items():
+            with torch.set_grad_enabled(result.mode == "train"):
+                explanation = vision_ops.explain(self.op.name, *problem.args, **problem.options)
+            if explanation.cannot:
+                raise RuntimeError(f"no kernel: {'; '.join(explanation.cannot)}")
+            texts.append(f"{layout}: {explanation}")
+            result.slower += [f"{layout}: {reason}" for reason in explanation.slower]
+        result.explain = "\n".join(texts)
+
+    def _first_calls(self, result: CaseResult, providers: Sequence[Provider]) -> dict[str, Step]:
+        """Every provider's step, called once; without the compiled ones that do not compile here."""
+        steps = {}
+        for provider in providers:
+            layout = provider.layout
+            entry = ProviderResult(provider.kind, layout)
+            result.providers.append(entry)
+            step = make_step(provider.kind, self.op, self.problems[layout], self.grad_outputs[layout], result.mode)
+            try:
+                entry.first_call_s = first_call(step, self.plan.setting.device)
+            except Exception as error:
+                if provider.kind != "compile":
+                    raise
+                entry.error = _one_line(error)
+            else:
+                steps[provider.name] = step
+        return steps
+
+    def _wrong(self) -> list[str]:
+        """What the fused op gets wrong, in any layout; its gradients too where only the forward pass is timed."""
+        layout = self.plan.layouts[0]
+        doubles = self.problems[layout].to(torch.float64)
+        exact = make_step("eager", self.op, doubles, self.grad_outputs[layout].double(), "train")()
+        found = []
+        for layout, problem in self.problems.items():
+            fused, eager = (
+                make_step(kind, self.op, problem, self.grad_outputs[layout], "train")() for kind in ("fused", "eager")
+            )
+            found += [f"{layout}, {complaint}" for complaint in complaints(fused, eager, exact)]
+        return found
+
+    def _time(self, result: CaseResult, steps: dict[str, Step]) -> None:
+        samplers = {name: self.plan.stopwatch.sampler(step) for name, step in steps.items()}
+        times = interleave(samplers, lambda times: list(self._ratios(times).values()), self.plan.rule)
+        ratios = self._ratios(times)
+        result.settled = self.plan.rule.settled(list(ratios.values()))
+        for entry in result.providers:
+            step = steps.get(entry.name)
+            if step is None:
+                continue
+            result.rounds = len(times[entry.name])
+            entry.time_s = Quartiles.of(times[entry.name])
+            entry.peak_bytes = peak_bytes(step, self.plan.setting.device)
+            entry.saved_bytes = saved_bytes(step) if result.mode == "train" else None
+            entry.same_layout = ratios.get((entry.name, "same_layout"))
+            entry.all_layouts = ratios.get((entry.name, "all_layouts"))
+
+    def _ratios(self, times: Times) -> dict[tuple[str, str], Ratio]:
+        """By the fused op in a layout and the peers it is held against."""
+        peers = [peer for peer in self.peers if peer.name in times]
+        ratios = {}
+        for fused in self.fused:
+            rivals = {"same_layout": [peer for peer in peers if peer.layout == fused.layout], "all_layouts": peers}
+            for against, those in rivals.items():
+                ratios[fused.name, against] = Ratio.of(times, fused.name, [peer.name for peer in those])
+        return ratios
+
+
+def _spoil(results: list[CaseResult], status: str, detail: str) -> None:
+    for result in results:
+        result.status, result.detail = status, detail
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

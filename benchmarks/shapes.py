@@ -1,0 +1,143 @@
+"""Where the published networks use each op: pure data, nothing is imported to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+Shape = TypeVar("Shape")
+
+STAGES_224 = (56, 28, 14, 7)
+STAGES_256 = (64, 32, 16, 8)
+
+MOGANET_WIDTHS = {
+    "XT": (32, 64, 96, 192),
+    "T": (32, 64, 128, 256),
+    "S": (64, 128, 320, 512),
+    "B": (64, 160, 320, 512),
+    "L": (64, 160, 320, 640),
+    "XL": (96, 192, 480, 960),
+}
+MOGANET_FFN_RATIOS = (8, 8, 4, 4)
+
+HORNET_WIDTHS = {"T": (64, 128, 256, 512), "S": (96, 192, 384, 768)}
+HORNET_ORDERS = (2, 3, 4, 5)
+
+EDGENEXT_WIDTHS = {
+    "XXS": (24, 48, 88, 168),
+    "XS": (32, 64, 100, 192),
+    "S": (48, 96, 160, 304),
+    "B": (80, 160, 288, 584),
+}
+EDGENEXT_KERNELS = (3, 5, 7, 9)
+EDGENEXT_SCALES = (None, 2, 3, 4)  # into how many groups SDTA splits the channels; stage 1 has no SDTA
+
+CONVNEXT_WIDTHS = {"T": (96, 192, 384, 768)}
+
+MOAT_WIDTHS = {"tiny0": (32, 64, 128, 256), "0": (96, 192, 384, 768)}
+MOAT_EXPANSION = 4
+
+
+def stages(
+    widths: Mapping[str, tuple[int, ...]], model: str, sizes: tuple[int, ...]
+) -> Iterator[tuple[str, int, int, int]]:
+    """(label, index of the stage, its width, its height and width) of every stage of every variant."""
+    for variant, channels in widths.items():
+        for stage, (width, size) in enumerate(zip(channels, sizes, strict=True)):
+            yield f"{model}-{variant}.{stage + 1}", stage, width, size
+
+
+def distinct(cases: Iterable[tuple[str, Shape]]) -> dict[str, Shape]:
+    """The first label of every shape: two stages with one shape are one measurement."""
+    labels: dict[Shape, str] = {}
+    for label, shape in cases:
+        labels.setdefault(shape, label)
+    return {label: shape for shape, label in labels.items()}
+
+
+@dataclass(frozen=True)
+class MultiOrderShape:
+    channels: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size}"
+
+
+def multi_order_cases() -> dict[str, MultiOrderShape]:
+    return distinct(
+        (label, MultiOrderShape(width, size)) for label, _, width, size in stages(MOGANET_WIDTHS, "MogaNet", STAGES_224)
+    )
+
+
+@dataclass(frozen=True)
+class DWConvShape:
+    channels: int
+    size: int
+    kernel: int
+    dilation: int = 1
+    stride: int = 1
+    padding: tuple[int, int, int, int] | None = None
+    bias: bool = True
+    activation: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.channels}x{self.size}x{self.size} k{self.kernel}"
+        if self.dilation > 1:
+            text += f" d{self.dilation}"
+        if self.stride > 1:
+            text += f" s{self.stride}"
+        return f"{text} {self.activation}" if self.activation else text
+
+
+def hornet_width(width: int, order: int) -> int:
+    """Channels of the gate's convolution: one group per order, each half as wide as the next."""
+    return sum(width >> k for k in range(order))
+
+
+def split_width(width: int, scales: int) -> int:
+    return -(-width // scales)
+
+
+def moganet_dwconvs() -> Iterator[tuple[str, DWConvShape]]:
+    attention = {variant: MOGANET_WIDTHS[variant] for variant in ("T", "S")}
+    for label, _, width, size in stages(attention, "MogaNet", STAGES_224):
+        yield f"{label} dw5", DWConvShape(width, size, 5)
+        yield f"{label} dw5d2", DWConvShape(width * 3 // 8, size, 5, dilation=2)
+        yield f"{label} dw7d3", DWConvShape(width // 2, size, 7, dilation=3)
+    for label, stage, width, size in stages(MOGANET_WIDTHS, "MogaNet", STAGES_224):
+        yield f"{label} ffn", DWConvShape(width * MOGANET_FFN_RATIOS[stage], size, 3)
+    for label, stage, width, size in stages(attention, "MogaNet", STAGES_224):
+        yield f"{label} ffn gelu", DWConvShape(width * MOGANET_FFN_RATIOS[stage], size, 3, activation="gelu")
+
+
+def hornet_dwconvs() -> Iterator[tuple[str, DWConvShape]]:
+    for label, stage, width, size in stages(HORNET_WIDTHS, "HorNet", STAGES_224):
+        yield label, DWConvShape(hornet_width(width, HORNET_ORDERS[stage]), size, 7)
+
+
+def edgenext_dwconvs() -> Iterator[tuple[str, DWConvShape]]:
+    for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256):
+        yield label, DWConvShape(width, size, EDGENEXT_KERNELS[stage])
+        scales = EDGENEXT_SCALES[stage]
+        if scales is not None:
+            yield f"{label} split", DWConvShape(split_width(width, scales), size, 3)
+
+
+def convnext_dwconvs() -> Iterator[tuple[str, DWConvShape]]:
+    for label, _, width, size in stages(CONVNEXT_WIDTHS, "ConvNeXt", STAGES_224):
+        yield label, DWConvShape(width, size, 7)
+
+
+def moat_dwconvs() -> Iterator[tuple[str, DWConvShape]]:
+    for label, _, width, size in stages(MOAT_WIDTHS, "MOAT", STAGES_224):
+        hidden = width * MOAT_EXPANSION
+        # TensorFlow's SAME pads an even size at stride 2 only after its end.
+        yield f"{label} entry", DWConvShape(hidden, 2 * size, 3, stride=2, padding=(0, 1, 0, 1), bias=False)
+        yield label, DWConvShape(hidden, size, 3, bias=False)
+
+
+def dwconv_cases() -> dict[str, DWConvShape]:
+    networks = (moganet_dwconvs, hornet_dwconvs, edgenext_dwconvs, convnext_dwconvs, moat_dwconvs)
+    return distinct(case for network in networks for case in network())
