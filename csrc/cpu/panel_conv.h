@@ -33,6 +33,11 @@ VOPS_INLINE RowRange live_taps(int64_t start, int64_t step, int64_t taps, int64_
   return live;
 }
 
+// The convolutions that are unrolled; all others take plain loops.
+VOPS_INLINE bool has_tiles(const DwConv& f) {
+  return f.kernel >= 3 && f.kernel <= 9 && f.kernel % 2 == 1 && f.stride <= 2;
+}
+
 template <class A>
 struct Weights {
   const A *taps, *bias;

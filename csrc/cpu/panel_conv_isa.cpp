@@ -245,8 +245,8 @@ void conv_rows_tiled(const Panel<const T>& x, int64_t height, const Weights<floa
     const int64_t window = f.stride * (N - 1) + K;
     for (int64_t j = 0; j < outputs; j += N) {
       // The last tile rather computes some outputs again than be cut short.
-      const int64_t first = max64(0, min64(j, outputs - N)), column = phase + first * d,
-                    left = column * f.stride - f.pad_left;
+      const int64_t first = max64(0, min64(j, outputs - N));
+      const int64_t column = phase + first * d, left = column * f.stride - f.pad_left;
       const RowRange columns = live_taps(left, d, window, x.width);
       t.column_begin = (int)columns.begin;
       t.column_end = (int)columns.end;
@@ -366,7 +366,6 @@ void conv_transposed_rows_plain(const Panel<const A>& dy, int64_t out_height, co
     conv_transposed_rows_plain(dy.block(b), out_height, w.block(b), f, in, dx.block(b));
 }
 
-bool has_tiles(const DwConv& f) { return f.kernel >= 3 && f.kernel <= 9 && f.kernel % 2 == 1 && f.stride <= 2; }
 bool has_transposed_tiles(const DwConv& f) { return has_tiles(f) && f.stride == 2 && f.dilation == 1; }
 
 }  // namespace

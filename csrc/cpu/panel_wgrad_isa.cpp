@@ -12,8 +12,8 @@ struct Strip {
   const float *x, *dy;
   int64_t x_row, dy_row, x_column, dy_column;  // steps
   int64_t rows, outputs;
-  int64_t left, dilation,
-      width;  // output j reads columns left + j * S * dilation + k * dilation, where they lie in [0, width)
+  // Output j reads the columns left + (j * S + k) * dilation, where they lie in [0, width).
+  int64_t left, dilation, width;
   float* dw;
 };
 
@@ -224,10 +224,9 @@ void conv_weight_rows(const Panel<const f16>& dy, const Panel<const f16>& x, int
 template <>
 void conv_weight_rows(const Panel<const float>& dy, const Panel<const float>& x, int64_t height, int64_t blocks,
                       DwConv f, RowRange out, float* sums, int64_t step) {
-  const bool fast = f.kernel >= 3 && f.kernel <= 9 && f.kernel % 2 == 1 && f.stride <= 2;
-  if (fast && f.kernel == 3) return conv_weight_rows_by_patches(dy, x, height, blocks, f, out, sums, step);
+  if (has_tiles(f) && f.kernel == 3) return conv_weight_rows_by_patches(dy, x, height, blocks, f, out, sums, step);
   for (int64_t b = 0; b < blocks; b++) {
-    const auto function = fast ? conv_weight_rows_by_strips : conv_weight_rows_plain<float>;
+    const auto function = has_tiles(f) ? conv_weight_rows_by_strips : conv_weight_rows_plain<float>;
     function(dy.block(b), x.block(b), height, f, out, sums + b * step);
   }
   sum_rows<float, float>(dy, blocks, out, sums + f.kernel * f.kernel * kLanes, step);

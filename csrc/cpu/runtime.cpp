@@ -23,6 +23,11 @@ extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 namespace {
 
 constexpr size_t kAlignment = 64;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kExactScratch = true;  // so that the sanitizer sees where it ends
+#else
+constexpr bool kExactScratch = false;
+#endif
 
 void* allocate(size_t bytes) {
   return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
@@ -70,7 +75,7 @@ int chosen() {
 void* thread_scratch(Use use, size_t bytes) {
   static thread_local ThreadScratch scratches[2];
   ThreadScratch& scratch = scratches[use];
-  if (bytes > scratch.size) {
+  if (bytes > scratch.size || kExactScratch) {
     std::free(scratch.data);
     scratch.data = allocate(bytes);
     scratch.size = scratch.data ? bytes : 0;

@@ -4,8 +4,9 @@ Measured per call without the kernel: 2 us without gradients and 7 us with, agai
 `custom_op`, whose jvp would also be silently wrong.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,18 @@ from ._checks import autocast_enabled
 
 _library = torch.library.Library("vision_ops", "DEF")
 
-# forward(*arguments) -> y, and backward(grads, grad_y, *arguments), which writes into grads: None where none is needed.
-Kernels = tuple[Callable[..., Tensor], Callable[..., None]]
+# forward(arguments) -> y, and backward(grads, grad_y, arguments), which writes into grads: None where none is needed.
+Kernels = tuple[Callable[[Any], Tensor], Callable[[list[Tensor | None], Tensor, Any], None]]
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    list[int]: "int[]",
+    str | None: "str?",
+}
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
@@ -45,50 +56,48 @@ def _gradient_like(t: Tensor) -> Tensor:
 class FusedOp:
     """One op: `vision_ops::<name>`, `vision_ops::<name>_backward`, their fakes and their gradient.
 
-    tensors, options: the two halves of the schema; every tensor gets a gradient. output(*arguments) is the empty
-    result. reference(*arguments) is the op in PyTorch. predicate(*arguments) is two lists of reasons against the
-    kernels: why they cannot run, and why they would be slower.
+    arguments: a NamedTuple, tensors first; its annotations are the schema, and every tensor gets a gradient. The
+    functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of reasons against
+    the kernels: why they cannot run, and why they would be slower.
     """
 
     def __init__(
         self,
         name: str,
+        arguments: type[NamedTuple],
         *,
-        tensors: str,
-        options: str,
-        output: Callable[..., Tensor],
-        kernels: dict[str, Kernels],
-        reference: Callable[..., Tensor],
-        predicate: Callable[..., tuple[list[str], list[str]]],
+        output: Callable[[Any], Tensor],
+        kernels: Mapping[str, Kernels],
+        reference: Callable[[Any], Tensor],
+        predicate: Callable[[Any], tuple[list[str], list[str]]],
     ) -> None:
-        self.name = name
-        self.reference = reference
-        self.predicate = predicate
-        self._tensors = count = tensors.count("Tensor")
-        forward = _define(f"{name}({tensors}, {options}) -> Tensor")
-        backward = _define(
-            f"{name}_backward(Tensor grad, {tensors}, {options}, bool[] needs) -> ({', '.join(['Tensor'] * count)})"
-        )
-        function = _function(name, count, forward, backward, reference)
+        self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
+        types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
+        self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
+        schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
+        forward = _define(f"{name}({schema}) -> Tensor")
+        gradients = ", ".join(["Tensor"] * count)
+        backward = _define(f"{name}_backward(Tensor grad, {schema}, bool[] needs) -> ({gradients})")
+        function = _function(self, forward, backward)
 
         # Where graphs come: compiled, exported and traced ones hold the op.
-        def autograd(*arguments: Any) -> Tensor:
-            if torch.is_grad_enabled() and _any_requires_grad(arguments):
-                return function.apply(*arguments)
+        def autograd(*given: Any) -> Tensor:
+            if torch.is_grad_enabled() and _any_requires_grad(given):
+                return function.apply(*given)
             with torch._C._AutoDispatchBelowAutograd():
-                return forward(*arguments)
+                return forward(*given)
 
-        def refuse_autograd(*arguments: Any) -> tuple[Tensor, ...]:
-            if torch.is_grad_enabled() and _any_requires_grad(arguments):
+        def refuse_autograd(*given: Any) -> tuple[Tensor, ...]:
+            if torch.is_grad_enabled() and _any_requires_grad(given):
                 raise RuntimeError(f"torch.ops.vision_ops.{name}_backward has no gradient of its own")
             with torch._C._AutoDispatchBelowAutograd():
-                return backward(*arguments)
+                return backward(*given)
 
         _library.impl(name, autograd, "Autograd")
         _library.impl(f"{name}_backward", refuse_autograd, "Autograd")
 
-        def gradients(arguments: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:
-            pairs = zip(arguments[:count], needs, strict=True)
+        def empty_gradients(given: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:
+            pairs = zip(given[:count], needs, strict=True)
             return [_gradient_like(t) if needed else None for t, needed in pairs]
 
         # An op cannot return None: a gradient that is not needed is an empty tensor.
@@ -96,38 +105,39 @@ class FusedOp:
             return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
         def fake_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-            *arguments, needs = rest
-            return filled(gradients(arguments, needs), grad)
+            *given, needs = rest
+            return filled(empty_gradients(given, needs), grad)
 
-        torch.library.register_fake(forward, output, lib=_library)
+        torch.library.register_fake(forward, lambda *given: output(arguments(*given)), lib=_library)
         torch.library.register_fake(backward, fake_backward, lib=_library)
         for key, (run_forward, run_backward) in kernels.items():
 
-            def backward_kernel(
-                grad: Tensor, *rest: Any, run: Callable[..., None] = run_backward
-            ) -> tuple[Tensor, ...]:
-                *arguments, needs = rest
-                grads = gradients(arguments, needs)
-                run(grads, grad, *arguments)
+            def forward_kernel(*given: Any, run: Any = run_forward) -> Tensor:
+                return run(arguments(*given))
+
+            def backward_kernel(grad: Tensor, *rest: Any, run: Any = run_backward) -> tuple[Tensor, ...]:
+                *given, needs = rest
+                grads = empty_gradients(given, needs)
+                run(grads, grad, arguments(*given))
                 return filled(grads, grad)
 
-            _library.impl(name, run_forward, key)
+            _library.impl(name, forward_kernel, key)
             _library.impl(f"{name}_backward", backward_kernel, key)
 
         self._forward = forward
         self._function = function
 
-    def __call__(self, *arguments: Any, backend: str | None = None) -> Tensor:
-        """Runs the op on checked arguments, tensors first."""
+    def __call__(self, *given: Any, backend: str | None = None) -> Tensor:
+        """Runs the op on checked arguments."""
         backend = resolve_backend(backend)
-        arguments = self._autocast(arguments)
+        arguments = self.arguments(*self._autocast(given))
         if backend == "reference" or _needs_reference():
-            return self.reference(*arguments)
-        cannot, slower = self.predicate(*arguments)
+            return self.reference(arguments)
+        cannot, slower = self.predicate(arguments)
         if cannot and backend == "fused":
             raise ValueError(f"backend='fused', but fused_{self.name} cannot run: {'; '.join(cannot)}")
         if cannot or (slower and backend == "auto"):
-            return self.reference(*arguments)
+            return self.reference(arguments)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._forward(*arguments)
         # The shortest ways through the dispatcher.
@@ -136,21 +146,21 @@ class FusedOp:
         with torch._C._AutoDispatchBelowAutograd():
             return self._forward(*arguments)
 
-    def explain(self, *arguments: Any, backend: str | None = None) -> Explanation:
-        backend = resolve_backend(backend)
-        cannot, slower = self.predicate(*arguments)
+    def explain(self, *given: Any, backend: str | None = None) -> Explanation:
+        backend, arguments = resolve_backend(backend), self.arguments(*given)
+        cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
         runs = _native.kernel_name(arguments[0].device.type) if fused else "PyTorch"
         if backend == "fused" and cannot:
             runs = "nothing: a ValueError"
         return Explanation(self.name, backend, {self.name: runs}, cannot, slower)
 
-    def _autocast(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not autocast_enabled(arguments[0]):
-            return arguments
-        dtype = torch.get_autocast_dtype(arguments[0].device.type)
-        cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in arguments[: self._tensors])
-        return (*cast, *arguments[self._tensors :])
+    def _autocast(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not autocast_enabled(given[0]):
+            return given
+        dtype = torch.get_autocast_dtype(given[0].device.type)
+        cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given[: self._tensors])
+        return (*cast, *given[self._tensors :])
 
 
 def _define(schema: str) -> torch._ops.OpOverload:
@@ -172,22 +182,20 @@ def _needs_reference() -> bool:
 
 
 def _function(
-    name: str,
-    count: int,
-    forward_op: torch._ops.OpOverload,
-    backward_op: torch._ops.OpOverload,
-    reference: Callable[..., Tensor],
+    op: FusedOp, forward_op: torch._ops.OpOverload, backward_op: torch._ops.OpOverload
 ) -> type[torch.autograd.Function]:
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(*arguments[:count])
-        ctx.options = arguments[count:]
-        return forward_op(*arguments)
+    count = op._tensors
+
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        ctx.save_for_backward(*given[:count])
+        ctx.options = given[count:]
+        return forward_op(*given)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:count]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             with torch.enable_grad():
-                y = reference(*tensors, *ctx.options)
+                y = op.reference(op.arguments(*tensors, *ctx.options))
                 inputs = [t for t, needed in zip(tensors, needs, strict=True) if needed]
                 found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
             grads = tuple(next(found) if needed else None for needed in needs)
@@ -197,10 +205,10 @@ def _function(
         return (*grads, *(None for _ in ctx.options))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"Fused{name.title().replace('_', '')}", (torch.autograd.Function,), methods)
+    return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)
 
 
-def device_reasons(x: Tensor, kernels: dict[str, Kernels]) -> list[str]:
+def device_reasons(x: Tensor, kernels: Mapping[str, Kernels]) -> list[str]:
     """Why the kernels cannot run on the device of x."""
     kind = x.device.type
     if kind == "cpu":

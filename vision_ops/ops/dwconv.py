@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,130 +16,88 @@ from ._registration import FusedOp, device_reasons, empty, memory_format
 _ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    activation: str | None,
-) -> Tensor:
+class _Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+    padding: list[int]  # top, bottom, left, right
+    dilation: int
+    activation: str | None
+
+
+def _reference(a: _Arguments) -> Tensor:
+    x, weight, bias, stride, padding, dilation, activation = a
     return reference.dwconv(x, weight, bias, stride=stride, padding=padding, dilation=dilation, activation=activation)
 
 
-def _output_size(size: int, before: int, after: int, kernel_size: int, stride: int, dilation: int) -> int:
-    return (size + before + after - dilation * (kernel_size - 1) - 1) // stride + 1
+def _output(a: _Arguments) -> Tensor:
+    n, c, h, w = a.x.shape
+    top, bottom, left, right = a.padding
+    reach = a.dilation * (a.weight.shape[-1] - 1) + 1
+    return empty((n, c, (h + top + bottom - reach) // a.stride + 1, (w + left + right - reach) // a.stride + 1), a.x)
 
 
-def _output(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    activation: str | None,
-) -> Tensor:
-    n, c, h, w = x.shape
-    top, bottom, left, right = padding
-    k = weight.shape[-1]
-    height = _output_size(h, top, bottom, k, stride, dilation)
-    width = _output_size(w, left, right, k, stride, dilation)
-    return empty((n, c, height, width), x)
-
-
-def _torch_is_faster(x: Tensor, weight: Tensor, stride: int, dilation: int, activation: str | None) -> bool:
+def _torch_is_faster(a: _Arguments) -> bool:
     """Large channels_last 3x3 convolutions wait for memory, and there oneDNN streams better (measured, AVX-512)."""
-    if weight.shape[-1] != 3 or stride != 1 or dilation != 1 or weight.dtype != x.dtype:
+    x = a.x
+    if a.weight.shape[-1] != 3 or a.stride != 1 or a.dilation != 1 or a.weight.dtype != x.dtype:
         return False
     if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
     if x.dtype == torch.float32:
-        return activation == "gelu" and x.shape[2] * x.shape[3] >= 56 * 56
+        return a.activation == "gelu" and x.shape[2] * x.shape[3] >= 56 * 56
     return x.numel() >= 2_400_000
 
 
-def _forward_cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    activation: str | None,
-) -> Tensor:
-    if _torch_is_faster(x, weight, stride, dilation, activation):
-        return _reference(x, weight, bias, stride, padding, dilation, activation)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    conv = (weight.shape[-1], stride, dilation, padding[0], padding[2])
-    y = _output(x, weight, bias, stride, padding, dilation, activation)
-    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.kernels().dwconv(*views, conv, _ACTIVATION_CODES[activation])
+def _native_conv(a: _Arguments) -> tuple[int, ...]:
+    return a.weight.shape[-1], a.stride, a.dilation, a.padding[0], a.padding[2]
+
+
+def _forward_cpu(a: _Arguments) -> Tensor:
+    if _torch_is_faster(a):
+        return _reference(a)
+    y, weight, bias = _output(a), a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
+    views = _native.view(a.x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
+    _native.kernels().dwconv(*views, _native_conv(a), _ACTIVATION_CODES[a.activation])
     return y
 
 
-def _backward_cpu(
-    grads: list[Tensor | None],
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    activation: str | None,
-) -> None:
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
     dx, dweight, dbias = grads
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    conv = (weight.shape[-1], stride, dilation, padding[0], padding[2])
-    x_view, weight_view = _native.view(x), _native.weight_view(weight)
-    if activation is not None:
+    kernels, conv = _native.kernels(), _native_conv(a)
+    weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
+    x_view, weight_view = _native.view(a.x), _native.weight_view(weight)
+    if a.activation is not None:
         # The convolution is computed again, which is cheaper than to keep its output from the forward pass.
         du = empty(grad.shape, grad)
         views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
-        _native.kernels().dwconv_backward_activation(*views, conv, _ACTIVATION_CODES[activation])
+        kernels.dwconv_backward_activation(*views, conv, _ACTIVATION_CODES[a.activation])
         grad = du
     grad_view = _native.view(grad)
     if dx is not None:
-        _native.kernels().dwconv_backward_input(grad_view, weight_view, _native.view(dx), conv)
+        kernels.dwconv_backward_input(grad_view, weight_view, _native.view(dx), conv)
     if dweight is not None or dbias is not None:
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
-        _native.kernels().dwconv_backward_weight(grad_view, x_view, *sums, conv)
+        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv)
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
 
 
-def _predicate(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    stride: int = 1,
-    padding: Sequence[int] = (),
-    dilation: int = 1,
-    activation: str | None = None,
-) -> tuple[list[str], list[str]]:
-    cannot = device_reasons(x, _KERNELS)
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    cannot = device_reasons(a.x, _KERNELS)
     # A compiled graph must not depend on the size: there the kernel hands over. So it does in training without
     # activation, where our backward pass is the faster one.
-    if weight is None or torch.compiler.is_compiling() or cannot:
+    if a.weight is None or torch.compiler.is_compiling() or cannot:
         return cannot, []
-    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if (activation is None and trains) or not _torch_is_faster(x, weight, stride, dilation, activation):
+    trains = torch.is_grad_enabled() and (a.x.requires_grad or a.weight.requires_grad)
+    if (a.activation is None and trains) or not _torch_is_faster(a):
         return cannot, []
     return cannot, ["oneDNN is faster for channels_last 3x3 of this size"]
 
 
-_op = FusedOp(
-    "dwconv",
-    tensors="Tensor x, Tensor weight, Tensor? bias",
-    options="int stride, int[] padding, int dilation, str? activation",
-    output=_output,
-    kernels=_KERNELS,
-    reference=_reference,
-    predicate=_predicate,
-)
+_op = FusedOp("dwconv", _Arguments, output=_output, kernels=_KERNELS, reference=_reference, predicate=_predicate)
 
 
 def _explain(
@@ -152,10 +111,9 @@ def _explain(
     activation: str | None = None,
     backend: str | None = None,
 ) -> Explanation:
-    found = _op.explain(x, weight, bias, stride, (), dilation, activation, backend=backend)
-    if found.parts["dwconv"] == "PyTorch" or found.cannot or weight is None:
-        return found
-    if not _torch_is_faster(x, weight, stride, dilation, activation):
+    given: tuple[Any, ...] = (x, weight, bias, stride, [], dilation, activation)
+    found = _op.explain(*given, backend=backend)
+    if weight is None or found.cannot or found.parts["dwconv"] == "PyTorch" or not _torch_is_faster(_Arguments(*given)):
         return found
     return replace(found, parts={"forward": "PyTorch (oneDNN)", "backward": found.parts["dwconv"]})
 

@@ -1,7 +1,7 @@
 """MogaNet's multi-order depthwise convolution: one convolution, then two dilated ones on slices of its output."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,82 +12,64 @@ from ._checks import check_integer, check_parameter, check_sequence, check_tenso
 from ._registration import FusedOp, device_reasons, empty
 
 
-def _reference(
-    x: Tensor,
-    w0: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b0: Tensor | None,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    dilations: Sequence[int],
-) -> Tensor:
-    split = (x.shape[1] - w1.shape[0] - w2.shape[0], w1.shape[0], w2.shape[0])
-    return reference.multi_order_dwconv(x, (w0, w1, w2), (b0, b1, b2), dilations=dilations, split=split)
+class _Arguments(NamedTuple):
+    x: Tensor
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+    b0: Tensor | None
+    b1: Tensor | None
+    b2: Tensor | None
+    dilations: list[int]
 
 
-def _output(x: Tensor, *_: Any) -> Tensor:
-    return empty(x.shape, x)
+def _reference(a: _Arguments) -> Tensor:
+    split = (a.x.shape[1] - a.w1.shape[0] - a.w2.shape[0], a.w1.shape[0], a.w2.shape[0])
+    weights, biases = (a.w0, a.w1, a.w2), (a.b0, a.b1, a.b2)
+    return reference.multi_order_dwconv(a.x, weights, biases, dilations=a.dilations, split=split)
 
 
-def _conv(weight: Tensor, dilation: int) -> tuple[int, ...]:
-    k = weight.shape[-1]
-    pad = dilation * (k - 1) // 2
-    return k, 1, dilation, pad, pad
+def _output(a: _Arguments) -> Tensor:
+    return empty(a.x.shape, a.x)
 
 
-def _forward_cpu(
-    x: Tensor,
-    w0: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b0: Tensor | None,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    dilations: Sequence[int],
-) -> Tensor:
-    y = _output(x)
-    weights = [w.contiguous() for w in (w0, w1, w2)]
-    biases = [None if b is None else b.contiguous() for b in (b0, b1, b2)]
-    convs = tuple(map(_conv, weights, dilations))
-    parameters = tuple(map(_native.weight_view, weights)), tuple(map(_native.weight_view, biases))
-    _native.kernels().multi_order_dwconv(_native.view(x), *parameters, _native.view(y), convs)
+class _Parameters:
+    """Weights, biases and convolutions as the binding takes them; keeps the tensors alive."""
+
+    def __init__(self, a: _Arguments) -> None:
+        self._weights = [w.contiguous() for w in (a.w0, a.w1, a.w2)]
+        self._biases = [None if b is None else b.contiguous() for b in (a.b0, a.b1, a.b2)]
+        self.weights = tuple(map(_native.weight_view, self._weights))
+        self.biases = tuple(map(_native.weight_view, self._biases))
+        sizes = [(w.shape[-1], d) for w, d in zip(self._weights, a.dilations, strict=True)]
+        self.convs = tuple((k, 1, d, d * (k - 1) // 2, d * (k - 1) // 2) for k, d in sizes)
+
+
+def _forward_cpu(a: _Arguments) -> Tensor:
+    y, p = _output(a), _Parameters(a)
+    _native.kernels().multi_order_dwconv(_native.view(a.x), p.weights, p.biases, _native.view(y), p.convs)
     return y
 
 
-def _backward_cpu(
-    grads: list[Tensor | None],
-    grad: Tensor,
-    x: Tensor,
-    w0: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b0: Tensor | None,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    dilations: Sequence[int],
-) -> None:
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    p = _Parameters(a)
     dx, *dparameters = grads
-    weights = [w.contiguous() for w in (w0, w1, w2)]
-    biases = [None if b is None else b.contiguous() for b in (b0, b1, b2)]
-    convs = tuple(map(_conv, weights, dilations))
-    parameters = tuple(map(_native.weight_view, weights)), tuple(map(_native.weight_view, biases))
-    outputs = tuple(map(_native.weight_view, dparameters[:3])), tuple(map(_native.weight_view, dparameters[3:]))
-    views = _native.view(grad), _native.view(x), *parameters, _native.view(dx), *outputs
-    _native.kernels().multi_order_dwconv_backward(*views, convs)
+    parameter_views = tuple(map(_native.weight_view, dparameters))
+    inputs = _native.view(grad), _native.view(a.x), p.weights, p.biases
+    outputs = _native.view(dx), parameter_views[:3], parameter_views[3:]
+    _native.kernels().multi_order_dwconv_backward(*inputs, *outputs, p.convs)
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
 
 
-def _predicate(x: Tensor, *_: Any) -> tuple[list[str], list[str]]:
-    return device_reasons(x, _KERNELS), []
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS), []
 
 
 _op = FusedOp(
     "multi_order_dwconv",
-    tensors="Tensor x, Tensor w0, Tensor w1, Tensor w2, Tensor? b0, Tensor? b1, Tensor? b2",
-    options="int[] dilations",
+    _Arguments,
     output=_output,
     kernels=_KERNELS,
     reference=_reference,
@@ -96,7 +78,7 @@ _op = FusedOp(
 
 
 def _explain(x: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> Explanation:
-    return _op.explain(x, backend=backend)
+    return _op.explain(x, *(None,) * 7, backend=backend)
 
 
 explainers["multi_order_dwconv"] = _explain
