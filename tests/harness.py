@@ -97,11 +97,13 @@ def check_gradients(case: Case, second: bool = True) -> None:
 
 def check_bitwise_repeatable(case: Case) -> None:
     first, grad = outputs(case, "fused")
-    for threads in (torch.get_num_threads(), 1, 3):
-        before = torch.get_num_threads()
+    before = torch.get_num_threads()
+    for threads in (before, 1, 3):
         torch.set_num_threads(threads)
-        again, _ = outputs(case, "fused", grad)
-        torch.set_num_threads(before)
+        try:
+            again, _ = outputs(case, "fused", grad)
+        finally:
+            torch.set_num_threads(before)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), f"{threads} threads"
 
 

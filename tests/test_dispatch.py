@@ -25,6 +25,14 @@ def test_use_backend_nests_and_restores():
     assert dispatch.resolve_backend(None) == "auto"
 
 
+def test_use_backend_object_serves_several_blocks():
+    reference = use_backend("reference")
+    for _ in range(2):
+        with reference:
+            assert dispatch.resolve_backend(None) == "reference"
+        assert dispatch.resolve_backend(None) == "auto"
+
+
 def test_use_backend_as_a_setter():
     before = use_backend("reference")
     try:
@@ -67,6 +75,10 @@ def test_explain_says_what_runs_and_why_not(monkeypatch):
     assert found.parts == {"multi_order_dwconv": "PyTorch"} and found.cannot == ["no compiler was found"]
     assert "the fused kernel cannot run: no compiler was found" in str(found)
     assert "nothing" in explain("dwconv", X, backend="fused").parts["dwconv"]
+    with pytest.raises(TypeError, match="bogus"):
+        explain("multi_order_dwconv", X, bogus=1)
+    with pytest.raises(ValueError, match="x must have the dimensions"):
+        explain("dwconv", X[0])
     with pytest.raises(ValueError, match=r"op must be one of \['dwconv', 'multi_order_dwconv'\], got 'conv'"):
         explain("conv", X)
 

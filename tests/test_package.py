@@ -94,5 +94,6 @@ def test_objects_of_an_instruction_set_share_nothing():
         pytest.skip("the object files are not here: installed from a wheel")
     for path in objects:
         names = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
-        weak = [line for line in names.splitlines() if re.search(r"^\S* [wWvVuU] ", line) and " W " in f" {line} "]
-        assert all(re.search(r"vops::(baseline|avx2|avx512)::", line) for line in weak), (path.name, weak[:5])
+        weak = [line for line in names.splitlines() if re.search(r"^\S+ [WVu] ", line)]
+        weak = [line for line in weak if not re.search(r"vops::(baseline|avx2|avx512)::|DW\.ref\.", line)]
+        assert not weak, path.name

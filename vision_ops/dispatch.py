@@ -40,9 +40,12 @@ class use_backend:
 
     def __init__(self, backend: str) -> None:
         global _current
-        self._previous, _current = _current, resolve_backend(backend)
+        self._backend = resolve_backend(backend)
+        self._previous, _current = _current, self._backend
 
     def __enter__(self) -> "use_backend":
+        global _current
+        _current = self._backend  # once more: the object may be used for several blocks
         return self
 
     def __exit__(

@@ -212,6 +212,15 @@ void sum_block(const Panel<const T>& x, RowRange rows, A* out) {
 }  // namespace
 
 template <>
+void sum_rows(const Panel<const float>& x, int64_t blocks, RowRange rows, float* sums, int64_t step) {
+  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
+}
+template <>
+void sum_rows(const Panel<const double>& x, int64_t blocks, RowRange rows, double* sums, int64_t step) {
+  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
+}
+
+template <>
 void conv_weight_rows(const Panel<const bf16>& dy, const Panel<const bf16>& x, int64_t height, int64_t blocks, DwConv f,
                       RowRange out, float* sums, int64_t step) {
   conv_weight_rows_by_patches(dy, x, height, blocks, f, out, sums, step);
@@ -237,13 +246,6 @@ void conv_weight_rows(const Panel<const double>& dy, const Panel<const double>& 
   for (int64_t b = 0; b < blocks; b++) conv_weight_rows_plain(dy.block(b), x.block(b), height, f, out, sums + b * step);
   sum_rows<double, double>(dy, blocks, out, sums + f.kernel * f.kernel * kLanes, step);
 }
-
-template <class T, class A>
-void sum_rows(const Panel<const T>& x, int64_t blocks, RowRange rows, A* sums, int64_t step) {
-  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
-}
-template void sum_rows(const Panel<const float>&, int64_t, RowRange, float*, int64_t);
-template void sum_rows(const Panel<const double>&, int64_t, RowRange, double*, int64_t);
 
 }  // namespace VOPS_ISA
 }  // namespace vops

@@ -72,6 +72,8 @@ int chosen() {
 
 }  // namespace
 
+const Error kOutOfMemory = "out of memory";
+
 void* thread_scratch(Use use, size_t bytes) {
   static thread_local ThreadScratch scratches[2];
   ThreadScratch& scratch = scratches[use];

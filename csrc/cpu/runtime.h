@@ -14,7 +14,7 @@ namespace vops {
 enum Use { kPanels, kSums };
 void* thread_scratch(Use use, size_t bytes);
 
-constexpr Error kOutOfMemory = "out of memory";
+extern const Error kOutOfMemory;
 
 struct CpuKernels {
   const char* isa;

@@ -18,7 +18,7 @@ struct DwConvOps {
   Error (*backward_activation)(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& b,
                                const Tensor4& du, DwConv conv, Activation act);
   Error (*backward_input)(const Tensor4& dy, const Tensor4& w, const Tensor4& dx, DwConv conv);
-  // dw or db may be absent. Bitwise repeatable: the order of the sums depends on the shape only.
+  // dw or db may be absent. Bitwise repeatable: the order of the sums does not depend on the number of threads.
   Error (*backward_weight)(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, const Tensor4& db, DwConv conv);
 };
 

@@ -98,6 +98,15 @@ def test_float32_parameters_beside_half_input(dtype, device):
     check_against_reference(case)
 
 
+def test_autocast_does_not_mix_float64_with_less(device):
+    x, weight, bias = make((1, 8, 6, 6), device=device).tensors
+    with torch.autocast(device, dtype=torch.bfloat16):
+        for given in ((x.double(), weight), (x, weight.double()), (x.double(), weight.bfloat16())):
+            with pytest.raises(TypeError, match="weight must have the dtype of x"):
+                fused_dwconv(*given)
+        assert fused_dwconv(x.double(), weight.double(), backend="fused").dtype == torch.float64
+
+
 def test_autocast(device):
     x, weight, bias = make((2, 16, 9, 9), device=device).tensors
     weight.requires_grad_()
@@ -252,16 +261,44 @@ def test_called_from_many_threads():
 
 
 def test_hands_over_where_torch_is_faster():
-    """Large channels_last 3x3: the whole op for inference or with GELU, in training the forward pass only."""
+    """Large channels_last 3x3: for inference, and with GELU always. Told to be fused, the kernel runs all the same."""
     case = make((1, 800, 56, 56), 3, dtype=torch.bfloat16, layout="channels_last")
     x, weight, bias = case.tensors
     found = explain("dwconv", x, weight, bias)
     assert found.parts == {"dwconv": "PyTorch"} and "oneDNN is faster" in found.slower[0]
-    trained = explain("dwconv", x.clone().requires_grad_(), weight, bias)
-    assert "PyTorch" in trained.parts["forward"] and "C++" in trained.parts["backward"]
-    assert "C++" in explain("dwconv", x.contiguous(), weight, bias).parts["dwconv"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert explain("dwconv", x.float(), weight.float(), bias.float()).parts == {"dwconv": "PyTorch"}
+    for kept in ((x.contiguous(), weight), (x.clone().requires_grad_(), weight)):
+        assert "C++" in explain("dwconv", *kept, bias).parts["dwconv"]
+    assert "C++" in explain("dwconv", x, weight, bias, backend="fused").parts["dwconv"]
     check_against_reference(case)
-    check_against_reference(make((1, 8, 56, 56), 3, layout="channels_last", activation="gelu"))
+    check_against_reference(make((1, 16, 56, 56), 3, layout="channels_last", activation="gelu"))
+
+
+def test_second_order_gradients_of_dependent_arguments():
+    """Tied weights: what reaches the weight through x must not be counted by the recomputation, too."""
+    x, weight, _ = make((1, 4, 6, 6), dtype=torch.float64).tensors
+    results = []
+    for backend in ("fused", "reference"):
+        w = weight.detach().requires_grad_()
+        y = fused_dwconv(fused_dwconv(x, w, backend=backend), w, w.sum((1, 2, 3)), activation="silu", backend=backend)
+        (first,) = torch.autograd.grad(y.square().sum(), w, create_graph=True)
+        results.append((first, *torch.autograd.grad(first.square().sum(), w)))
+    torch.testing.assert_close(*results)
+
+
+def test_compiled_functorch_takes_the_reference():
+    x, weight, _ = make((2, 4, 7, 6)).tensors
+
+    def tangent(x):
+        return torch.func.jvp(lambda t: fused_dwconv(t, weight), (x,), (x,))[1]
+
+    def gradient(w):
+        return torch.func.grad(lambda t: fused_dwconv(x, t).square().sum())(w)
+
+    for f, argument in ((tangent, x), (gradient, weight)):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(argument), f(argument))
 
 
 X, W, B = torch.randn(2, 8, 7, 7), torch.randn(8, 1, 3, 3), torch.randn(8)
@@ -293,12 +330,21 @@ REFUSED = {
         {"backend": "cudnn"},
     ),
     "activation": (ValueError, "activation must be one of .*got 'relu'", (X, W), {"activation": "relu"}),
-    "stride": (ValueError, "stride must be at least 1, got 0", (X, W), {"stride": 0}),
+    "stride": (ValueError, "stride must be from 1 to 16777216, got 0", (X, W), {"stride": 0}),
+    "huge stride": (ValueError, "stride must be from 1 to 16777216, got 288230376151711744", (X, W), {"stride": 2**58}),
+    "no channels": (ValueError, "x may be empty in N only", (X[:, :0], W[:0]), {}),
+    "no rows": (ValueError, "x may be empty in N only", (X[:, :, :0], W), {"padding": 3}),
+    "nested weight": (TypeError, "weight must be a dense tensor", (X, torch.nested.nested_tensor([W])), {}),
     "stride type": (TypeError, "stride must be an int, got tuple", (X, W), {"stride": (1, 1)}),
-    "dilation": (ValueError, "dilation must be at least 1, got -1", (X, W), {"dilation": -1}),
-    "padding": (ValueError, "padding must be at least 0, got -1", (X, W), {"padding": -1}),
+    "dilation": (ValueError, "dilation must be from 1 to 16777216, got -1", (X, W), {"dilation": -1}),
+    "padding": (ValueError, "padding must be from 0 to 16777216, got -1", (X, W), {"padding": -1}),
     "padding length": (ValueError, r"padding must be None, an int, .*got \(1, 1, 1\)", (X, W), {"padding": (1, 1, 1)}),
-    "padding entry": (ValueError, r"padding\[2\] must be at least 0, got -1", (X, W), {"padding": (1, 1, -1, 1)}),
+    "padding entry": (
+        ValueError,
+        r"padding\[2\] must be from 0 to 16777216, got -1",
+        (X, W),
+        {"padding": (1, 1, -1, 1)},
+    ),
     "padding word": (ValueError, "padding must be None.*got 'same'", (X, W), {"padding": "same"}),
     "too small": (
         ValueError,

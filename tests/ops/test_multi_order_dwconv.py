@@ -143,6 +143,7 @@ GOOD = make((2, 16, 7, 7)).tensors
 WEIGHTS, BIASES = GOOD[1:4], GOOD[4:]
 REFUSED = {
     "rank": (ValueError, "x must have the dimensions", (X[0], WEIGHTS), {}),
+    "no channels": (ValueError, "x may be empty in N only", (X[:, :0], [w[:0] for w in WEIGHTS]), {}),
     "channels": (
         ValueError,
         r"split \(1, 3, 4\) adds up to 8, which must divide the 12 channels",
@@ -155,7 +156,7 @@ REFUSED = {
         (X, WEIGHTS),
         {"split": (1, 1, 3)},
     ),
-    "split length": (ValueError, r"split must be a sequence of 3, got \(1, 7\)", (X, WEIGHTS), {"split": (1, 7)}),
+    "split length": (ValueError, r"split must be a sequence of 3, got 2", (X, WEIGHTS), {"split": (1, 7)}),
     "empty branch": (ValueError, r"split\[1\] must be at least 1, got 0", (X, WEIGHTS), {"split": (1, 0, 7)}),
     "dilation": (ValueError, r"dilations\[2\] must be from 1 to 3, got 4", (X, WEIGHTS), {"dilations": (1, 2, 4)}),
     "dilation type": (TypeError, r"dilations\[0\] must be an int, got float", (X, WEIGHTS), {"dilations": (1.0, 2, 3)}),

@@ -1,6 +1,5 @@
 """Refusals of bad arguments. Every message names the argument, what it was and what it must be."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,21 +22,38 @@ def check_tensor(name: str, t: Any, dims: str) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
     if t.ndim != dims.count(",") + 1:
         raise ValueError(f"{name} must have the dimensions ({dims}), got shape {tuple(t.shape)}")
+    if 0 in t.shape[1:]:
+        raise ValueError(f"{name} may be empty in N only, got shape {tuple(t.shape)}")
 
 
-def check_parameter(name: str, t: Any, shape: Sequence[int], why: str, x: Tensor) -> None:
+def check_parameter(name: str, t: Any, shape: tuple[int, ...], why: str, x: Tensor) -> None:
     """A parameter of exactly this shape, on the device of x, in its dtype or, beside a half x, in float32."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {t.layout}")
-    if tuple(t.shape) != tuple(shape):
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
+    if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(t.shape)}")
     if t.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+    if t.dtype == x.dtype:
+        return
     mixed = t.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-    if t.dtype != x.dtype and not mixed and not (t.dtype in FLOATS and autocast_enabled(x)):
+    # Autocast casts all but float64.
+    cast = t.dtype in FLOATS and (t.dtype == torch.float64) == (x.dtype == torch.float64) and autocast_enabled(x)
+    if not mixed and not cast:
         raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or float32 beside a half x, got {t.dtype}")
+
+
+def check_kernel(name: str, weight: Any) -> int:
+    """The kernel size K of depthwise weights (C, 1, K, K), which is odd; the rest is for check_parameter to see."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.layout != torch.strided or weight.is_nested or weight.ndim == 0:
+        return 1
+    if weight.shape[-1] % 2 == 0:
+        raise ValueError(f"{name} must have an odd kernel size, got shape {tuple(weight.shape)}")
+    return weight.shape[-1]
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -50,5 +66,7 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> N
 
 
 def check_sequence(name: str, value: Any, length: int) -> None:
-    if isinstance(value, Tensor) or not isinstance(value, Sequence) or len(value) != length:
-        raise ValueError(f"{name} must be a sequence of {length}, got {value!r}")
+    if isinstance(value, (Tensor, str)) or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
+        raise ValueError(f"{name} must be a sequence of {length}, got {type(value).__name__}")
+    if len(value) != length:
+        raise ValueError(f"{name} must be a sequence of {length}, got {len(value)}")

@@ -147,7 +147,7 @@ class FusedOp:
             return self._forward(*arguments)
 
     def explain(self, *given: Any, backend: str | None = None) -> Explanation:
-        backend, arguments = resolve_backend(backend), self.arguments(*given)
+        backend, arguments = resolve_backend(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
         runs = _native.kernel_name(arguments[0].device.type) if fused else "PyTorch"
@@ -174,11 +174,9 @@ def _any_requires_grad(arguments: Sequence[Any]) -> bool:
 
 def _needs_reference() -> bool:
     """Whether something is active that only PyTorch's own ops support."""
-    if torch.onnx.is_in_onnx_export():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
 
 
 def _function(
@@ -194,7 +192,9 @@ def _function(
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:count]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            with torch.enable_grad():
+            # Views, so that gradients stop here even where one argument was computed from another.
+            tensors = [t if t is None else t.view_as(t) for t in tensors]
+            with torch.autocast(grad.device.type, enabled=False):
                 y = op.reference(op.arguments(*tensors, *ctx.options))
                 inputs = [t for t, needed in zip(tensors, needs, strict=True) if needed]
                 found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))

@@ -1,8 +1,7 @@
 """Depthwise convolution with bias and activation: the engine that the convolutions of all five backbones share."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +9,10 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.dwconv import ACTIVATIONS, four_paddings
-from ._checks import check_integer, check_parameter, check_tensor
+from ._checks import check_integer, check_kernel, check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, memory_format
 
+_MOST = 2**24  # of stride, dilation and padding: products with sizes stay within 64 bits
 _ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}
 
 
@@ -41,13 +41,16 @@ def _output(a: _Arguments) -> Tensor:
 def _torch_is_faster(a: _Arguments) -> bool:
     """Large channels_last 3x3 convolutions wait for memory, and there oneDNN streams better (measured, AVX-512)."""
     x = a.x
-    if a.weight.shape[-1] != 3 or a.stride != 1 or a.dilation != 1 or a.weight.dtype != x.dtype:
+    if a.weight.shape[-1] != 3 or a.stride != 1 or a.dilation != 1:
+        return False
+    if a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype):
         return False
     if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
+    wide = x.shape[2] * x.shape[3] >= 56 * 56
     if x.dtype == torch.float32:
-        return a.activation == "gelu" and x.shape[2] * x.shape[3] >= 56 * 56
-    return x.numel() >= 2_400_000
+        return wide and (a.activation == "gelu" or x.shape[1] % 16 != 0)
+    return wide or x.numel() >= 1_500_000
 
 
 def _native_conv(a: _Arguments) -> tuple[int, ...]:
@@ -55,8 +58,6 @@ def _native_conv(a: _Arguments) -> tuple[int, ...]:
 
 
 def _forward_cpu(a: _Arguments) -> Tensor:
-    if _torch_is_faster(a):
-        return _reference(a)
     y, weight, bias = _output(a), a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
     views = _native.view(a.x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
     _native.kernels().dwconv(*views, _native_conv(a), _ACTIVATION_CODES[a.activation])
@@ -87,8 +88,7 @@ _KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.x, _KERNELS)
-    # A compiled graph must not depend on the size: there the kernel hands over. So it does in training without
-    # activation, where our backward pass is the faster one.
+    # A compiled graph must not depend on the size. In training without activation our backward pass makes up for it.
     if a.weight is None or torch.compiler.is_compiling() or cannot:
         return cannot, []
     trains = torch.is_grad_enabled() and (a.x.requires_grad or a.weight.requires_grad)
@@ -111,11 +111,8 @@ def _explain(
     activation: str | None = None,
     backend: str | None = None,
 ) -> Explanation:
-    given: tuple[Any, ...] = (x, weight, bias, stride, [], dilation, activation)
-    found = _op.explain(*given, backend=backend)
-    if weight is None or found.cannot or found.parts["dwconv"] == "PyTorch" or not _torch_is_faster(_Arguments(*given)):
-        return found
-    return replace(found, parts={"forward": "PyTorch (oneDNN)", "backward": found.parts["dwconv"]})
+    check_tensor("x", x, "N, C, H, W")
+    return _op.explain(x, weight, bias, stride, [], dilation, activation, backend=backend)
 
 
 explainers["dwconv"] = _explain
@@ -147,7 +144,7 @@ def fused_dwconv(
 
     Sums are float32 (float64 for float64). Gradients are bitwise repeatable and come in each argument's own dtype;
     backward keeps the arguments only. Without a kernel for the device, `reference.dwconv` runs; so it does where oneDNN
-    is faster, for large channels_last 3x3 convolutions (`explain` tells).
+    is faster, for some large channels_last 3x3 convolutions (`explain` tells).
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the output would be empty for want of rows or columns.
@@ -156,16 +153,12 @@ def fused_dwconv(
     (2210.01820).
     """
     check_tensor("x", x, "N, C, H, W")
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    channels, kernel_size = x.shape[1], weight.shape[-1] if weight.ndim else 0
-    if kernel_size % 2 == 0:
-        raise ValueError(f"weight must have an odd kernel size, got shape {tuple(weight.shape)}")
+    channels, kernel_size = x.shape[1], check_kernel("weight", weight)
     check_parameter("weight", weight, (channels, 1, kernel_size, kernel_size), "C, 1, K, K", x)
     if bias is not None:
         check_parameter("bias", bias, (channels,), "C", x)
-    check_integer("stride", stride, 1)
-    check_integer("dilation", dilation, 1)
+    check_integer("stride", stride, 1, _MOST)
+    check_integer("dilation", dilation, 1, _MOST)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     four = _checked_padding(padding, kernel_size, dilation)
@@ -180,11 +173,11 @@ def fused_dwconv(
 def _checked_padding(padding: int | Sequence[int] | None, kernel_size: int, dilation: int) -> tuple[int, ...]:
     if isinstance(padding, Sequence) and not isinstance(padding, str) and len(padding) in (2, 4):
         for i, p in enumerate(padding):
-            check_integer(f"padding[{i}]", p, 0)
+            check_integer(f"padding[{i}]", p, 0, _MOST)
     elif padding is not None:
         if not isinstance(padding, int):
             raise ValueError(
                 f"padding must be None, an int, (height, width) or (top, bottom, left, right), got {padding!r}"
             )
-        check_integer("padding", padding, 0)
+        check_integer("padding", padding, 0, _MOST)
     return four_paddings(padding, kernel_size, dilation)

@@ -1,14 +1,14 @@
 """MogaNet's multi-order depthwise convolution: one convolution, then two dilated ones on slices of its output."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.multi_order_dwconv import split_channels
-from ._checks import check_integer, check_parameter, check_sequence, check_tensor
+from ._checks import check_integer, check_kernel, check_parameter, check_sequence, check_tensor
 from ._registration import FusedOp, device_reasons, empty
 
 
@@ -77,7 +77,16 @@ _op = FusedOp(
 )
 
 
-def _explain(x: Tensor, *arguments: Any, backend: str | None = None, **options: Any) -> Explanation:
+def _explain(
+    x: Tensor,
+    weights: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    dilations: Sequence[int] = (1, 2, 3),
+    split: Sequence[int] = (1, 3, 4),
+    backend: str | None = None,
+) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
     return _op.explain(x, *(None,) * 7, backend=backend)
 
 
@@ -121,9 +130,7 @@ def fused_multi_order_dwconv(
     check_sequence("biases", biases, 3)
     widths = check_multi_order(x.shape[1], dilations, split)
     for i, (weight, bias, width) in enumerate(zip(weights, biases, (x.shape[1], *widths[1:]), strict=True)):
-        kernel_size = weight.shape[-1] if isinstance(weight, Tensor) and weight.ndim else 1
-        if kernel_size % 2 == 0:
-            raise ValueError(f"weights[{i}] must have an odd kernel size, got shape {tuple(weight.shape)}")
+        kernel_size = check_kernel(f"weights[{i}]", weight)
         why = f"{'C' if i == 0 else f'c{i}'}, 1, K, K"
         check_parameter(f"weights[{i}]", weight, (width, 1, kernel_size, kernel_size), why, x)
         if bias is not None:
