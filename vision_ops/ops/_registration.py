@@ -1,7 +1,7 @@
 """How every op enters PyTorch: forward and backward are each an op of the dispatcher, autograd stands outside them.
 
-Measured per call without the kernel: 2 us without gradients and 7 us with, against 16-19 us for `register_autograd` or
-`custom_op`, whose jvp would also be silently wrong.
+That is the cheapest arrangement per call, a few microseconds against 16 to 19 for `register_autograd` and `custom_op`
+(measured on a prototype), and `register_autograd` alone would give a silently wrong jvp.
 """
 
 import typing
