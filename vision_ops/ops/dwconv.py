@@ -50,7 +50,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
     wide = x.shape[2] * x.shape[3] >= 56 * 56
     if x.dtype == torch.float32:
         return wide and (a.activation == "gelu" or x.shape[1] % 16 != 0)
-    return wide or x.numel() >= 1_500_000
+    return wide or x.numel() >= (2_400_000 if a.activation is None else 1_500_000)
 
 
 def _native_conv(a: _Arguments) -> tuple[int, ...]:
