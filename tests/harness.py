@@ -63,8 +63,11 @@ def relative_error(a: Tensor, exact: Tensor) -> float:
     return ((a.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
 
 
-def check_against_reference(case: Case, grad_layout: str = "contiguous") -> None:
-    """Output and gradients: error at most twice that of eager PyTorch in the same dtype, both against float64."""
+def check_against_reference(case: Case, grad_layout: str = "contiguous", slack: float = 1.0) -> None:
+    """Output and gradients: error at most twice that of eager PyTorch in the same dtype, both against float64.
+
+    slack: for drawn cases. Where a gradient's few terms happen to cancel, whose rounding errors do so too is luck.
+    """
     y = case.run(case.tensors, "reference")
     grad = laid_out(torch.randn_like(y), grad_layout)
     fused, _ = outputs(case, "fused", grad)
@@ -78,7 +81,7 @@ def check_against_reference(case: Case, grad_layout: str = "contiguous") -> None
         )  # NaN where eager itself goes wrong: it does for some bfloat16 weight gradients
         allowed = 2 * (0.0 if math.isnan(eager_error) else eager_error) + FLOOR[case.tensors[0].dtype]
         error = relative_error(a, e)
-        assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+        assert error <= slack * allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def check_gradients(case: Case, second: bool = True) -> None:

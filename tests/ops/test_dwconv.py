@@ -380,13 +380,14 @@ def test_every_kernel_stride_dilation_and_size(dtype, layout):
             itertools.product(sizes, sizes), itertools.cycle((8, 12, 16, 24, 40, 32, 100)), strict=False
         ):
             case = make((1, channels, h, w), kernel_size, dtype=dtype, layout=layout, stride=stride, dilation=dilation)
-            check_against_reference(case)
+            check_against_reference(case, slack=3)
 
 
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_arguments(data):
+    torch.manual_seed(0)  # a drawn case that fails must fail again
     draw = data.draw
     kernel_size, stride, dilation = (
         draw(st.sampled_from([1, 3, 5, 7, 9, 11, 13])),
@@ -409,4 +410,4 @@ def test_any_arguments(data):
         dilation=dilation,
         activation=draw(st.sampled_from([None, "gelu", "silu"])),
     )
-    check_against_reference(case)
+    check_against_reference(case, slack=3)
