@@ -58,7 +58,8 @@ class FusedOp:
 
     arguments: a NamedTuple, tensors first; its annotations are the schema, and every tensor gets a gradient. The
     functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of reasons against
-    the kernels: why they cannot run, and why they would be slower.
+    the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are. autocast: whether
+    tensors are cast to its dtype; norms take them as they are.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class FusedOp:
         kernels: Mapping[str, Kernels],
         reference: Callable[[Any], Tensor],
         predicate: Callable[[Any], tuple[list[str], list[str]]],
+        triton: bool = False,
+        autocast: bool = True,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
+        self._triton, self._autocasts = triton, autocast
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
@@ -150,13 +154,19 @@ class FusedOp:
         backend, arguments = resolve_backend(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
-        runs = _native.kernel_name(arguments[0].device.type) if fused else "PyTorch"
+        device = arguments[0].device.type
+        if not fused:
+            runs = "PyTorch"
+        elif self._triton and device == "cuda":
+            runs = "Triton kernel"
+        else:
+            runs = _native.kernel_name(device)
         if backend == "fused" and cannot:
             runs = "nothing: a ValueError"
         return Explanation(self.name, backend, {self.name: runs}, cannot, slower)
 
     def _autocast(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not autocast_enabled(given[0]):
+        if not self._autocasts or not autocast_enabled(given[0]):
             return given
         dtype = torch.get_autocast_dtype(given[0].device.type)
         cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given[: self._tensors])
@@ -208,11 +218,12 @@ def _function(
     return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)
 
 
-def device_reasons(x: Tensor, kernels: Mapping[str, Kernels]) -> list[str]:
-    """Why the kernels cannot run on the device of x."""
+def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:
+    """Why the kernels cannot run on the device of x. triton: its kernels serve CUDA."""
     kind = x.device.type
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
-    if kind == "cuda" and _native.cuda_missing:
-        return [_native.cuda_missing]
+    missing = _native.triton_missing if triton else _native.cuda_missing
+    if kind == "cuda" and missing:
+        return [missing]
     return [] if kind.upper() in kernels else [f"there is no kernel for device {kind!r}"]
