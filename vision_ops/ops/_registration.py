@@ -4,6 +4,7 @@ That is the cheapest arrangement per call, a few microseconds against 16 to 19 f
 (measured on a prototype), and `register_autograd` alone would give a silently wrong jvp.
 """
 
+import functools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,12 +19,15 @@ from ._checks import autocast_enabled
 
 _library = torch.library.Library("vision_ops", "DEF")
 
-# forward(arguments) -> y, and backward(grads, grad_y, arguments), which writes into grads: None where none is needed.
-Kernels = tuple[Callable[[Any], Tensor], Callable[[list[Tensor | None], Tensor, Any], None]]
+# forward(arguments) -> y, or (y, *what the op saves); backward(grads, grad_y, arguments, *saved), which writes into
+# grads: one for each tensor argument, a list for a list, None where none is needed.
+Kernels = tuple[Callable[[Any], Any], Callable[..., None]]
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[Tensor | None]: "Tensor?[]",
     int: "int",
     float: "float",
     bool: "bool",
@@ -53,13 +57,28 @@ def _gradient_like(t: Tensor) -> Tensor:
     return empty(t.shape, t) if t.ndim == 4 and t.shape[1] > 1 else allocate(t.shape, t)
 
 
+def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """For kernels that call PyTorch's GEMMs: FusedOp has cast what is to be cast."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return kernel(*args)
+
+    return run
+
+
 class FusedOp:
     """One op: `vision_ops::<name>`, `vision_ops::<name>_backward`, their fakes and their gradient.
 
-    arguments: a NamedTuple, tensors first; its annotations are the schema, and every tensor gets a gradient. The
-    functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of reasons against
-    the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are. autocast: whether
-    tensors are cast to its dtype; norms take them as they are.
+    arguments: a NamedTuple, tensors and lists of tensors first; its annotations are the schema, and every tensor gets a
+    gradient. The functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of
+    reasons against the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are.
+    autocast: whether tensors are cast to its dtype; norms take them as they are.
+
+    saved: how many tensors, besides the arguments, the forward kernel computes for the backward kernel. Kernels and
+    output then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of
+    the op runs where, for `explain`; without it the op is one part.
     """
 
     def __init__(
@@ -67,31 +86,37 @@ class FusedOp:
         name: str,
         arguments: type[NamedTuple],
         *,
-        output: Callable[[Any], Tensor],
+        output: Callable[[Any], Any],
         kernels: Mapping[str, Kernels],
         reference: Callable[[Any], Tensor],
         predicate: Callable[[Any], tuple[list[str], list[str]]],
         triton: bool = False,
         autocast: bool = True,
+        saved: int = 0,
+        parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self._triton, self._autocasts = triton, autocast
+        self._triton, self._autocasts, self._saved, self._parts = triton, autocast, saved, parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
+        self._options = len(types) - count
+        self._lists = any(kind.startswith("Tensor") and kind.endswith("[]") for kind in types.values())
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
-        forward = _define(f"{name}({schema}) -> Tensor")
-        gradients = ", ".join(["Tensor"] * count)
-        backward = _define(f"{name}_backward(Tensor grad, {schema}, bool[] needs) -> ({gradients})")
-        function = _function(self, forward, backward)
+        results = f"({', '.join(['Tensor'] * (1 + saved))})" if saved else "Tensor"
+        forward = _define(f"{name}({schema}) -> {results}")
+        needs = "Tensor[] saved, bool[] needs" if saved else "bool[] needs"
+        backward = _define(f"{name}_backward(Tensor grad, {schema}, {needs}) -> Tensor[]")
+        self._forward = forward
+        self._function = _function(self, forward, backward)
 
         # Where graphs come: compiled, exported and traced ones hold the op.
-        def autograd(*given: Any) -> Tensor:
+        def autograd(*given: Any) -> Any:
             if torch.is_grad_enabled() and _any_requires_grad(given):
-                return function.apply(*given)
+                return self._differentiable(given)
             with torch._C._AutoDispatchBelowAutograd():
                 return forward(*given)
 
-        def refuse_autograd(*given: Any) -> tuple[Tensor, ...]:
+        def refuse_autograd(*given: Any) -> list[Tensor]:
             if torch.is_grad_enabled() and _any_requires_grad(given):
                 raise RuntimeError(f"torch.ops.vision_ops.{name}_backward has no gradient of its own")
             with torch._C._AutoDispatchBelowAutograd():
@@ -100,36 +125,31 @@ class FusedOp:
         _library.impl(name, autograd, "Autograd")
         _library.impl(f"{name}_backward", refuse_autograd, "Autograd")
 
-        def empty_gradients(given: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:
-            pairs = zip(given[:count], needs, strict=True)
-            return [_gradient_like(t) if needed else None for t, needed in pairs]
-
-        # An op cannot return None: a gradient that is not needed is an empty tensor.
-        def filled(grads: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor, ...]:
-            return tuple(grad.new_empty(0) if g is None else g for g in grads)
-
-        def fake_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        def gradients(grad: Tensor, *rest: Any, run: Callable[..., None] | None = None) -> list[Tensor]:
             *given, needs = rest
-            return filled(empty_gradients(given, needs), grad)
+            saved_tensors = given.pop() if saved else []
+            needed = iter(needs)
+
+            def empty_gradient(t: Any) -> Any:
+                if isinstance(t, (list, tuple)):
+                    return [empty_gradient(u) for u in t]
+                return _gradient_like(t) if next(needed) else None
+
+            grads = [empty_gradient(t) for t in given[:count]]
+            if run is not None:
+                run(grads, grad, arguments(*given), *saved_tensors)
+            # An op cannot return None: a gradient that is not needed is an empty tensor.
+            return [grad.new_empty(0) if g is None else g for g in _flat(grads)]
 
         torch.library.register_fake(forward, lambda *given: output(arguments(*given)), lib=_library)
-        torch.library.register_fake(backward, fake_backward, lib=_library)
+        torch.library.register_fake(backward, gradients, lib=_library)
         for key, (run_forward, run_backward) in kernels.items():
 
-            def forward_kernel(*given: Any, run: Any = run_forward) -> Tensor:
+            def forward_kernel(*given: Any, run: Any = run_forward) -> Any:
                 return run(arguments(*given))
 
-            def backward_kernel(grad: Tensor, *rest: Any, run: Any = run_backward) -> tuple[Tensor, ...]:
-                *given, needs = rest
-                grads = empty_gradients(given, needs)
-                run(grads, grad, arguments(*given))
-                return filled(grads, grad)
-
             _library.impl(name, forward_kernel, key)
-            _library.impl(f"{name}_backward", backward_kernel, key)
-
-        self._forward = forward
-        self._function = function
+            _library.impl(f"{name}_backward", functools.partial(gradients, run=run_backward), key)
 
     def __call__(self, *given: Any, backend: str | None = None) -> Tensor:
         """Runs the op on checked arguments."""
@@ -142,19 +162,40 @@ class FusedOp:
             raise ValueError(f"backend='fused', but fused_{self.name} cannot run: {'; '.join(cannot)}")
         if cannot or (slower and backend == "auto"):
             return self.reference(arguments)
+        result = self._run(arguments)
+        return result[0] if self._saved else result
+
+    def _run(self, arguments: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._forward(*arguments)
         # The shortest ways through the dispatcher.
         if torch.is_grad_enabled() and _any_requires_grad(arguments):
-            return self._function.apply(*arguments)
+            return self._differentiable(arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self._forward(*arguments)
+
+    def _differentiable(self, given: Sequence[Any]) -> Any:
+        """Through the autograd.Function, which sees no tensors inside of lists."""
+        if not self._lists:
+            return self._function.apply(None, *given)
+        tensors = given[: self._tensors]
+        lengths = tuple(len(t) if isinstance(t, (list, tuple)) else None for t in tensors)
+        return self._function.apply(lengths, *_flat(tensors), *given[self._tensors :])
+
+    def nested(self, tensors: Sequence[Tensor | None], lengths: tuple[int | None, ...] | None) -> list[Any]:
+        """The tensor arguments from what `_differentiable` made of them."""
+        if lengths is None:
+            return list(tensors)
+        rest = iter(tensors)
+        return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
 
     def explain(self, *given: Any, backend: str | None = None) -> Explanation:
         backend, arguments = resolve_backend(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
         device = arguments[0].device.type
+        if fused and self._parts is not None:
+            return Explanation(self.name, backend, self._parts(arguments), cannot, slower)
         if not fused:
             runs = "PyTorch"
         elif self._triton and device == "cuda":
@@ -169,8 +210,13 @@ class FusedOp:
         if not self._autocasts or not autocast_enabled(given[0]):
             return given
         dtype = torch.get_autocast_dtype(given[0].device.type)
-        cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given[: self._tensors])
-        return (*cast, *given[self._tensors :])
+
+        def cast(t: Any) -> Any:
+            if isinstance(t, (list, tuple)):
+                return [cast(u) for u in t]
+            return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+        return (*map(cast, given[: self._tensors]), *given[self._tensors :])
 
 
 def _define(schema: str) -> torch._ops.OpOverload:
@@ -178,8 +224,18 @@ def _define(schema: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.vision_ops, schema.split("(")[0]).default
 
 
+def _flat(nested: Sequence[Any]) -> list[Any]:
+    return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else (item,))]
+
+
 def _any_requires_grad(arguments: Sequence[Any]) -> bool:
-    return any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    for a in arguments:
+        if isinstance(a, Tensor):
+            if a.requires_grad:
+                return True
+        elif isinstance(a, (list, tuple)) and _any_requires_grad(a):
+            return True
+    return False
 
 
 def _needs_reference() -> bool:
@@ -192,27 +248,37 @@ def _needs_reference() -> bool:
 def _function(
     op: FusedOp, forward_op: torch._ops.OpOverload, backward_op: torch._ops.OpOverload
 ) -> type[torch.autograd.Function]:
-    count = op._tensors
+    def forward(ctx: Any, lengths: tuple[int | None, ...] | None, *given: Any) -> Any:
+        count = len(given) - op._options
+        tensors, ctx.options, ctx.lengths = given[:count], given[count:], lengths
+        result = forward_op(*op.nested(tensors, lengths), *ctx.options)
+        if op._saved:
+            ctx.mark_non_differentiable(*result[1:])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, *result[1:])
+        else:
+            ctx.save_for_backward(*tensors)
+        return result
 
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        ctx.save_for_backward(*given[:count])
-        ctx.options = given[count:]
-        return forward_op(*given)
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:count]
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        count = len(kept) - op._saved
+        tensors, saved, needs = kept[:count], kept[count:], ctx.needs_input_grad[1 : 1 + count]
+        if grad is None:
+            return (None,) * (1 + count + len(ctx.options))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             # Views, so that gradients stop here even where one argument was computed from another.
             tensors = [t if t is None else t.view_as(t) for t in tensors]
             with torch.autocast(grad.device.type, enabled=False):
-                y = op.reference(op.arguments(*tensors, *ctx.options))
+                y = op.reference(op.arguments(*op.nested(tensors, ctx.lengths), *ctx.options))
                 inputs = [t for t, needed in zip(tensors, needs, strict=True) if needed]
                 found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
             grads = tuple(next(found) if needed else None for needed in needs)
         else:
-            computed = backward_op(grad, *tensors, *ctx.options, list(needs))
+            extra = (list(saved),) if op._saved else ()
+            computed = backward_op(grad, *op.nested(tensors, ctx.lengths), *ctx.options, *extra, list(needs))
             grads = tuple(g if needed else None for g, needed in zip(computed, needs, strict=True))
-        return (*grads, *(None for _ in ctx.options))
+        return (None, *grads, *(None for _ in ctx.options))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)
