@@ -103,9 +103,25 @@ PYBIND11_MODULE(_cpu, m) {
     const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), ty = tensor(y);
     run([&] { return cpu_kernels().layer_norm_2d->forward(tx, tw, tb, ty, eps); });
   });
-  m.def("layer_norm_2d_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw,
-                                     py::handle db, double eps) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw), tdb = tensor(db);
-    run([&] { return cpu_kernels().layer_norm_2d->backward(tdy, tx, tw, tdx, tdw, tdb, eps); });
+  m.def("layer_norm_2d_backward",
+        [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw, py::handle db, double eps) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw),
+                        tdb = tensor(db);
+          run([&] { return cpu_kernels().layer_norm_2d->backward(tdy, tx, tw, tdx, tdw, tdb, eps); });
+        });
+
+  m.def("gate", [](py::handle u, py::handle b, py::handle q, py::handle p) {
+    const Tensor4 tu = tensor(u), tb = tensor(b), tq = tensor(q), tp = tensor(p);
+    run([&] { return cpu_kernels().gated_recursion->gate(tu, tb, tq, tp); });
+  });
+  m.def("gate_backward",
+        [](py::handle dp, py::handle u, py::handle b, py::handle q, py::handle du, py::handle dq, py::handle db) {
+          const Tensor4 tdp = tensor(dp), tu = tensor(u), tb = tensor(b), tq = tensor(q);
+          const Tensor4 tdu = tensor(du), tdq = tensor(dq), tdb = tensor(db);
+          run([&] { return cpu_kernels().gated_recursion->gate_backward(tdp, tu, tb, tq, tdu, tdq, tdb); });
+        });
+  m.def("channel_sums", [](py::handle t, py::handle sums) {
+    const Tensor4 tt = tensor(t), tsums = tensor(sums);
+    run([&] { return cpu_kernels().gated_recursion->channel_sums(tt, tsums); });
   });
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dwconv.h"
+#include "gated_recursion.h"
 #include "layer_norm_2d.h"
 #include "multi_order_dwconv.h"
 
@@ -22,6 +23,7 @@ struct CpuKernels {
   const DwConvOps* dwconv;
   const MultiOrderDwConvOps* multi_order_dwconv;
   const LayerNorm2dOps* layer_norm_2d;
+  const GatedRecursionOps* gated_recursion;
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
 const CpuKernels& cpu_kernels();

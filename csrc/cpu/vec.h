@@ -153,6 +153,16 @@ VOPS_INLINE void store_n(T* p, Float v, int n) {
 }
 #endif
 
+// float64 is there for exactness, not for speed.
+VOPS_INLINE Double load_n(const double* p, int n) {
+  Double v = {};
+  for (int k = 0; k < n; k++) v[k] = p[k];
+  return v;
+}
+VOPS_INLINE void store_n(double* p, Double v, int n) {
+  for (int k = 0; k < n; k++) p[k] = v[k];
+}
+
 #if defined(__clang__)
 #define VOPS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else

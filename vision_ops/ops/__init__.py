@@ -1,5 +1,13 @@
 from .dwconv import fused_dwconv
+from .gated_recursion import fused_gated_recursion
+from .gnconv import fused_gnconv
 from .layer_norm_2d import fused_layer_norm_2d
 from .multi_order_dwconv import fused_multi_order_dwconv
 
-__all__ = ["fused_dwconv", "fused_layer_norm_2d", "fused_multi_order_dwconv"]
+__all__ = [
+    "fused_dwconv",
+    "fused_gated_recursion",
+    "fused_gnconv",
+    "fused_layer_norm_2d",
+    "fused_multi_order_dwconv",
+]

@@ -26,8 +26,9 @@ def check_tensor(name: str, t: Any, dims: str) -> None:
         raise ValueError(f"{name} may be empty in N only, got shape {tuple(t.shape)}")
 
 
-def check_parameter(name: str, t: Any, shape: tuple[int, ...], why: str, x: Tensor) -> None:
-    """A parameter of exactly this shape, on the device of x, in its dtype or, beside a half x, in float32."""
+def check_parameter(name: str, t: Any, shape: tuple[int, ...], why: str, x: Tensor, of: str = "x") -> None:
+    """A parameter of exactly this shape, on the device of x, in its dtype or, beside a half x, in float32. `of`: the
+    name of x."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.layout != torch.strided or t.is_nested:
@@ -35,14 +36,23 @@ def check_parameter(name: str, t: Any, shape: tuple[int, ...], why: str, x: Tens
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(t.shape)}")
     if t.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+        raise ValueError(f"{name} must be on the device of {of}, {x.device}, got {t.device}")
     if t.dtype == x.dtype:
         return
     mixed = t.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
     # Autocast casts all but float64.
     cast = t.dtype in FLOATS and (t.dtype == torch.float64) == (x.dtype == torch.float64) and autocast_enabled(x)
     if not mixed and not cast:
-        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, or float32 beside a half x, got {t.dtype}")
+        raise TypeError(f"{name} must have the dtype of {of}, {x.dtype}, or float32 beside a half {of}, got {t.dtype}")
+
+
+def check_pointwise(name: str, weight: Any, sizes: tuple[int | None, int], why: str, x: Tensor, of: str = "x") -> None:
+    """The weight of a 1x1 convolution, (O, I) or (O, I, 1, 1); O may be any where sizes has None."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    ones = (1, 1) if weight.ndim == 4 else ()
+    outputs = sizes[0] or (weight.shape[0] if weight.ndim in (2, 4) and weight.shape[0] else 1)
+    check_parameter(name, weight, (outputs, sizes[1], *ones), why + ", 1, 1" * bool(ones), x, of)
 
 
 def check_kernel(name: str, weight: Any) -> int:
@@ -72,8 +82,9 @@ def check_eps(eps: Any) -> None:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
 
 
-def check_sequence(name: str, value: Any, length: int) -> None:
+def check_sequence(name: str, value: Any, length: int | None = None) -> None:
     if isinstance(value, (Tensor, str)) or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
-        raise ValueError(f"{name} must be a sequence of {length}, got {type(value).__name__}")
-    if len(value) != length:
+        size = "" if length is None else f" of {length}"
+        raise ValueError(f"{name} must be a sequence{size}, got {type(value).__name__}")
+    if length is not None and len(value) != length:
         raise ValueError(f"{name} must be a sequence of {length}, got {len(value)}")

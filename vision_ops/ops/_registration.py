@@ -53,6 +53,10 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return allocate(shape, like, memory_format(like))
 
 
+def allocate_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
+    return allocate(shape, like, torch.channels_last)
+
+
 def _gradient_like(t: Tensor) -> Tensor:
     return empty(t.shape, t) if t.ndim == 4 and t.shape[1] > 1 else allocate(t.shape, t)
 

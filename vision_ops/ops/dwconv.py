@@ -83,6 +83,28 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
         kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv)
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = the convolution that keeps the size, for the ops that contain one. Parameters are contiguous."""
+    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
+    _native.kernels().dwconv(*views, _same_size(weight), 0)
+
+
+def convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+) -> None:
+    """The gradients of `convolve`, into tensors of any strides; dweight may be weight."""
+    kernels, conv, grad_view = _native.kernels(), _same_size(weight), _native.view(grad)
+    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
+    if dweight is not None or dbias is not None:
+        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv)
+
+
+def _same_size(weight: Tensor) -> tuple[int, ...]:
+    size = weight.shape[-1]
+    return size, 1, 1, size // 2, size // 2
+
+
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
 
 

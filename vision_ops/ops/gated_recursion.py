@@ -1,0 +1,242 @@
+"""HorNet's gated recursion: a chain of gates with 1x1 convolutions between them, that double the channels."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._pointwise import linear, weight_gradient
+from ._registration import FusedOp, device_reasons, empty, memory_format, without_autocast
+
+
+class _Arguments(NamedTuple):
+    pwa: Tensor
+    dw: Tensor
+    pw_weights: list[Tensor]  # (O, I)
+    pw_biases: list[Tensor | None]
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.gated_recursion(*a)
+
+
+def _output(a: _Arguments) -> Tensor:
+    n, _, h, w = a.pwa.shape
+    return empty((n, chain_widths(a.pwa, a.pw_weights)[-1], h, w), a.pwa)
+
+
+def chain_widths(pwa: Tensor, pw_weights: Sequence[Tensor]) -> list[int]:
+    return [pwa.shape[1], *(w.shape[0] for w in pw_weights)]
+
+
+# --- The chain, for this op and for those that contain it. Its tensors are pixel_dense in one memory format.
+
+
+def pixel_dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """t if its lines are gapless in memory, channels of pixels or pixels of planes; channel slices are. Else a copy."""
+    n, c, h, w = t.shape
+    pixel = t.stride(2) if w == 1 else t.stride(3)
+    gapless = h == 1 or w == 1 or t.stride(2) == w * pixel
+    lined = (c == 1 or t.stride(1) == 1) if memory_format == torch.channels_last else (pixel == 1 or h * w == 1)
+    return t if gapless and lined else t.contiguous(memory_format=memory_format)
+
+
+def run_chain(
+    pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor | None = None
+) -> Tensor:
+    """p_order; in `out`, if it is given and pixel_dense."""
+    widths = chain_widths(pwa, weights)
+    first, *rest = dw.split(widths, dim=1)
+    n, _, h, w = pwa.shape
+    p = empty(pwa.shape, pwa) if weights or out is None else out
+    _gate(pwa, None, first, p)
+    for k, (weight, bias, q) in enumerate(zip(weights, biases, rest, strict=True)):
+        last = k == len(weights) - 1
+        u = empty((n, widths[k + 1], h, w), pwa) if not last or out is None else out
+        linear(p, weight.flatten(1), None, u)
+        _gate(u, bias, q, u)
+        p = u
+    return p
+
+
+class ChainAgain:
+    """The chain computed once more for its backward pass: `p` has every p_k."""
+
+    def __init__(
+        self, pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], last: bool
+    ) -> None:
+        """last: whether p_order is wanted, too."""
+        self.weights, self.biases = [w.flatten(1) for w in weights], [None, *biases]
+        self.q = dw.split(chain_widths(pwa, weights), dim=1)
+        self.u, self.p = [pwa], []
+        for k, q in enumerate(self.q):
+            if k > 0:
+                self.u.append(empty(q.shape, pwa))
+                linear(self.p[-1], self.weights[k - 1], None, self.u[-1])
+            if last or k < len(weights):
+                self.p.append(empty(q.shape, pwa))
+                _gate(self.u[k], self.biases[k], q, self.p[k])
+
+    def backward(
+        self,
+        dp: Tensor,
+        dpwa: Tensor,
+        ddw: Tensor,
+        dweights: Sequence[Tensor | None],
+        dbiases: Sequence[Tensor | None],
+        sums: Tensor | None = None,
+    ) -> None:
+        """Writes the gradients of all arguments, and that of a bias of pwa into `sums`. Only once: gradients take the
+        memory of what they are the last to need."""
+        dq = ddw.split([q.shape[1] for q in self.q], dim=1)
+        for k in reversed(range(1, len(self.q))):
+            u = self.u[k]
+            _gate_backward(dp, u, self.biases[k], self.q[k], u, dq[k], dbiases[k - 1])
+            weight_gradient(u, self.p[k - 1], dweights[k - 1])
+            dp = self.p[k - 1]
+            linear(u, self.weights[k - 1].t(), None, dp)
+        _gate_backward(dp, self.u[0], None, self.q[0], dpwa, dq[0], sums)
+
+
+def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
+    """p = (u + bias) * q; p may be u."""
+    bias = None if bias is None else bias.contiguous()
+    _native.kernels().gate(_native.view(u), _native.weight_view(bias), _native.view(q), _native.view(p))
+
+
+def _gate_backward(
+    dp: Tensor, u: Tensor, bias: Tensor | None, q: Tensor, du: Tensor, dq: Tensor, dbias: Tensor | None
+) -> None:
+    bias = None if bias is None else bias.contiguous()
+    inputs = _native.view(dp), _native.view(u), _native.weight_view(bias), _native.view(q)
+    _native.kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
+
+
+def channel_sums(t: Tensor, sums: Tensor | None) -> None:
+    """sums = t.sum((0, 2, 3)): the gradient of a bias."""
+    if sums is not None:
+        _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))
+
+
+# --- The op
+
+
+@without_autocast
+def _forward(a: _Arguments) -> Tensor:
+    wanted = memory_format(a.pwa)
+    return run_chain(pixel_dense(a.pwa, wanted), pixel_dense(a.dw, wanted), a.pw_weights, a.pw_biases, _output(a))
+
+
+@without_autocast
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+    dpwa, ddw, dweights, dbiases = grads
+    wanted = memory_format(a.pwa)
+    pwa, dw, dp = (pixel_dense(t, wanted) for t in (a.pwa, a.dw, grad))
+    found = [
+        empty(t.shape, pwa) if given is None or pixel_dense(given, wanted) is not given else given
+        for t, given in ((pwa, dpwa), (dw, ddw))
+    ]
+    ChainAgain(pwa, dw, a.pw_weights, a.pw_biases, last=False).backward(dp, *found, dweights, dbiases)
+    for given, t in zip((dpwa, ddw), found, strict=True):
+        if given is not None and given is not t:
+            given.copy_(t)
+
+
+_KERNELS = {"CPU": (_forward, _backward)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.pwa, _KERNELS, triton=True), []
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    return {"gates": _native.kernel_name(a.pwa.device.type), "1x1 convolutions": "PyTorch's GEMMs"}
+
+
+_op = FusedOp(
+    "gated_recursion",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    parts=_parts,
+)
+
+
+def _explain(
+    pwa: Tensor,
+    dw: Tensor | None = None,
+    pw_weights: Sequence[Tensor] | None = None,
+    pw_biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str | None = None,
+) -> Explanation:
+    check_tensor("pwa", pwa, "N, C, H, W")
+    return _op.explain(pwa, dw, list(pw_weights or ()), list(pw_biases or ()), backend=backend)
+
+
+explainers["gated_recursion"] = _explain
+
+
+def fused_gated_recursion(
+    pwa: Tensor,
+    dw: Tensor,
+    pw_weights: Sequence[Tensor],
+    pw_biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """p_1 = pwa * q_0, p_{k+1} = (pw_weights[k-1] p_k + pw_biases[k-1]) * q_k; q_0, q_1, ... = the channels of dw.
+
+    Args:
+        pwa: (N, d_0, H, W), any strides; float32, bfloat16, float16 or float64. The output has its memory format and
+            dtype.
+        dw: (N, d_0 + d_1 + ..., H, W), in the dtype of pwa. Channel slices of larger tensors are not copied.
+        pw_weights: of the 1x1 convolutions, (d_{k+1}, d_k) or (d_{k+1}, d_k, 1, 1), in the dtype of pwa, or float32
+            beside a half pwa. There may be none.
+        pw_biases: (d_{k+1},), as the weights; each or all may be None.
+        backend: as in `vision_ops.use_backend`.
+
+    Returns (N, d_last, H, W). The GEMMs are PyTorch's; bias and gate are one pass. Backward keeps the arguments only
+    and computes every p_k again. Gradients come in each argument's own dtype and are bitwise repeatable with the same
+    number of threads. Without a kernel for the device, `reference.gated_recursion` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    HorNet (arXiv 2207.14284), gnconv in hornet.py of raoyongming/HorNet.
+    """
+    check_tensor("pwa", pwa, "N, C, H, W")
+    check_tensor("dw", dw, "N, C, H, W")
+    weights, biases = check_chain(pwa.shape[1], pw_weights, pw_biases, "pwa", pwa)
+    n, d, h, w = pwa.shape
+    total = d + sum(weight.shape[0] for weight in weights)
+    check_parameter("dw", dw, (n, total, h, w), "N, sum of all d_k, H, W", pwa, "pwa")
+    if dw.dtype != pwa.dtype and not autocast_enabled(pwa):
+        raise TypeError(f"dw must have the dtype of pwa, {pwa.dtype}, got {dw.dtype}")
+    return _op(pwa, dw, weights, biases, backend=backend)
+
+
+def check_chain(
+    width: int,
+    pw_weights: Sequence[Tensor],
+    pw_biases: Sequence[Tensor | None] | None,
+    name: str,
+    x: Tensor,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The parameters of a chain that begins with d_0 = `width` channels, for an x of that name."""
+    check_sequence("pw_weights", pw_weights)
+    biases = [None] * len(pw_weights) if pw_biases is None else pw_biases
+    check_sequence("pw_biases", biases, len(pw_weights))
+    for k, (weight, bias) in enumerate(zip(pw_weights, biases, strict=True)):
+        check_pointwise(f"pw_weights[{k}]", weight, (None, width), f"d_{k + 1}, d_{k}", x, name)
+        width = weight.shape[0]
+        if bias is not None:
+            check_parameter(f"pw_biases[{k}]", bias, (width,), f"d_{k + 1}", x, name)
+    return list(pw_weights), list(biases)

@@ -1,0 +1,193 @@
+"""HorNet's recursive gated convolution, whole: two 1x1 convolutions around a depthwise one and the gated recursion."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._pointwise import linear, weight_gradient
+from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
+from .dwconv import convolve, convolve_backward
+from .gated_recursion import ChainAgain, channel_sums, check_chain, pixel_dense, run_chain
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    proj_in_weight: Tensor
+    proj_in_bias: Tensor | None
+    dw_weight: Tensor
+    dw_bias: Tensor | None
+    proj_out_weight: Tensor
+    proj_out_bias: Tensor | None
+    pw_weights: list[Tensor]
+    pw_biases: list[Tensor | None]
+    scale: float
+
+
+def _reference(a: _Arguments) -> Tensor:
+    parameters = a.proj_in_weight, a.proj_in_bias, a.dw_weight, a.dw_bias, a.pw_weights, a.pw_biases
+    return reference.gnconv(a.x, *parameters, a.proj_out_weight, a.proj_out_bias, scale=a.scale)
+
+
+def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """y, proj_in's output [pwa | abc], and the scaled convolution of abc. Backward reads these instead of computing
+    them again: with x, 5C numbers a pixel at most."""
+    n, c, h, w = a.x.shape
+    projected = allocate_channels_last((n, 2 * c, h, w), a.x)
+    return empty(a.x.shape, a.x), projected, allocate_channels_last((n, a.dw_weight.shape[0], h, w), a.x)
+
+
+def _scaled_conv(a: _Arguments) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with `scale` in them, not rounded to half types."""
+    wide = torch.promote_types(a.dw_weight.dtype, torch.float32)
+    weight = (a.dw_weight.to(wide) * a.scale).contiguous()
+    return weight, None if a.dw_bias is None else (a.dw_bias.to(wide) * a.scale).contiguous()
+
+
+# In between everything is channels_last, whatever x is: the GEMMs at either end change the layout on their way.
+@without_autocast
+def _forward(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    y, projected, dw = _output(a)
+    linear(a.x, a.proj_in_weight.flatten(1), a.proj_in_bias, projected)
+    pwa, abc = _split(projected, a)
+    convolve(abc, *_scaled_conv(a), dw)
+    p = run_chain(pwa, dw, a.pw_weights, a.pw_biases)
+    linear(p, a.proj_out_weight.flatten(1), a.proj_out_bias, y)
+    return y, projected, dw
+
+
+@without_autocast
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor) -> None:
+    dx, dproj_in, dproj_in_bias, ddw_weight, ddw_bias, dproj_out, dproj_out_bias, dpws, dpw_biases = grads
+    pwa, abc = _split(projected, a)
+    grad = pixel_dense(grad, torch.channels_last)
+    chain = ChainAgain(pwa, dw, a.pw_weights, a.pw_biases, last=dproj_out is not None)
+    if dproj_out is not None:
+        weight_gradient(grad, chain.p.pop(), dproj_out)
+    channel_sums(grad, dproj_out_bias)
+    dp = allocate_channels_last(a.x.shape, a.x)
+    linear(grad, a.proj_out_weight.flatten(1).t(), None, dp)
+
+    dprojected, ddw = allocate_channels_last(projected.shape, a.x), allocate_channels_last(dw.shape, a.x)
+    dpwa, dabc = _split(dprojected, a)
+    sums = (None, None) if dproj_in_bias is None else dproj_in_bias.split([pwa.shape[1], abc.shape[1]])
+    chain.backward(dp, dpwa, ddw, dpws, dpw_biases, sums[0])
+    weight, bias = _scaled_conv(a)
+    found = None if ddw_weight is None else weight, None if ddw_bias is None else bias
+    convolve_backward(ddw, abc, weight, dabc, *found)
+    for given, t in zip((ddw_weight, ddw_bias), found, strict=True):
+        if given is not None:
+            torch.mul(t, a.scale, out=given) if given.dtype == t.dtype else given.copy_(t * a.scale)
+    channel_sums(dabc, sums[1])
+    weight_gradient(dprojected, pixel_dense(a.x, torch.channels_last), dproj_in)
+    if dx is not None:
+        linear(dprojected, a.proj_in_weight.flatten(1).t(), None, dx)
+
+
+def _split(projected: Tensor, a: _Arguments) -> tuple[Tensor, Tensor]:
+    total = a.dw_weight.shape[0]
+    return projected[:, : projected.shape[1] - total], projected[:, projected.shape[1] - total :]
+
+
+_KERNELS = {"CPU": (_forward, _backward)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS, triton=True), []
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    return {"depthwise convolution": kernel, "gates": kernel, "1x1 convolutions": "PyTorch's GEMMs"}
+
+
+_op = FusedOp(
+    "gnconv",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    saved=2,
+    parts=_parts,
+)
+
+
+def _explain(x: Tensor, *parameters: Any, scale: float = 1.0, backend: str | None = None) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    proj_in_weight, proj_in_bias, dw_weight, dw_bias, weights, biases, *proj_out = (*parameters, *[None] * 8)[:8]
+    given = x, proj_in_weight, proj_in_bias, dw_weight, dw_bias, *proj_out, list(weights or ()), list(biases or ())
+    return _op.explain(*given, scale, backend=backend)
+
+
+explainers["gnconv"] = _explain
+
+
+def fused_gnconv(
+    x: Tensor,
+    proj_in_weight: Tensor,
+    proj_in_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    pw_weights: Sequence[Tensor],
+    pw_biases: Sequence[Tensor | None] | None,
+    proj_out_weight: Tensor,
+    proj_out_bias: Tensor | None,
+    *,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """[p_0, a] = proj_in x; q = scale * dwconv(a); p_1 = p_0 * q_0; p_{k+1} = (pw_k p_k + b_k) * q_k; y = proj_out p_n.
+
+    The order n is len(pw_weights) + 1; p_k has C / 2^(n - k) channels and q all of them, D together.
+
+    Args:
+        x: (N, C, H, W), any strides, C a multiple of 2^(n - 1); float32, bfloat16, float16 or float64. The output has
+            its shape, memory format and dtype.
+        proj_in_weight, proj_in_bias: (2C, C) or (2C, C, 1, 1), and (2C,) or None.
+        dw_weight, dw_bias: (D, 1, K, K), K odd, 7 in the published networks, and (D,) or None.
+        pw_weights, pw_biases: n - 1 of each, (2d, d) or (2d, d, 1, 1), and (2d,); each or all biases may be None.
+        proj_out_weight, proj_out_bias: (C, C) or (C, C, 1, 1), and (C,) or None.
+        scale: of the depthwise convolution; 1/3 in the published networks.
+        backend: as in `vision_ops.use_backend`.
+
+    Parameters have the dtype of x, or float32 beside a half x. The GEMMs are PyTorch's. Backward keeps, besides the
+    arguments, the outputs of proj_in and of the depthwise convolution, 5C numbers a pixel with x, and computes the
+    recursion again. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of
+    threads. Without a kernel for the device, `reference.gnconv` runs. The variant with a global filter is composed in
+    `nn.GnConv`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    HorNet (arXiv 2207.14284), gnconv in hornet.py of raoyongming/HorNet.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    check_sequence("pw_weights", pw_weights)
+    c, order = x.shape[1], len(pw_weights) + 1
+    if c % 2 ** (order - 1):
+        raise ValueError(f"x must have a multiple of 2^(order - 1) = {2 ** (order - 1)} channels, got {c}")
+    widths = [c >> k for k in reversed(range(order))]
+    check_pointwise("proj_in_weight", proj_in_weight, (2 * c, c), "2C, C", x)
+    if proj_in_bias is not None:
+        check_parameter("proj_in_bias", proj_in_bias, (2 * c,), "2C", x)
+    kernel_size = check_kernel("dw_weight", dw_weight)
+    total = sum(widths)
+    check_parameter("dw_weight", dw_weight, (total, 1, kernel_size, kernel_size), "D, 1, K, K", x)
+    if dw_bias is not None:
+        check_parameter("dw_bias", dw_bias, (total,), "D", x)
+    for k, weight in enumerate(pw_weights):
+        check_pointwise(
+            f"pw_weights[{k}]", weight, (widths[k + 1], widths[k]), f"C/{c // widths[k + 1]}, C/{c // widths[k]}", x
+        )
+    weights, biases = check_chain(widths[0], pw_weights, pw_biases, "x", x)
+    check_pointwise("proj_out_weight", proj_out_weight, (c, c), "C, C", x)
+    if proj_out_bias is not None:
+        check_parameter("proj_out_bias", proj_out_bias, (c,), "C", x)
+    given = x, proj_in_weight, proj_in_bias, dw_weight, dw_bias, proj_out_weight, proj_out_bias, weights, biases
+    return _op(*given, float(scale), backend=backend)
