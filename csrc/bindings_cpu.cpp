@@ -124,4 +124,13 @@ PYBIND11_MODULE(_cpu, m) {
     const Tensor4 tt = tensor(t), tsums = tensor(sums);
     run([&] { return cpu_kernels().gated_recursion->channel_sums(tt, tsums); });
   });
+
+  m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
+    run([&] { return cpu_kernels().global_filter->forward(tx, tw, ty); });
+  });
+  m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
+    run([&] { return cpu_kernels().global_filter->backward(tdy, tx, tw, tdx, tdw); });
+  });
 }
