@@ -82,7 +82,10 @@ def test_reference_is_the_definition(eps):
     x, weight, bias = make((2, 12, 5, 7), dtype=torch.float64).tensors
     for given in (x, x.contiguous(memory_format=torch.channels_last)):
         torch.testing.assert_close(
-            reference.layer_norm_2d(given, weight, bias, eps=eps), official(x, weight, bias, eps), rtol=1e-12, atol=1e-12
+            reference.layer_norm_2d(given, weight, bias, eps=eps),
+            official(x, weight, bias, eps),
+            rtol=1e-12,
+            atol=1e-12,
         )
 
 
@@ -102,7 +105,10 @@ def test_variance_does_not_cancel(device):
     for layout in ("contiguous", "channels_last", "transposed"):
         case = make((2, 64, 6, 6), layout=layout, device=device)
         case.tensors[0] = case.tensors[0] + 1000
-        y, exact = case.run(case.tensors, "fused"), case.to(torch.float64).run(case.to(torch.float64).tensors, "reference")
+        y, exact = (
+            case.run(case.tensors, "fused"),
+            case.to(torch.float64).run(case.to(torch.float64).tensors, "reference"),
+        )
         assert (y - exact).abs().max() < 2e-4 * exact.abs().max()
 
 
@@ -184,9 +190,7 @@ def test_functorch_takes_the_reference():
     x, weight, bias = make((2, 6, 4, 3)).tensors
     both = fused_layer_norm_2d, reference.layer_norm_2d
     torch.testing.assert_close(*(torch.func.vmap(h, (0, None, None))(x[:, None], weight, bias) for h in both))
-    torch.testing.assert_close(
-        *(torch.func.jvp(lambda t, h=h: h(t, weight, bias), (x,), (x.flip(1),)) for h in both)
-    )
+    torch.testing.assert_close(*(torch.func.jvp(lambda t, h=h: h(t, weight, bias), (x,), (x.flip(1),)) for h in both))
 
 
 def test_backward_keeps_the_arguments_only(device):
@@ -200,9 +204,9 @@ def test_hands_over_where_torch_is_faster():
     found = explain("layer_norm_2d", small, weight, weight)
     assert found.parts == {"layer_norm_2d": "PyTorch"} and "few elements" in found.slower[0]
     for kept in (large, small.contiguous(), small.double()):
-        assert "C++" in explain("layer_norm_2d", kept, weight.to(kept.dtype), weight.to(kept.dtype)).parts["layer_norm_2d"]
+        assert "C++" in explain("layer_norm_2d", kept, weight, weight).parts["layer_norm_2d"]
     assert "C++" in explain("layer_norm_2d", small, weight, weight, backend="fused").parts["layer_norm_2d"]
-    medium = torch.randn(1, 64, 48, 48).to(memory_format=torch.channels_last)
+    medium = torch.randn(1, 64, 45, 45).to(memory_format=torch.channels_last)
     assert "C++" in explain("layer_norm_2d", medium).parts["layer_norm_2d"]
     assert explain("layer_norm_2d", medium.requires_grad_()).parts == {"layer_norm_2d": "PyTorch"}
 

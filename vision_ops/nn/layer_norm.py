@@ -24,9 +24,7 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(normalized_shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_layer_norm_2d(
-            x, self.weight, self.bias, eps=self.eps, backend=None if self.fused else "reference"
-        )
+        return fused_layer_norm_2d(x, self.weight, self.bias, eps=self.eps, backend=None if self.fused else "reference")
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape[0]}, eps={self.eps}"

@@ -75,7 +75,7 @@ class FusedOp:
         autocast: bool = True,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self._triton, self._autocasts = triton, autocast
+        self.kernels, self._triton, self._autocasts = kernels, triton, autocast
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
