@@ -13,7 +13,7 @@ def _is_main() -> bool:
 
 
 if find_spec("torch") is not None:
-    from . import nn, reference
+    from . import models, nn, reference
     from .dispatch import explain, use_backend
     from .ops import fused_dwconv, fused_layer_norm_2d, fused_multi_order_dwconv
 
@@ -23,6 +23,7 @@ if find_spec("torch") is not None:
         "fused_dwconv",
         "fused_layer_norm_2d",
         "fused_multi_order_dwconv",
+        "models",
         "nn",
         "reference",
         "use_backend",
