@@ -59,8 +59,14 @@ def _pixels_and_channels(block, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C
 
 
 @triton.jit
-def _mean_and_distance(x, inside, channels):
-    mean = tl.sum(x, axis=1) / channels
+def _distance_from_mean(x, inside, channels):
+    """The mean is rounded, not approximated as by Triton's float32 division: a constant pixel is at no distance."""
+    sums = tl.sum(x, axis=1)
+    count = tl.zeros_like(sums) + channels
+    if sums.dtype == tl.float32:
+        mean = tl.div_rn(sums, count)
+    else:
+        mean = sums / count
     return tl.where(inside, x - mean[:, None], 0.0)
 
 
@@ -85,7 +91,7 @@ def layer_norm_2d_fwd_kernel(
 ):
     n, p, c, inside = _pixels_and_channels(tl.program_id(0), pixels, channels, BLOCK_P, BLOCK_C)
     x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
-    d = _mean_and_distance(x, inside, channels)
+    d = _distance_from_mean(x, inside, channels)
     rstd = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / channels + EPS)
     weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
     bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
@@ -128,7 +134,7 @@ def layer_norm_2d_bwd_kernel(
         x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
         grad = tl.load(grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c, mask=inside, other=0.0)
         grad = grad.to(SUM_TYPE)
-        d = _mean_and_distance(x, inside, channels)
+        d = _distance_from_mean(x, inside, channels)
         rstd = (1.0 / tl.sqrt(tl.sum(d * d, axis=1) / channels + EPS))[:, None]
         # Pixels past the end have no variance: without EPS their rstd would be infinite, and NaN in the sums.
         normalized = tl.where(inside, d * rstd, 0.0)

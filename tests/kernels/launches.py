@@ -45,7 +45,16 @@ def norm(channels: int, size: int, dtype: torch.dtype, channels_last: bool) -> N
     layer_norm_2d.backward(grad, x, weight, dx, dweight, dbias, 1e-6)
 
 
+def norm_without(what: str) -> None:
+    x, grad, dx = (absent(128, 96, 56, 56, channels_last=True) for _ in range(3))
+    weight, dweight, dbias = (absent(96) for _ in range(3))
+    sums = (None, None) if what == "sums" else (dweight, dbias)
+    layer_norm_2d.backward(grad, x, weight, None if what == "dx" else dx, *sums, 1e-6)
+
+
 def norms() -> Iterator[Launch]:
+    for what in ("dx", "sums"):
+        yield Launch("layer_norm_2d", f"without {what}", lambda what=what: norm_without(what), (90,))
     hornet = ((64, 56), (128, 28), (256, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
     edgenext = ((24, 64), (48, 32), (88, 16), (100, 16), (584, 8))
     for channels, size in (*hornet, *edgenext, (2048, 7)):
