@@ -4,20 +4,26 @@ import io
 import os
 import sys
 import threading
+import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from vision_ops.models import create_model, load_checkpoint
 
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+# As shallow and narrow as each network can be without losing a kind of key.
 SMALL = {
-    "MogaNet": ("moganet_xtiny", {"depths": (1, 2, 1, 1)}),
-    "HorNet": ("hornet_tiny_gf", {"depths": (1, 2, 1, 1)}),
-    "EdgeNeXt": ("edgenext_xx_small", {"depths": (2, 2, 2, 2)}),
-    "S2MLPv2": ("s2mlpv2_small_7", {"depth": (1, 1)}),
-    "MOAT": ("tiny_moat_0", {"depths": (1, 2, 2, 1)}),
+    "MogaNet": ("moganet_xtiny", {"embed_dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1)}),
+    "HorNet": ("hornet_tiny_gf", {"depths": (1, 2, 1, 1), "base_dim": 16}),
+    "EdgeNeXt": ("edgenext_xx_small", {"dims": (16, 24, 32, 48), "depths": (1, 2, 2, 2)}),
+    "S2MLPv2": ("s2mlpv2_small_7", {"d_model": (16, 32), "depth": (1, 2)}),
+    "MOAT": ("tiny_moat_0", {"stem": 8, "dims": (16, 32, 64, 128), "depths": (1, 2, 2, 1)}),
 }
 
 
@@ -170,10 +176,10 @@ def test_tensorflow_names(tmp_path):
     model = small("MOAT")
     state = random_state(model)
     arrays = tensorflow_state(state)
-    assert arrays["moat/stem/conv_0/kernel"].shape == (3, 3, 3, 32)
-    assert arrays["moat/block_02_01/attention/q/weight"].shape == (128, 4, 32)
-    assert arrays["moat/block_02_01/attention/o/weight"].shape == (4, 32, 128)
-    assert arrays["moat/block_00_00/depthwise_conv/depthwise_kernel"].shape == (3, 3, 128, 1)
+    assert arrays["moat/stem/conv_0/kernel"].shape == (3, 3, 3, 8)
+    assert arrays["moat/block_02_01/attention/q/weight"].shape == (64, 2, 32)
+    assert arrays["moat/block_02_01/attention/o/weight"].shape == (2, 32, 64)
+    assert arrays["moat/block_00_00/depthwise_conv/depthwise_kernel"].shape == (3, 3, 64, 1)
     training = {
         **arrays,
         "global_step": np.int64(5),
@@ -186,11 +192,13 @@ def test_tensorflow_names(tmp_path):
     loaded = load_checkpoint(model, path, ema=False)
     untracked = {key for key in state if key.endswith("num_batches_tracked")}
     assert set(loaded.kept) == untracked
-    assert loaded.layout == "tensorflow" and not loaded.ema and "global_step" in loaded.left_out
+    assert loaded.layout == "tensorflow" and not loaded.ema
+    assert set(loaded.left_out) == training.keys() - arrays.keys()
     found = model.state_dict()
     assert all(torch.equal(found[key], state[key]) for key in state if key not in untracked)
 
-    assert load_checkpoint(model, path).ema
+    loaded = load_checkpoint(model, path)
+    assert loaded.ema and {"global_step", "moat/stem/conv_0/kernel"} <= set(loaded.left_out)
     found = model.state_dict()
     for key in state.keys() - untracked:
         assert torch.equal(found[key], state[key] + (0 if "running" in key else 2)), key
@@ -201,12 +209,45 @@ def test_tensorflow_names(tmp_path):
     assert all(torch.equal(found[key], state[key]) for key in state if key not in untracked)
 
 
+def golden_uniform(name, shape):
+    return np.random.RandomState(zlib.crc32(name.encode())).random_sample(shape) * 2 - 1
+
+
+def golden_variable(name, shape):
+    """The values that the official code was run with to make the golden: they follow from the variable's name."""
+    u = golden_uniform(name, shape)
+    if name.endswith("/moving_variance"):
+        u = 1 + 0.5 * u
+    elif name.endswith("/gamma"):
+        u = 1 + 0.1 * u
+    elif len(shape) == 1 or name.endswith("/bias"):
+        u = 0.1 * u
+    elif not name.endswith("/relative_position_embedding"):
+        fan = 9 if "depthwise" in name else shape[0] if name[-8:] in ("q/weight", "k/weight", "v/weight") else None
+        u = u * (3 / (fan or np.prod(shape[:-1]))) ** 0.5
+    return u.astype(np.float32)
+
+
+def test_golden_logits_through_tensorflow_names(tmp_path):
+    model = create_model("tiny_moat_0").double().eval()
+    names = {name.removeprefix("moat/stem/"): value for name, value in tensorflow_state(model.state_dict()).items()}
+    np.savez(tmp_path / "moat.npz", **{name: golden_variable(name, value.shape) for name, value in names.items()})
+    load_checkpoint(model, tmp_path / "moat.npz")
+    golden = np.load(GOLDENS / "moat_official_tiny_moat0.npz")
+    for size in ("2x3x64x64", "2x3x75x53"):
+        shape = [int(length) for length in size.split("x")]
+        x = torch.from_numpy((golden_uniform(f"input{size}", shape) * 3**0.5).astype(np.float32)).double()
+        with torch.no_grad():
+            error = np.abs(model(x).numpy() - golden[f"logits_{size}"]).max() / golden[f"logits_{size}"].std()
+        assert error <= 1e-9
+
+
 def test_unknown_layout():
     with pytest.raises(ValueError, match="layout of HorNet must be one of auto, official, mmpretrain, got 'timm'"):
         load_checkpoint(small("HorNet"), {}, layout="timm")
-    with pytest.raises(TypeError, match="model must be one of MogaNet, HorNet, .* got Linear"):
+    with pytest.raises(TypeError, match=r"model must be one of MogaNet, HorNet, .* got Linear"):
         load_checkpoint(torch.nn.Linear(1, 1), {})
-    with pytest.raises(TypeError, match="source must be .* got int"):
+    with pytest.raises(TypeError, match=r"source must be .* got int"):
         load_checkpoint(small("EdgeNeXt"), 3)
 
 
@@ -298,12 +339,11 @@ def test_global_filters_are_resized(rename):
     for key, w in larger.items():
         c, h, w_half, _ = filters[key].shape
         for part in range(2):  # the real and the imaginary plane
-            plane = torch.nn.functional.interpolate(
-                w[None, ..., part], (h, w_half), mode="bilinear", align_corners=True
-            )
-            torch.testing.assert_close(model.state_dict()[key][..., part], plane[0], rtol=0, atol=1e-6)
-            # align_corners keeps the corners
-            torch.testing.assert_close(plane[0][:, 0, 0], w[:, 0, 0, part])
+            found = model.state_dict()[key][..., part]
+            plane = interpolate(w[None, ..., part], (h, w_half), mode="bilinear", align_corners=True)[0]
+            torch.testing.assert_close(found, plane, rtol=0, atol=1e-6)
+            for i, j in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+                torch.testing.assert_close(found[:, i, j], w[:, i, j, part])
 
 
 @pytest.mark.parametrize("network", SMALL)
@@ -311,10 +351,8 @@ def test_classifier(network):
     model = small(network)
     state = random_state(small(network, num_classes=21))
     head = [key for key in state if key.startswith(model.default_cfg["classifier"])]
-    with (
-        untouched(model),
-        pytest.raises(ValueError, match=rf'{head[0]} is \(21, .* must be \(10, .*\n.*"resize" .* 21'),
-    ):
+    problem = rf"{head[0]} is \(21, .* must be \(10, .*\n.*\"resize\" takes the checkpoint's 21 classes"
+    with untouched(model), pytest.raises(ValueError, match=problem):
         load_checkpoint(model, state)
 
     own = {key: model.state_dict()[key].clone() for key in head}
@@ -372,11 +410,11 @@ def test_every_key_in_the_way_is_reported():
     for part in (
         "checkpoint 'state dict' does not fit this MogaNet, and nothing was loaded",
         "under 'state_dict' were taken as official; known for MogaNet: official, openmixup",
-        f"9 missing of the model's {total} keys: blocks4.0.mlp.fc1.weight (768, 192, 1, 1), ",
+        f"9 missing of the model's {total} keys: blocks4.0.mlp.fc1.weight (128, 32, 1, 1), ",
         ", and 3 more",
         f"1 unexpected of the checkpoint's {total - 8}: head.extra (2,)",
         "2 of the wrong shape or kind: blocks1.0.attn.gate.bias is (str), not a dense tensor of real numbers, "
-        "blocks1.0.attn.gate.weight is (3, 3), must be (32, 32, 1, 1)",
+        "blocks1.0.attn.gate.weight is (3, 3), must be (8, 8, 1, 1)",
     ):
         assert part in message
 
@@ -421,7 +459,7 @@ def test_other_files(tmp_path, name):
     model = small("EdgeNeXt")
     with untouched(model), pytest.raises(ValueError, match=f"cannot read checkpoint '.*{name}'"):
         load_checkpoint(model, tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint file 'nowhere.pth'"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint file 'nowhere\.pth'"):
         load_checkpoint(model, "nowhere.pth")
     (tmp_path / "list.pth").write_bytes(as_saved([torch.ones(2)]))
     with pytest.raises(ValueError, match=r"list.pth' holds a list, not a state dict"):
@@ -469,6 +507,7 @@ def test_arguments_and_numpy_scalars_are_read(tmp_path, module, monkeypatch):
     args = argparse.Namespace(lr=np.float64(1e-3), model="edgenext", sizes=[1, 2])
     path = tmp_path / "checkpoint.pth.tar"
     path.write_bytes(as_saved({"state_dict": state, "args": args, **scalars}))
+    assert module.encode() in path.read_bytes()
     load_checkpoint(model, path)
     assert_holds(model, state)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
@@ -510,7 +549,7 @@ def server(tmp_path, monkeypatch):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 

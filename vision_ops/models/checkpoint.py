@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ._backbone import Backbone
 from .checkpoint_files import read_checkpoint
 from .key_layouts import LAYOUTS, KeyLayout, detect_layout, resize_global_filter, trained_with_double_gate
 
@@ -45,7 +46,7 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(
-    model: nn.Module,
+    model: Backbone,
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
     layout: str = "auto",
@@ -120,7 +121,7 @@ def load_checkpoint(
     )
 
 
-def _network_of(model: nn.Module) -> str:
+def _network_of(model: Backbone) -> str:
     for cls in type(model).__mro__:
         if cls.__name__ in LAYOUTS:
             return cls.__name__
@@ -151,7 +152,7 @@ class _Match:
     kept: list[str] = field(default_factory=list)
 
 
-def _match(model: nn.Module, layout: KeyLayout, entries: dict[str, Any], ema: bool, classifier: str) -> _Match:
+def _match(model: Backbone, layout: KeyLayout, entries: dict[str, Any], ema: bool, classifier: str) -> _Match:
     own = model.state_dict()
     head = model.classifier
     kept = (f"{head}.weight", f"{head}.bias") if classifier == "keep" else ()
@@ -176,8 +177,8 @@ def _match(model: nn.Module, layout: KeyLayout, entries: dict[str, Any], ema: bo
 
     shapes = {key: value.shape for key, value in own.items()}
     weight = found.get(f"{head}.weight")
-    classes = weight.shape[0] if weight is not None and weight.ndim else None
-    if classifier == "resize" and classes and f"{head}.weight" in own and classes != shapes[f"{head}.weight"][0]:
+    classes = weight.shape[0] if weight is not None and weight.ndim else 0
+    if classifier == "resize" and classes and classes != shapes[f"{head}.weight"][0]:
         match.num_classes = classes
         for key in (f"{head}.weight", f"{head}.bias"):
             shapes[key] = torch.Size([classes, *shapes[key][1:]])
@@ -204,11 +205,11 @@ def _match(model: nn.Module, layout: KeyLayout, entries: dict[str, Any], ema: bo
     match.problems += _listed(f"missing {of_model}", missing)
     match.problems += _listed(f"unexpected {of_checkpoint}", unexpected)
     match.problems += _listed("of the wrong shape or kind", misshapen)
-    if classifier == "strict" and any(problem.startswith(f"{head}.") for problem in (*missing, *misshapen)):
+    if weight is None and f"{head}.weight" in own and classifier != "keep":
+        match.problems.append('classifier="keep" leaves the classifier as it is')
+    elif classifier == "strict" and classes and classes != own[f"{head}.weight"].shape[0]:
         match.problems.append(
             f'classifier="resize" takes the checkpoint\'s {classes} classes, "keep" leaves the classifier as it is'
-            if classes
-            else 'classifier="keep" leaves the classifier as it is'
         )
     return match
 
@@ -218,7 +219,7 @@ def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, np.ndarray):
         try:
             value = torch.tensor(value)
-        except TypeError:
+        except (TypeError, ValueError):
             return None
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested or value.is_meta:
         return None
@@ -236,7 +237,7 @@ def _listed(what: str, items: list[str]) -> list[str]:
     return [f"{len(items)} {what}: {', '.join(items[:_SHOWN])}{rest}"]
 
 
-def _install(model: nn.Module, match: _Match, double_gate_act: bool | None) -> None:
+def _install(model: Backbone, match: _Match, double_gate_act: bool | None) -> None:
     own = model.state_dict()
     # Before anything is changed: conversion is what may still fail, for want of memory.
     tensors = {key: tensor.to(own[key].device, own[key].dtype) for key, tensor in match.tensors.items()}

@@ -26,6 +26,12 @@ def _pick_all(entries: dict[str, Any], ema: bool) -> Picked:
     return Picked(entries)
 
 
+def _pick(entries: dict[str, Any], sources: dict[str, str], ema: bool) -> Picked:
+    """The entries under other keys; sources: their key in the checkpoint for each new one."""
+    left_out = sorted(entries.keys() - set(sources.values()))
+    return Picked({key: entries[source] for key, source in sources.items()}, tuple(left_out), ema)
+
+
 def _as_stored(key: str, value: Tensor) -> Tensor:
     return value
 
@@ -63,11 +69,12 @@ def _pick_openmixup(entries: dict[str, Any], ema: bool) -> Picked:
     It exchanges the two before it saves: the averages are under the parameters' names, the buffers hold what was
     averaged.
     """
-    copies = {key for key in entries if key.startswith("ema_")}
-    weights = {key: value for key, value in entries.items() if key not in copies}
+    sources = {key: key for key in entries if not key.startswith("ema_")}
+    has_average = len(sources) < len(entries)
     if not ema:
-        weights = {key: entries.get(f"ema_{key.replace('.', '_')}", value) for key, value in weights.items()}
-    return Picked(weights, tuple(sorted(copies)), ema and bool(copies))
+        copies = {key: f"ema_{key.replace('.', '_')}" for key in sources}
+        sources |= {key: copy for key, copy in copies.items() if copy in entries}
+    return _pick(entries, sources, ema and has_average)
 
 
 # --- TensorFlow
@@ -81,19 +88,16 @@ def _pick_tensorflow(entries: dict[str, Any], ema: bool) -> Picked:
     Scalars without a scope are counters: global_step, beta1_power.
     """
     weights, averages = {}, {}
-    for name, value in entries.items():
-        name = name.removesuffix(":0")
+    for source, value in entries.items():
+        name = source.removesuffix(":0")
         if name.endswith(_EMA_SUFFIX):
-            averages[name.removesuffix(_EMA_SUFFIX)] = value
+            averages[name.removesuffix(_EMA_SUFFIX)] = source
         elif "/" in name or getattr(value, "ndim", None) != 0:
-            weights[name] = value
+            weights[name] = source
     named = weights.keys() | averages.keys()
     slots = {name for name in weights if any(name[: match.start()] in named for match in re.finditer("/", name))}
-    picked = {name: value for name, value in weights.items() if name not in slots}
-    if ema:
-        picked |= averages
-    left_out = sorted(name for name in entries if name.removesuffix(":0").removesuffix(_EMA_SUFFIX) not in picked)
-    return Picked(picked, tuple(left_out), ema and bool(averages))
+    sources = {name: source for name, source in weights.items() if name not in slots}
+    return _pick(entries, sources | averages if ema else sources, ema and bool(averages))
 
 
 def _convert_tensorflow(key: str, value: Tensor) -> Tensor:
@@ -206,8 +210,11 @@ def trained_with_double_gate(file_name: str) -> bool:
 
 
 def resize_global_filter(weight: Tensor, shape: torch.Size) -> Tensor:
-    """HorNet's complex_weight (C, h, w, 2) for another input size, as main.py of raoyongming/HorNet resizes it."""
-    if weight.ndim != 4 or len(shape) != 4 or weight.shape == shape or not weight.is_floating_point():
+    """HorNet's complex_weight (C, h, w, 2) for another input size, as main.py of raoyongming/HorNet resizes it.
+
+    What is no such weight of these channels stays as it is, and is then refused for its shape.
+    """
+    if weight.ndim != 4 or weight.shape[::3] != shape[::3] or not weight.numel() or not weight.is_floating_point():
         return weight
     planes = weight.permute(3, 0, 1, 2)
     planes = planes.float() if planes.dtype in (torch.float16, torch.bfloat16) else planes
