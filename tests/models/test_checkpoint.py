@@ -203,6 +203,9 @@ def test_tensorflow_names(tmp_path):
     for key in state.keys() - untracked:
         assert torch.equal(found[key], state[key] + (0 if "running" in key else 2)), key
 
+    with untouched(model), pytest.raises(ValueError, match=r"1 unexpected of .*: table \(2,\)"):
+        load_checkpoint(model, {**arrays, "table": np.zeros(2)})
+
     # What a TF2 model calls its variables: no scope for the stem, and a number for the output.
     load_checkpoint(model, {f"{name.removeprefix('moat/stem/')}:0": array for name, array in arrays.items()})
     found = model.state_dict()
@@ -417,6 +420,36 @@ def test_every_key_in_the_way_is_reported():
         "blocks1.0.attn.gate.weight is (3, 3), must be (8, 8, 1, 1)",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(3, 3, 4, 16),
+        torch.zeros(16, 3, 4, 4, dtype=torch.complex64),
+        torch.zeros(16, 3, 4, 4, device="meta"),
+        torch.zeros(16, 3, 4, 4).to_sparse(),
+        np.full((16, 3, 4, 4), "x"),
+        np.zeros((16, 3, 4, 4), dtype=">f4"),
+        None,
+    ],
+    ids=["as many elements", "complex", "meta", "sparse", "strings", "other byte order", "none"],
+)
+def test_values_that_are_no_weight(value):
+    model = small("EdgeNeXt")
+    state = {**random_state(model), "downsample_layers.0.0.weight": value}
+    problem = r"1 of the wrong shape or kind: downsample_layers.0.0.weight is \("
+    with untouched(model), pytest.raises(ValueError, match=problem):
+        load_checkpoint(model, state)
+
+
+@pytest.mark.parametrize("shape", [(24, 14, 8), (25, 7, 4, 2), (24, 7, 0, 2), (24, 7, 4, 3)], ids=str)
+def test_global_filters_of_other_channels(shape):
+    model = small("HorNet")
+    state = random_state(model)
+    key = next(key for key in state if key.endswith("complex_weight"))
+    with untouched(model), pytest.raises(ValueError, match=rf"{key} is \({str(shape)[1:-1]}\), must be \("):
+        load_checkpoint(model, {**state, key: torch.zeros(shape)})
 
 
 def test_wrong_layout_or_network():
