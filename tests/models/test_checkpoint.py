@@ -589,15 +589,25 @@ def server(tmp_path, monkeypatch):
 
 def test_addresses(tmp_path, server):
     model = small("MogaNet")
-    state = random_state(model)
+    state, other = random_state(model), random_state(model)
     contents = as_saved({"state_dict": {openmixup_moganet(key): value for key, value in state.items()}})
-    (tmp_path / "served" / "moga_no_forcefp32.pth").write_bytes(contents)
-    (tmp_path / "served" / "half.pth").write_bytes(contents[: len(contents) // 2])
-    loaded = load_checkpoint(model, f"{server}/moga_no_forcefp32.pth?dl=1")
+    served = tmp_path / "served" / "moga_no_forcefp32.pth"
+    served.write_bytes(contents)
+    for _ in range(2):  # the second time from torch.hub's folder
+        loaded = load_checkpoint(model, f"{server}/moga_no_forcefp32.pth?dl=1")
+        assert_holds(model, state)
+        assert loaded.source == "moga_no_forcefp32.pth" and loaded.double_gate_act is False
+        served.unlink(missing_ok=True)
+
+    (tmp_path / "served" / "folder").mkdir()
+    (tmp_path / "served" / "folder" / "moga_no_forcefp32.pth").write_bytes(as_saved(other))
+    (tmp_path / "served" / "folder" / "index.html").write_bytes(as_saved(state))
+    load_checkpoint(model, f"{server}/folder/moga_no_forcefp32.pth")
+    assert_holds(model, other)
+    load_checkpoint(model, f"{server}/folder/?dl=1")  # cloud.tsinghua.edu.cn, where HorNet's weights are, names no file
     assert_holds(model, state)
-    assert loaded.source == "moga_no_forcefp32.pth" and loaded.double_gate_act is False
-    (tmp_path / "served" / "moga_no_forcefp32.pth").unlink()
-    load_checkpoint(model, f"{server}/moga_no_forcefp32.pth")  # from torch.hub's folder
+
+    (tmp_path / "served" / "half.pth").write_bytes(contents[: len(contents) // 2])
     with untouched(model), pytest.raises(ValueError, match=r"half.pth' \(from http.*; delete the file to download it"):
         load_checkpoint(model, f"{server}/half.pth")
     with untouched(model), pytest.raises(OSError, match=r"cannot download http.*gone.pth: .*404"):

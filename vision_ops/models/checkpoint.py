@@ -153,6 +153,7 @@ class _Match:
 
 
 def _match(model: Backbone, layout: KeyLayout, entries: dict[str, Any], ema: bool, classifier: str) -> _Match:
+    """Finds a fitting tensor for every key of the model, and a use for every key of the checkpoint."""
     own = model.state_dict()
     head = model.classifier
     kept = (f"{head}.weight", f"{head}.bias") if classifier == "keep" else ()

@@ -1,6 +1,7 @@
 """Reading checkpoint files. Nothing here runs code that a file brings along."""
 
 import argparse
+import hashlib
 import os
 import re
 import sys
@@ -48,8 +49,11 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Mapping[str, Any], 
 
 
 def _download(url: str, name: str) -> Path:
-    """The file in torch.hub's folder, downloaded if it is not there."""
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    """The file in torch.hub's folder, downloaded if it is not there.
+
+    Many addresses end with the same name, as model.safetensors: a hash of the whole address keeps them apart.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -32,6 +32,11 @@ def _pick(entries: dict[str, Any], sources: dict[str, str], ema: bool) -> Picked
     return Picked({key: entries[source] for key, source in sources.items()}, tuple(left_out), ema)
 
 
+def _without_prefix(key: str) -> str:
+    """DistributedDataParallel wraps a network as `module`, the frameworks' classifiers as `backbone`."""
+    return key.removeprefix("module.").removeprefix("backbone.")
+
+
 def _as_stored(key: str, value: Tensor) -> Tensor:
     return value
 
@@ -53,8 +58,7 @@ class KeyLayout:
     convert: Callable[[str, Tensor], Tensor] = _as_stored
 
     def official_key(self, key: str) -> str:
-        # DistributedDataParallel and the frameworks' classifiers wrap the network in a module of that name.
-        key = key.removeprefix("module.").removeprefix("backbone.")
+        key = _without_prefix(key)
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
@@ -191,7 +195,7 @@ LAYOUTS: dict[str, dict[str, KeyLayout]] = {
 
 def detect_layout(layouts: dict[str, KeyLayout], keys: Iterable[str]) -> str:
     """The layout whose sign is in the keys, else "official", which has none."""
-    stripped = [key.removeprefix("module.").removeprefix("backbone.") for key in keys]
+    stripped = [_without_prefix(key) for key in keys]
     for name, layout in layouts.items():
         if layout.sign is not None and any(re.search(layout.sign, key) for key in stripped):
             return name
