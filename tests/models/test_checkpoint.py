@@ -4,18 +4,15 @@ import io
 import os
 import sys
 import threading
-import zlib
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden import check_model
 from torch.nn.functional import interpolate
 
 from vision_ops.models import create_model, load_checkpoint
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
 
 # As shallow and narrow as each network can be without losing a kind of key.
 SMALL = {
@@ -212,37 +209,13 @@ def test_tensorflow_names(tmp_path):
     assert all(torch.equal(found[key], state[key]) for key in state if key not in untracked)
 
 
-def golden_uniform(name, shape):
-    return np.random.RandomState(zlib.crc32(name.encode())).random_sample(shape) * 2 - 1
-
-
-def golden_variable(name, shape):
-    """The values that the official code was run with to make the golden: they follow from the variable's name."""
-    u = golden_uniform(name, shape)
-    if name.endswith("/moving_variance"):
-        u = 1 + 0.5 * u
-    elif name.endswith("/gamma"):
-        u = 1 + 0.1 * u
-    elif len(shape) == 1 or name.endswith("/bias"):
-        u = 0.1 * u
-    elif not name.endswith("/relative_position_embedding"):
-        fan = 9 if "depthwise" in name else shape[0] if name[-8:] in ("q/weight", "k/weight", "v/weight") else None
-        u = u * (3 / (fan or np.prod(shape[:-1]))) ** 0.5
-    return u.astype(np.float32)
-
-
 def test_golden_logits_through_tensorflow_names(tmp_path):
-    model = create_model("tiny_moat_0").double().eval()
-    names = {name.removeprefix("moat/stem/"): value for name, value in tensorflow_state(model.state_dict()).items()}
-    np.savez(tmp_path / "moat.npz", **{name: golden_variable(name, value.shape) for name, value in names.items()})
-    load_checkpoint(model, tmp_path / "moat.npz")
-    golden = np.load(GOLDENS / "moat_official_tiny_moat0.npz")
-    for size in ("2x3x64x64", "2x3x75x53"):
-        shape = [int(length) for length in size.split("x")]
-        x = torch.from_numpy((golden_uniform(f"input{size}", shape) * 3**0.5).astype(np.float32)).double()
-        with torch.no_grad():
-            error = np.abs(model(x).numpy() - golden[f"logits_{size}"]).max() / golden[f"logits_{size}"].std()
-        assert error <= 1e-9
+    def load(model, variables):
+        path = tmp_path / "moat.npz"
+        np.savez(path, **{name: value.float().numpy() for name, value in variables.items()})
+        assert load_checkpoint(model, path).layout == "tensorflow"
+
+    check_model("moat_official_tiny_moat0", create_model("tiny_moat_0"), 1e-11, load=load)
 
 
 def test_unknown_layout():
