@@ -20,7 +20,9 @@ from vision_ops import explain, fused_global_filter, reference
 def make(shape=(2, 20, 14, 14), size=None, *, dtype=torch.float32, layout="contiguous"):
     h, w = size or (shape[2], shape[3] // 2 + 1)
     x = laid_out(torch.randn(shape, dtype=dtype), layout)
-    return Case(lambda t, backend: fused_global_filter(*t, backend=backend), [x, torch.randn(shape[1], h, w, 2).to(dtype)])
+    return Case(
+        lambda t, backend: fused_global_filter(*t, backend=backend), [x, torch.randn(shape[1], h, w, 2).to(dtype)]
+    )
 
 
 CASES = [
@@ -69,9 +71,7 @@ def test_float32_weight_beside_half_input():
 def test_is_a_circular_convolution():
     x, weight = make((1, 3, 6, 5), dtype=torch.float64).tensors
     kernel = torch.fft.irfft2(torch.view_as_complex(weight), s=(6, 5))
-    shifted = sum(
-        kernel[:, i, j, None, None] * x.roll((i, j), (2, 3)) for i in range(6) for j in range(5)
-    )
+    shifted = sum(kernel[:, i, j, None, None] * x.roll((i, j), (2, 3)) for i in range(6) for j in range(5))
     torch.testing.assert_close(fused_global_filter(x, weight, backend="fused"), shifted)
 
 

@@ -160,7 +160,8 @@ class FusedOp:
         """Runs the op on checked arguments."""
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
-        if backend == "reference" or _needs_reference():
+        # torch.jit.trace knows no lists of optional tensors.
+        if backend == "reference" or _needs_reference() or (self._lists and torch.jit.is_tracing()):
             return self.reference(arguments)
         cannot, slower = self.predicate(arguments)
         if cannot and backend == "fused":
