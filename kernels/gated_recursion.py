@@ -1,7 +1,8 @@
 """The gates of HorNet's recursion, and its whole chain where it fits on chip.
 
-Tensors are (N, C, H, W) with one stride through the pixels of an image; the tile is [pixels][channels] over any strides,
-so one kernel serves slices of channels_last and of contiguous tensors. Sums over pixels take two stages of fixed order.
+Tensors are (N, C, H, W) with one stride through the pixels of an image; the tile is [pixels][channels] over any
+strides, so one kernel serves slices of channels_last and of contiguous tensors. Sums over pixels take two stages of
+fixed order.
 """
 
 from collections.abc import Sequence
@@ -28,10 +29,10 @@ class ChainTile(NamedTuple):
     num_warps: int
 
 
-GATE_TILES = {True: GateTile(32, 64, num_warps=4), False: GateTile(128, 16, num_warps=4)}  # by whether channels_last
+GATE_TILES = {True: GateTile(32, 64, num_warps=4), False: GateTile(128, 8, num_warps=4)}  # by whether channels_last
 
-# By the last width, padded to a power of two. Wider chains would hold more than an SM has, as Triton cannot slice a tile:
-# they are PyTorch's GEMMs and the gates.
+# By the last width, padded to a power of two. Wider chains would hold more than an SM has, as Triton cannot slice a
+# tile: they are PyTorch's GEMMs and the gates.
 CHAIN_TILES = {
     16: ChainTile(64, num_warps=4),
     32: ChainTile(64, num_warps=4),

@@ -22,7 +22,11 @@ def make(interpreter, size, widths, *, dtype=torch.float32, layout="contiguous",
 
     def run(t, backend):
         given = t[0], t[1], list(t[2 : 2 + k]), list(t[2 + k :])
-        return reference.gated_recursion(*given) if backend == "reference" else interpreter.run(gated_recursion._op, *given)
+        return (
+            reference.gated_recursion(*given)
+            if backend == "reference"
+            else interpreter.run(gated_recursion._op, *given)
+        )
 
     return Case(run, [*operands, *weights, *biases])
 

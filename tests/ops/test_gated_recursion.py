@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from harness import (
@@ -20,7 +22,7 @@ def make(size=(2, 9, 7), widths=(8, 16, 32), *, bias=True, dtype=torch.float32, 
     n, h, w = size
     pwa = laid_out(torch.randn(n, widths[0], h, w, dtype=dtype), layout)
     dw = laid_out(torch.randn(n, sum(widths), h, w, dtype=dtype), dw_layout or layout)
-    weights = [torch.randn(o, i, 1, 1, dtype=dtype) / i**0.5 for i, o in zip(widths, widths[1:], strict=False)]
+    weights = [torch.randn(o, i, 1, 1, dtype=dtype) / i**0.5 for i, o in itertools.pairwise(widths)]
     biases = [torch.randn(o, dtype=dtype) if bias else None for o in widths[1:]]
     k = len(weights)
 

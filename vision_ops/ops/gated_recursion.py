@@ -163,15 +163,15 @@ def _backward(gates: Callable[[], Gates], grads: list[Any], grad: Tensor, a: _Ar
     dpwa, ddw, dweights, dbiases = grads
     wanted = memory_format(a.pwa)
     pwa, dw, dp = (pixel_dense(t, wanted) for t in (a.pwa, a.dw, grad))
-    found = [
+    into_pwa, into_dw = (
         empty(t.shape, pwa) if given is None or pixel_dense(given, wanted) is not given else given
         for t, given in ((pwa, dpwa), (dw, ddw))
-    ]
+    )
     chain = ChainAgain(gates(), pwa, dw, a.pw_weights, a.pw_biases, last=False)
-    chain.backward(dp, *found, dweights, dbiases)
-    for given, t in zip((dpwa, ddw), found, strict=True):
-        if given is not None and given is not t:
-            given.copy_(t)
+    chain.backward(dp, into_pwa, into_dw, dweights, dbiases)
+    for given, found in ((dpwa, into_pwa), (ddw, into_dw)):
+        if given is not None and given is not found:
+            given.copy_(found)
 
 
 _KERNELS = {

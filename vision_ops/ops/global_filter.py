@@ -99,9 +99,9 @@ def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | Non
     Args:
         x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
             dtype.
-        complex_weight: W as (C, h, w, 2), real and imaginary parts, in the dtype of x, or float32 beside a half x. Where
-            (h, w) is not (H, W // 2 + 1) it is interpolated, bilinear with align_corners=True, as the official code
-            does it in every forward pass.
+        complex_weight: W as (C, h, w, 2), real and imaginary parts, in the dtype of x, or float32 beside a half x.
+            Sizes other than (H, W // 2 + 1) are interpolated, bilinear with align_corners=True, as the
+            official code does it in every forward pass.
         backend: as in `vision_ops.use_backend`.
 
     Half types are computed in float32 and rounded once; autocast leaves both tensors as they are. The transforms are

@@ -114,11 +114,12 @@ def _backward(
     chain.backward(dp, dpwa, ddw, dpws, dpw_biases, sums[0])
     # The gradients take the memory of the scaled parameters, which are not needed any more.
     weight, bias = _scaled_conv(a)
-    found = None if ddw_weight is None else weight, None if ddw_bias is None else bias
-    convolve_backward(ddw, abc, weight, dabc, *found)
-    for given, t in zip((ddw_weight, ddw_bias), found, strict=True):
-        if given is not None:
-            torch.mul(t, a.scale, out=given) if given.dtype == t.dtype else given.copy_(t * a.scale)
+    wanted = weight if ddw_weight is not None else None, bias if ddw_bias is not None else None
+    convolve_backward(ddw, abc, weight, dabc, *wanted)
+    if ddw_weight is not None:
+        ddw_weight.copy_(weight.mul_(a.scale))
+    if ddw_bias is not None and bias is not None:
+        ddw_bias.copy_(bias.mul_(a.scale))
     gates.channel_sums(dabc, sums[1])
     weight_gradient(dprojected, pixel_dense(a.x, torch.channels_last), dproj_in)
     if dx is not None:
