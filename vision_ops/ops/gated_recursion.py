@@ -97,7 +97,7 @@ class ChainAgain:
         """last: whether p_order is wanted, too."""
         self.gates, self.weights, self.biases = gates, [w.flatten(1) for w in weights], [None, *biases]
         self.q = dw.split(chain_widths(pwa, weights), dim=1)
-        self.u, self.p = [pwa], []
+        self.u, self.p = [pwa], list[Tensor]()
         for k, q in enumerate(self.q):
             if k > 0:
                 self.u.append(empty(q.shape, pwa))

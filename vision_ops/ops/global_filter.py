@@ -49,13 +49,13 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     found = None if dweight is None else empty(weight.shape, weight)
     views = _native.view(grad), _native.view(a.x), _planes(weight), _native.view(dx), _planes(found)
     _native.kernels().global_filter_backward(*views)
-    if dweight is None:
+    if dweight is None or found is None:
         return
-    if weight.shape[1:3] != dweight.shape[1:3]:
-        given = (2, len(found), *dweight.shape[1:3])
-        found = torch.ops.aten.upsample_bilinear2d_backward(
-            found.permute(3, 0, 1, 2), weight.shape[1:3], given, align_corners=True
-        ).permute(1, 2, 3, 0)
+    if weight.shape != dweight.shape:
+        (c, h, w, parts), size = dweight.shape, weight.shape[1:3]
+        found = found.permute(3, 0, 1, 2)
+        resize = torch.ops.aten.upsample_bilinear2d_backward
+        found = resize(found, size, (parts, c, h, w), align_corners=True).permute(1, 2, 3, 0)
     dweight.copy_(found)
 
 
