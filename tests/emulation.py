@@ -39,8 +39,13 @@ class Mutation:
     new: str
 
 
-def build(name: str, flags: Sequence[str] = (), mutation: Mutation | None = None) -> Path:
-    """A Python module like vision_ops._cuda. Objects are kept, and compiled again when anything in them has changed."""
+def build(
+    name: str, flags: Sequence[str] = (), *, units: Sequence[str] | None = None, mutation: Mutation | None = None
+) -> Path:
+    """A Python module like vision_ops._cuda. Objects are kept, and compiled again when anything in them has changed.
+
+    flags: more of them for the translation units named in `units`, by default all.
+    """
     compiler = os.environ.get("CXX", "g++").split()
     if not shutil.which(compiler[0]):
         pytest.skip(f"no C++ compiler: {compiler[0]} is not on PATH")
@@ -52,14 +57,11 @@ def build(name: str, flags: Sequence[str] = (), mutation: Mutation | None = None
         includes += ["-isystem", _pybind11_headers(), "-isystem", sysconfig.get_path("include")]
         files = _with_includes(source)
         if mutation and source.name == mutation.unit:
-            changed = BUILD / name / mutation.file
             files[mutation.file] = _mutated(files[mutation.file], mutation)
-            changed.write_text(files[mutation.file])
-            for header in files:  # beside the mutated file: that of its directory is taken first
-                if header != mutation.file:
-                    (BUILD / name / header).write_text(files[header])
+            for file, text in files.items():  # all in one directory: the includes of a file are sought beside it first
+                (BUILD / name / file).write_text(text)
             source = BUILD / name / source.name
-        command = [*compiler, *FLAGS, *flags]
+        command = [*compiler, *FLAGS, *(flags if units is None or source.name in units else ())]
         digest = hashlib.sha256("\0".join([version, *command, *files, *files.values()]).encode()).hexdigest()[:16]
         target = BUILD / f"{source.stem}-{digest}.o"
         if not target.exists():
@@ -110,7 +112,8 @@ def _run(*command: str) -> str:
 
 
 def load(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_cuda", library)
+    # A name of its own: of two modules with one name, the second would silently be the first.
+    spec = importlib.util.spec_from_file_location(f"{library.parent.name}._cuda", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

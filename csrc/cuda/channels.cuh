@@ -157,10 +157,9 @@ __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" : : : "memory");
 #endif
 }
-template <int PENDING>
-__device__ __forceinline__ void copy_wait() {  // until all but the last PENDING groups have landed
+__device__ __forceinline__ void copy_wait() {  // until this thread's copies have landed
 #ifndef VOPS_EMU
-  asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
+  asm volatile("cp.async.wait_group 0;" : : : "memory");
 #endif
 }
 

@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_kernel(March m, MarchG
   constexpr int kSteps = Ring::kChunk / DOWN;  // per chunk
 #pragma unroll 1
   for (int chunk = t0 - kSteps; chunk < t1; chunk += kSteps) {  // the first one only fetches
+    copy_wait();
+    __syncwarp();  // the chunk is there, and all have left the one before, which the next one replaces
     x.fetch(DOWN * (chunk + kSteps));
     copy_commit();
-    copy_wait<1>();
-    __syncwarp();
     const int end = min(chunk + kSteps, t1);
 #pragma unroll 1
     for (int t = max(chunk, t0); t < end; t++) {
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_kernel(March m, MarchG
         }
       store_columns();
     }
-    __syncwarp();
   }
+  copy_wait();
   // Output columns that wait for input columns beyond the image are complete as they are.
 #pragma unroll 1
   while (next < c1) {

@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_wgrad_kernel(MarchWgra
 
 #pragma unroll 1
     for (int chunk = -kChunk; chunk < steps; chunk += kChunk) {  // the first one only fetches
+      copy_wait();
+      __syncwarp();  // the chunk is there, and all have left the one before, which the next one replaces
       x.fetch(DOWN * (chunk + kChunk));
       dy.fetch(chunk + kChunk);
       copy_commit();
-      copy_wait<1>();
-      __syncwarp();
       const int end = chunk < 0 ? 0 : chunk + kChunk;
 #pragma unroll 1
       for (int t = max(chunk, 0); t < end; t += kTogether) {
@@ -138,11 +138,9 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_wgrad_kernel(MarchWgra
 #pragma unroll
             for (int v = 0; v < V; v++) window[j][r][v] = window[j + kTogether][r][v];
       }
-      __syncwarp();
     }
-    copy_wait<0>();  // the next group starts with empty rings
-    __syncwarp();
   }
+  copy_wait();
 
   // The strips of the block add up in order, one at a time.
   const int pixel = lanes * V;
