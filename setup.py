@@ -152,8 +152,9 @@ def ninja_file(parts: list[str], archs: list[str], pybind11: Path) -> str:
     text = []
     for part in parts:
         step = f"{shell(*compilers[part])} $flags -MMD -MF $out.d -c $in -o $out"
-        if part == "cuda":  # what ptxas reports of every kernel is kept for the tests, and the rest shown
-            step += " > $out.log 2>&1; status=$$?; grep -Ev '^(ptxas info|  )|bytes stack frame|^$$' $out.log; exit $$status"
+        if part == "cuda":  # what ptxas reports of every kernel is kept for the tests; only the rest is shown
+            step += " > $out.log 2>&1; status=$$?; grep -Ev '^(ptxas info|    [0-9]+ bytes stack|$$)' $out.log; "
+            step += "exit $$status"
         step += "\n  deps = gcc\n  depfile = $out.d"
         text.append(f"rule {part}\n  command = {step}\n  description = $out\n")
         text.append(f"rule {part}link\n  command = {shell(*linkers[part])} -shared $in -o $out\n  description = $out\n")

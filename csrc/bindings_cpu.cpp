@@ -1,7 +1,6 @@
-#include "bindings.h"
-
 #include <new>
 
+#include "bindings.h"
 #include "runtime.h"
 
 using namespace vops;

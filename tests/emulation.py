@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[1]
 CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "emulated"
 INCLUDES = [CSRC / part for part in ("include", "cuda", "emu")]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -DVOPS_EMU -Wall -Wno-unknown-pragmas -Wno-psabi".split()
-SANITIZE = "-g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover".split()
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DVOPS_EMU"]
+FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
 ORDERS = ("0", "1", "7")  # of the threads: in order, backwards, shuffled
 
 
@@ -102,7 +103,8 @@ def _pybind11_headers() -> str:
     kept = sorted(ROOT.glob("build/kernels-*/pybind11-*/pybind11"))
     if kept:
         return str(kept[-1].parent)
-    return pytest.importorskip("pybind11", reason="no headers of pybind11: the package was not built here").get_include()
+    missing = "no headers of pybind11: the package was not built here"
+    return pytest.importorskip("pybind11", reason=missing).get_include()
 
 
 def _run(*command: str) -> str:

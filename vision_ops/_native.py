@@ -47,10 +47,11 @@ def kernel_name(device: str) -> str:
     return f"C++ kernel ({kernels().isa})" if device == "cpu" else "CUDA kernel"
 
 
-@torch.compiler.assume_constant_result
 def gpu_missing(index: int) -> str | None:
     """Why the CUDA kernels cannot run on a GPU; None if they can."""
-    return cuda_missing or _gpu_missing(index)
+    if cuda_missing or torch.compiler.is_compiling():  # compiled, a GPU that cannot run them raises at the first call
+        return cuda_missing
+    return _gpu_missing(index)
 
 
 @functools.cache

@@ -82,9 +82,9 @@ __device__ __forceinline__ void store_if(bool wanted, T* p, const float (&f)[V])
 #ifdef VOPS_EMU
   if (wanted) memcpy(__builtin_assume_aligned(p, sizeof(T) * V), word, sizeof(T) * V);
 #else
-#define VOPS_STORE(type, ...)                                                  \
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global." type ";}"  \
-               :                                                               \
+#define VOPS_STORE(type, ...)                                                         \
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global." type ";}"         \
+               :                                                                      \
                : "r"(uint32_t(wanted)), "l"(__cvta_generic_to_global(p)), __VA_ARGS__ \
                : "memory")
   if constexpr (kWords == 0) VOPS_STORE("u16 [%1], %2", "h"(static_cast<uint16_t>(word[0])));

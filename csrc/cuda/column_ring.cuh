@@ -53,7 +53,7 @@ struct ColumnRing {
     constexpr int kPixelBits = kPixels == 8 ? 3 : kPixels == 4 ? 2 : kPixels == 2 ? 1 : 0;
     constexpr int kSteps = ceil_div(ROWS * CHUNK, kPixels);
     [[maybe_unused]] constexpr int kUnroll = BYTES >= 8 ? kSteps : 4;  // the narrow ones are rare
-    constexpr int kOwn = kPiece < V ? V / kPiece : 1;  // pieces of a thread per pixel
+    constexpr int kOwn = kPiece < V ? V / kPiece : 1;                  // pieces of a thread per pixel
     const int own = opaque(lane), bits = lane_bits - kPixelBits, part = (own & ((1 << bits) - 1)) * kPiece * kOwn;
     const int pixel0 = own >> bits, row0 = pixel0 / CHUNK, column0 = pixel0 % CHUNK;
     if (part >= channels) return;

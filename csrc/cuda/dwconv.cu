@@ -5,9 +5,9 @@
 namespace vops {
 namespace {
 
-constexpr int64_t kMostDilation = 16;       // every phase is walked, whether it has points or not
-constexpr int64_t kMostPoints = 1 << 24;    // of an axis: the march kernels compute with them in 32 bits
-constexpr int64_t kMostSplits = 64;         // of a plain weight gradient
+constexpr int64_t kMostDilation = 16;     // every phase is walked, whether it has points or not
+constexpr int64_t kMostPoints = 1 << 24;  // of an axis: the march kernels compute with them in 32 bits
+constexpr int64_t kMostSplits = 64;       // of a plain weight gradient
 
 bool is_empty(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size[3] == 0; }
 
@@ -23,8 +23,7 @@ bool marches(const Tensor4& a, const Tensor4& b, const DwConv& f) {
 
 Pixels pixels(const Tensor4& t) { return {t.data, t.stride[0], t.stride[2], t.stride[3]}; }
 Axis axis(const Tensor4& x, const Tensor4& y, int dim, const DwConv& f) {
-  return {int(x.size[dim]), int(y.size[dim]), int(f.dilation), int(f.stride),
-          int(dim == 2 ? f.pad_top : f.pad_left)};
+  return {int(x.size[dim]), int(y.size[dim]), int(f.dilation), int(f.stride), int(dim == 2 ? f.pad_top : f.pad_left)};
 }
 
 #define VOPS_BY_KERNEL_SIZE(K, call) \
@@ -41,7 +40,7 @@ Axis axis(const Tensor4& x, const Tensor4& y, int dim, const DwConv& f) {
 
 auto march_of(int64_t K) -> decltype(&march<3>) { VOPS_BY_KERNEL_SIZE(K, &march) }
 auto wgrad_of(int64_t K) -> decltype(&march_wgrad<3>) { VOPS_BY_KERNEL_SIZE(K, &march_wgrad) }
-auto splits_of(int64_t K) -> decltype(&march_wgrad_splits<3>) { VOPS_BY_KERNEL_SIZE(K, &march_wgrad_splits) }
+auto splits_of(int64_t K) -> decltype(&march_wgrad_splits<3>){VOPS_BY_KERNEL_SIZE(K, &march_wgrad_splits)}
 
 Error run(const PlainConv& p, CudaTarget target) {
   if (is_empty(p.y)) return nullptr;
@@ -62,17 +61,28 @@ Error run(const PlainConv& p, CudaTarget target) {
   }
   // At stride 2 the axes are those of the convolution, from the gradient's result to its argument.
   const Tensor4 &from = kind == March::kTransposed ? p.y : p.x, &to = kind == March::kTransposed ? p.x : p.y;
-  const March m = {pixels(p.x),       pixels(p.y),  pixels(p.dy),       p.w.data,
-                   p.b.data,          p.x.dtype,    p.w.dtype,          p.b.dtype,
-                   p.y.size[0],       p.y.size[1],  axis(from, to, 2, f), axis(from, to, 3, f),
-                   p.act,             kind};
+  const March m = {pixels(p.x),
+                   pixels(p.y),
+                   pixels(p.dy),
+                   p.w.data,
+                   p.b.data,
+                   p.x.dtype,
+                   p.w.dtype,
+                   p.b.dtype,
+                   p.y.size[0],
+                   p.y.size[1],
+                   axis(from, to, 2, f),
+                   axis(from, to, 3, f),
+                   p.act,
+                   kind};
   return march_of(f.kernel)(m, stream);
 }
 
 MarchWgrad march_wgrad_of(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, const Tensor4& db, const DwConv& f,
                           void* partial) {
-  return {pixels(x), pixels(dy), dw.data,    db.data,    static_cast<float*>(partial), dy.dtype,
-          dw.dtype,  db.dtype,   dy.size[0], dy.size[1], axis(x, dy, 2, f),            axis(x, dy, 3, f)};
+  return {pixels(x),         pixels(dy),       dw.data,  db.data,    static_cast<float*>(partial),
+          dy.dtype,          dw.dtype,         db.dtype, dy.size[0], dy.size[1],
+          axis(x, dy, 2, f), axis(x, dy, 3, f)};
 }
 
 int64_t plain_splits(const Tensor4& dy) {

@@ -1,9 +1,8 @@
 // One thread per output, any strides, kernel size, stride, padding and dilation: what the march kernels do not cover,
 // float64 above all. And the second stage of the weight gradients.
-#include "dwconv_plain.h"
-
 #include "activation.cuh"
 #include "channels.cuh"
+#include "dwconv_plain.h"
 
 namespace vops {
 namespace {

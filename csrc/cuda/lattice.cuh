@@ -12,9 +12,9 @@ struct Axis {
 };
 
 struct Phase {
-  int in0, out0;    // first points of the sub-lattices
-  int in, out;      // how many points they have
-  int shift;        // of the input against the output
+  int in0, out0;  // first points of the sub-lattices
+  int in, out;    // how many points they have
+  int shift;      // of the input against the output
 };
 
 __device__ __forceinline__ int points(int size, int first, int step) { return (size - first + step - 1) / step; }

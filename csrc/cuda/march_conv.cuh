@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_kernel(March m, MarchG
 #pragma unroll
     for (int u = 0; u < UP; u++) {
       const uint32_t wanted = next >= c0 && next < c1 ? out_rows : 0;
-      float(&out)[R][V] = sum[u];  // may be overwritten: the next step reads sum[UP] and later
+      float (&out)[R][V] = sum[u];  // may be overwritten: the next step reads sum[UP] and later
       if constexpr (EPILOGUE) {
         if (m.act != kNoActivation) {
 #pragma unroll
@@ -164,7 +164,9 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_kernel(March m, MarchG
               if (l >= K) continue;
 #pragma unroll
               for (int v = 0; v < V; v++) {
-                const float before = !first ? sum[j][r][v] : j + UP < kSums ? sum[j + UP < kSums ? j + UP : j][r][v] : bias[v];
+                const float before = !first           ? sum[j][r][v]
+                                     : j + UP < kSums ? sum[j + UP < kSums ? j + UP : j][r][v]
+                                                      : bias[v];
                 sum[j][r][v] = fmaf(w[k * K + l][v], channel<T, V>(raw, v), before);
               }
             }
@@ -207,8 +209,7 @@ Error launch_march(const March& m, cudaStream_t stream) {
   g.channel_blocks = int(ceil_div(m.channels, int64_t(V) << lane_bits));
   g.lane_bits = lane_bits;
   g.piece = piece_bytes(m.x.data, m.x.image, m.x.row, m.x.column, m.channels, size, V * size << lane_bits);
-  g.whole_vectors =
-      piece_bytes(m.y.data, m.y.image, m.y.row, m.y.column, m.channels, size, V * size) == V * size;
+  g.whole_vectors = piece_bytes(m.y.data, m.y.image, m.y.row, m.y.column, m.channels, size, V * size) == V * size;
   const int64_t phases = m.columns.dilation, columns = ceil_div(out_columns, m.columns.dilation);
   const int64_t blocks = ceil_div(g.strips.count, int64_t(kThreads >> lane_bits)) * phases * g.channel_blocks;
   // Small batches: cut along the columns too, though every cut reads some columns twice.
@@ -224,8 +225,9 @@ Error launch_march(const March& m, cudaStream_t stream) {
 template <class T, int K>
 Error choose_march(const March& m, cudaStream_t stream) {
   constexpr int V = K == 9 || (K == 7 && sizeof(T) == 4) ? 1 : 2;
-  if (m.kind == March::kTransposed) return launch_march<T, K, 1, 2, V, 4, false, K == 3 ? 4 : K == 7 && V == 2 ? 2 : 3>(m, stream);
-  if (m.rows.stride == 2) return launch_march<T, K, 2, 1, V, 4, true, K == 3 && sizeof(T) == 2 ? 4 : 2>(m, stream);
+  if (m.kind == March::kTransposed)
+    return launch_march < T, K, 1, 2, V, 4, false, K == 3 ? 4 : K == 7 && V == 2 ? 2 : 3 > (m, stream);
+  if (m.rows.stride == 2) return launch_march < T, K, 2, 1, V, 4, true, K == 3 && sizeof(T) == 2 ? 4 : 2 > (m, stream);
   if constexpr (K == 3) {
     return launch_march<T, K, 1, 1, V, 4, true, 4>(m, stream);
   } else if constexpr (K == 9) {

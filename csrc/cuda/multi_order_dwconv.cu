@@ -16,7 +16,10 @@ Tensor4 slice(Tensor4 t, int64_t begin, int64_t channels) {
 struct Widths {
   int64_t all, second, third, first;
   explicit Widths(const MultiOrderDwConv& p)
-      : all(p.weight[0].size[1]), second(p.weight[1].size[1]), third(p.weight[2].size[1]), first(all - second - third) {}
+      : all(p.weight[0].size[1]),
+        second(p.weight[1].size[1]),
+        third(p.weight[2].size[1]),
+        first(all - second - third) {}
   int64_t rest() const { return second + third; }
 };
 
@@ -61,8 +64,8 @@ Error multi_order_dwconv_backward_cuda(const Tensor4& dy, const Tensor4& x, cons
     }
     if (wants_weight[i]) {
       const Tensor4 from = slice(x0, begin[i], width[i]);
-      if (const Error error = dwconv_backward_weight_cuda(branch, from, grads.weight[i], grads.bias[i], p.conv[i],
-                                                          workspace, target))
+      if (const Error error =
+              dwconv_backward_weight_cuda(branch, from, grads.weight[i], grads.bias[i], p.conv[i], workspace, target))
         return error;
     }
   }
@@ -73,8 +76,7 @@ Error multi_order_dwconv_backward_cuda(const Tensor4& dy, const Tensor4& x, cons
     const auto own = [&](const Tensor4& t) { return slice(t, part_begin[i], part_width[i]); };
     if (part_width[i] == 0) continue;
     if (grads.dx.data) {
-      if (const Error error =
-              dwconv_backward_input_cuda(parts[i], own(p.weight[0]), own(grads.dx), p.conv[0], target))
+      if (const Error error = dwconv_backward_input_cuda(parts[i], own(p.weight[0]), own(grads.dx), p.conv[0], target))
         return error;
     }
     if (wants_weight[0]) {

@@ -1,8 +1,8 @@
-// Runs CUDA C++ kernels on the CPU, for tests: compile a .cu as C++ with -DVOPS_EMU. One fiber per CUDA thread, one block
-// after another; __syncthreads and the warp collectives switch fibers. The environment variable VOPS_EMU_ORDER says in
-// which order threads run, so that a missing barrier changes the result: 0 in order, 1 backwards, n shuffled with seed n.
-// Not emulated: inline PTX, tensor cores, clusters, asynchronous copies (give these a plain version under VOPS_EMU),
-// independent thread progress, races between blocks.
+// Runs CUDA C++ kernels on the CPU, for tests: compile a .cu as C++ with -DVOPS_EMU. One fiber per CUDA thread, one
+// block after another; __syncthreads and the warp collectives switch fibers. The environment variable VOPS_EMU_ORDER
+// says in which order threads run, so that a missing barrier changes the result: 0 in order, 1 backwards, n shuffled
+// with seed n. Not emulated: inline PTX, tensor cores, clusters, asynchronous copies (give these a plain version under
+// VOPS_EMU), independent thread progress, races between blocks.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -196,7 +196,8 @@ T exchange(unsigned mask, T value, int from) {
   Warp& w = s.warps[s.running / 32];
   std::memcpy(&w.slot[s.running % 32], &value, sizeof value);
   warp_barrier(mask);
-  if (from >= 0 && from < 32 && (mask >> from & 1) && from < int(s.fibers.size()) - s.running / 32 * 32) std::memcpy(&value, &w.slot[from], sizeof value);
+  if (from >= 0 && from < 32 && (mask >> from & 1) && from < int(s.fibers.size()) - s.running / 32 * 32)
+    std::memcpy(&value, &w.slot[from], sizeof value);
   warp_barrier(mask);
   return value;
 }

@@ -1,4 +1,4 @@
-"""What only the CUDA engine has: slices and alignments, every instantiation, thread orders, fixed-order sums, refusals."""
+"""What only the CUDA engine has: alignments, instantiations, thread orders, fixed-order sums, errors of launches."""
 
 import itertools
 

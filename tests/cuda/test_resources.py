@@ -32,8 +32,9 @@ def reports():
     if not shutil.which("c++filt"):
         pytest.skip("c++filt is not on PATH")
     found = [match for log in logs for match in REPORT.findall(log.read_text())]
-    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True)
-    return [(name, f[1], [int(n) for n in f[2:5]], int(f[5])) for name, f in zip(names.stdout.split("\n"), found)]
+    mangled = "\n".join(f[0] for f in found)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.split("\n")
+    return [(name, f[1], [int(n) for n in f[2:5]], int(f[5])) for name, f in zip(names, found, strict=True)]
 
 
 def test_all_are_there(reports):

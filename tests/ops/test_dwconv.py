@@ -71,10 +71,8 @@ def test_matches_reference(shape, kernel_size, options, any_device):
     ("kernel_size", "stride", "layout"), [(3, 1, "channels_last"), (3, 2, "channels_last"), (7, 1, "contiguous")]
 )
 def test_dtypes(dtype, activation, kernel_size, stride, layout, any_device):
-    case = make(
-        (2, 32, 14, 15), kernel_size, dtype=dtype, stride=stride, layout=layout, activation=activation, device=any_device
-    )
-    check_against_reference(case)
+    options = {"dtype": dtype, "stride": stride, "layout": layout, "activation": activation, "device": any_device}
+    check_against_reference(make((2, 32, 14, 15), kernel_size, **options))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

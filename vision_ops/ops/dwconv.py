@@ -216,8 +216,8 @@ def fused_dwconv(
 
     Sums are float32 (float64 for float64). Gradients are bitwise repeatable and come in each argument's own dtype;
     backward keeps the arguments only. Without a kernel for the device, `reference.dwconv` runs; so it does where oneDNN
-    is faster, for some large channels_last 3x3 convolutions, and on GPUs for float64, other kernels and strides, or even
-    dilation at stride 2 (`explain` tells). GPUs want channels_last: of contiguous tensors they convert copies.
+    is faster, for some large channels_last 3x3 convolutions, and on GPUs for float64, other kernel sizes and strides,
+    and even dilation at stride 2 (`explain` tells). On GPUs a contiguous x is converted to channels_last and y back.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the output would be empty for want of rows or columns.

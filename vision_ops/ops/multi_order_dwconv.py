@@ -153,11 +153,11 @@ def _explain(
     backend: str | None = None,
 ) -> Explanation:
     check_tensor("x", x, "N, C, H, W")
-    given = []
+    given: list[Tensor | None] = []
     for name, tensors in (("weights", weights), ("biases", biases)):
-        tensors = (None,) * 3 if tensors is None else tensors
-        check_sequence(name, tensors, 3)
-        given += tensors
+        parts: Sequence[Tensor | None] = (None,) * 3 if tensors is None else tensors
+        check_sequence(name, parts, 3)
+        given += parts
     return _op.explain(x, *given, list(dilations), backend=backend)
 
 
@@ -186,9 +186,9 @@ def fused_multi_order_dwconv(
         backend: as in `vision_ops.use_backend`.
 
     x0 is zero outside the image, as the padding of dw1 and dw2 wants, not dw0 of the padding. Sums are float32 (float64
-    for float64); on CPUs x0 is not rounded in between, on GPUs to the dtype of x. Backward keeps the arguments only and computes x0 again; gradients
-    are bitwise repeatable and come in each argument's own dtype. Without a kernel for the device,
-    `reference.multi_order_dwconv` runs. The pointwise convolution that follows is in `nn.MultiOrderDWConv`.
+    for float64); on CPUs x0 is not rounded in between, on GPUs to the dtype of x. Backward keeps the arguments only and
+    computes x0 again; gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for the
+    device, `reference.multi_order_dwconv` runs. The pointwise convolution that follows is in `nn.MultiOrderDWConv`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
