@@ -63,12 +63,14 @@ __device__ __forceinline__ uint32_t existing(int first, int count, bool any) {
   return mask;
 }
 
-// Threads side by side along the channels: the widest choice of those that leave the fewest idle.
-inline int lane_bits_for(int64_t channels, int per_thread) {
+// Threads side by side along the channels: the widest choice of those that leave the fewest idle, and no narrower than
+// the 32 bytes that memory moves at a time, unless all channels are.
+inline int lane_bits_for(int64_t channels, int per_thread, int size) {
+  const auto covered = [=](int bits) { return ceil_div(channels, int64_t(per_thread) << bits) << bits; };
   int best = 5;
   for (int bits = 4; bits >= 2; bits--) {
-    const auto covered = [=](int b) { return ceil_div(channels, int64_t(per_thread) << b) << b; };
-    if (covered(bits) < covered(best)) best = bits;
+    const int own = per_thread << bits;
+    if (covered(bits) < covered(best) && (own * size >= 32 || own >= channels)) best = bits;
   }
   return best;
 }

@@ -201,7 +201,7 @@ Error launch_march(const March& m, cudaStream_t stream) {
   if (const Error error = allow_shared_memory(kernel, kShared)) return error;
 
   MarchGrid g;
-  const int dilation = m.rows.dilation, lane_bits = lane_bits_for(m.channels, V), size = sizeof(T);
+  const int dilation = m.rows.dilation, size = sizeof(T), lane_bits = lane_bits_for(m.channels, V, size);
   // The rows of a transposed strip start at an even one, which may lie before the image.
   const int out_rows = UP == 2 ? m.rows.in : m.rows.out, out_columns = UP == 2 ? m.columns.in : m.columns.out;
   const int before = UP == 2 && (dilation > 1 || m.rows.pad % 2 != 0);
