@@ -13,7 +13,7 @@ def _is_main() -> bool:
 
 
 if find_spec("torch") is not None:
-    from . import nn, reference
+    from . import models, nn, reference
     from .dispatch import explain, use_backend
     from .ops import fused_dwconv, fused_multi_order_dwconv
 
@@ -22,6 +22,7 @@ if find_spec("torch") is not None:
         "explain",
         "fused_dwconv",
         "fused_multi_order_dwconv",
+        "models",
         "nn",
         "reference",
         "use_backend",

@@ -1,5 +1,40 @@
 """Modules with the official constructor arguments and parameter names, which run the fused ops."""
 
-from .moganet import MultiOrderDWConv
+from .edgenext import (
+    LPI,
+    XCA,
+    ConvEncoder,
+    ConvEncoderBNHS,
+    PositionalEncodingFourier,
+    SDTAEncoder,
+    SDTAEncoderBNHS,
+)
+from .hornet import GlobalLocalFilter, GnConv, HorBlock
+from .layer_norm import LayerNorm2d
+from .moat import MBConv, MOATBlock, RelativeSelfAttention
+from .moganet import ChannelAggregationFFN, MogaBlock, MultiOrderDWConv, MultiOrderGatedAggregation
+from .s2mlpv2 import S2Attention, S2Block, SplitAttention
 
-__all__ = ["MultiOrderDWConv"]
+__all__ = [
+    "LPI",
+    "XCA",
+    "ChannelAggregationFFN",
+    "ConvEncoder",
+    "ConvEncoderBNHS",
+    "GlobalLocalFilter",
+    "GnConv",
+    "HorBlock",
+    "LayerNorm2d",
+    "MBConv",
+    "MOATBlock",
+    "MogaBlock",
+    "MultiOrderDWConv",
+    "MultiOrderGatedAggregation",
+    "PositionalEncodingFourier",
+    "RelativeSelfAttention",
+    "S2Attention",
+    "S2Block",
+    "SDTAEncoder",
+    "SDTAEncoderBNHS",
+    "SplitAttention",
+]

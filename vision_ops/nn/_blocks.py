@@ -1,0 +1,46 @@
+"""What the blocks of several networks share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops whole samples of a residual branch in training and scales up what stays."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0 or not self.training:
+            return x
+        kept = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+        return x * kept.div_(1 - self.drop_prob)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
+
+
+def layer_scale(dim: int, init_value: float) -> nn.Parameter | None:
+    """gamma, (C,); None where the official constructors have none."""
+    return nn.Parameter(torch.full((dim,), float(init_value))) if init_value > 0 else None
+
+
+def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+def inverted_bottleneck(
+    x: Tensor, pwconv1: nn.Module, act: Callable[[Tensor], Tensor], pwconv2: nn.Module, gamma: Tensor | None
+) -> Tensor:
+    """gamma * pwconv2(act(pwconv1(x))) of (N, H, W, C), as (N, C, H, W)."""
+    return scaled(pwconv2(act(pwconv1(x))), gamma).permute(0, 3, 1, 2)
+
+
+def backend(module: nn.Module) -> str | None:
+    """The backend argument of the ops of a module with the option `fused`."""
+    return None if module.fused else "reference"

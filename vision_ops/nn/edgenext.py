@@ -1,0 +1,335 @@
+"""EdgeNeXt (arXiv 2206.10589), after models/ of mmaaz60/EdgeNeXt; LPI after xcit.py of facebookresearch/xcit."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._checks import check_integer
+from ..ops.dwconv import fused_dwconv
+from ..reference.cross_covariance import cross_covariance_weights
+from ..reference.split_cascade import cascade_widths
+from ..reference.xca import merge_heads, split_heads
+from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale, scaled
+
+
+class PositionalEncodingFourier(nn.Module):
+    """A Fourier encoding of the position, projected to `dim` channels; called with (B, H, W), gives (B, dim, H, W).
+
+    Args:
+        hidden_dim: frequencies of each axis, times two (a sine and a cosine).
+        dim: channels.
+        temperature: the longest wavelength is about 2 pi times this.
+
+    The table is computed in float32, as the networks were trained, and cast to the type of the projection. The batch is
+    a view of one map. Keys: token_projection.
+    """
+
+    def __init__(self, hidden_dim: int = 32, dim: int = 768, temperature: float = 10000) -> None:
+        super().__init__()
+        self.token_projection = nn.Conv2d(2 * hidden_dim, dim, 1)
+        self.hidden_dim, self.temperature = hidden_dim, temperature
+
+    def _axis(self, n: int, device: torch.device) -> Tensor:
+        """(n, hidden_dim): sines and cosines of one axis in turn."""
+        position = torch.arange(1, n + 1, dtype=torch.float32, device=device) / (n + 1e-6) * (2 * math.pi)
+        exponent = torch.arange(self.hidden_dim // 2, dtype=torch.float32, device=device) * (2 / self.hidden_dim)
+        angles = position[:, None] / self.temperature**exponent
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+    def forward(self, B: int, H: int, W: int) -> Tensor:
+        weight = self.token_projection.weight
+        rows, columns = self._axis(H, weight.device), self._axis(W, weight.device)
+        rows = rows[:, None, :].expand(-1, W, -1)
+        columns = columns[None, :, :].expand(H, -1, -1)
+        encoding = torch.cat([rows, columns], dim=-1).permute(2, 0, 1)[None]
+        return self.token_projection(encoding.to(weight.dtype)).expand(B, -1, -1, -1)
+
+
+class ConvEncoder(nn.Module):
+    """x + gamma * pwconv2(GELU(pwconv1(norm(dwconv(x))))).
+
+    Args:
+        dim: channels.
+        drop_path: stochastic depth.
+        layer_scale_init_value: of gamma; 0 for none.
+        expan_ratio: hidden channels over dim.
+        kernel_size: of the depthwise convolution, odd.
+        fused: False runs plain PyTorch.
+
+    Input and output are (N, C, H, W). Keys: gamma, dwconv, norm, pwconv1, pwconv2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        expan_ratio: int = 4,
+        kernel_size: int = 7,
+        *,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.fused = fused
+        self.gamma = layer_scale(dim, layer_scale_init_value)
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = fused_dwconv(x, self.dwconv.weight, self.dwconv.bias, backend=backend(self))
+        y = self.norm(y.permute(0, 2, 3, 1))
+        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.gelu, self.pwconv2, self.gamma))
+
+
+class ConvEncoderBNHS(nn.Module):
+    """`ConvEncoder` with batch norm, Hardswish and a convolution without bias. Arguments as there."""
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        expan_ratio: int = 4,
+        kernel_size: int = 7,
+        *,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.fused = fused
+        self.gamma = layer_scale(dim, layer_scale_init_value)
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(fused_dwconv(x, self.dwconv.weight, backend=backend(self))).permute(0, 2, 3, 1)
+        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.hardswish, self.pwconv2, self.gamma))
+
+
+class XCA(nn.Module):
+    """Cross-covariance attention: softmax(temperature * q k^T) v between the channels of each head.
+
+    q and k are normalised over the tokens; their norm is bounded at 1e-12 from below.
+
+    Args:
+        dim: channels, a multiple of num_heads.
+        num_heads: heads.
+        qkv_bias: whether qkv has a bias.
+        attn_drop, proj_drop: dropout rates.
+        fused: False runs plain PyTorch.
+
+    Input and output are (B, N, C). Keys: temperature, qkv, proj.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads={num_heads}, got {dim}")
+        self.num_heads, self.fused = num_heads, fused
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        weights = self.attn_drop(cross_covariance_weights(q, k, self.temperature)).to(v.dtype)
+        return self.proj_drop(self.proj(merge_heads(weights @ v)))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"temperature"}
+
+
+class LPI(nn.Module):
+    """Local patch interaction of XCiT (arXiv 2106.09681): conv2(bn(act(conv1(x)))), depthwise, on tokens of an image.
+
+    Args:
+        in_features: channels.
+        out_features: the same, as both convolutions are depthwise; None means in_features.
+        act_layer: makes the activation.
+        drop: accepted and unused, as in the official class.
+        kernel_size: odd.
+        fused: False runs plain PyTorch.
+
+    Called with tokens (B, N, C) and H, W with H * W = N. Keys: conv1, bn, conv2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        kernel_size: int = 3,
+        *,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if out_features not in (None, in_features):
+            raise ValueError(f"out_features must be None or in_features={in_features}, got {out_features}")
+        self.fused = fused
+        shared = {"kernel_size": kernel_size, "padding": kernel_size // 2, "groups": in_features}
+        self.conv1 = nn.Conv2d(in_features, in_features, **shared)
+        self.act = act_layer()
+        self.bn = nn.BatchNorm2d(in_features)
+        self.conv2 = nn.Conv2d(in_features, in_features, **shared)
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        y = x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
+        y = self.bn(self.act(fused_dwconv(y, self.conv1.weight, self.conv1.bias, backend=backend(self))))
+        y = fused_dwconv(y, self.conv2.weight, self.conv2.bias, backend=backend(self))
+        return y.flatten(2).transpose(1, 2)
+
+
+class _SDTA(nn.Module):
+    """What both split depthwise transpose attention encoders are made of."""
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float,
+        layer_scale_init_value: float,
+        expan_ratio: int,
+        use_pos_emb: bool,
+        num_heads: int,
+        qkv_bias: bool,
+        attn_drop: float,
+        drop: float,
+        scales: int,
+        norm: Callable[[int], nn.Module],
+        fused: bool,
+    ) -> None:
+        super().__init__()
+        check_integer("scales", scales, 2)
+        width, *_, last = cascade_widths(dim, scales)
+        if last <= 0:
+            raise ValueError(
+                f"scales must leave channels for the last split: {scales - 1} splits of {width} use up all {dim}"
+            )
+        self.width, self.fused = width, fused
+        self.gamma_xca, self.gamma = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(scales - 1))
+        self.pos_embd = PositionalEncodingFourier(dim=dim) if use_pos_emb else None
+        self.norm_xca = norm(dim)
+        self.xca = XCA(dim, num_heads, qkv_bias, attn_drop, drop, fused=fused)
+        self.norm = norm(dim)
+        self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def cascade(self, x: Tensor) -> Tensor:
+        """`reference.split_cascade` with the depthwise convolutions of this module."""
+        width = self.width
+        outputs: list[Tensor] = []
+        for i, conv in enumerate(self.convs):
+            split = x[:, i * width : (i + 1) * width]
+            y = outputs[-1] + split if outputs else split
+            outputs.append(fused_dwconv(y, conv.weight, conv.bias, backend=backend(self)))
+        return torch.cat([*outputs, x[:, len(self.convs) * width :]], dim=1)
+
+    def with_position(self, x: Tensor) -> Tensor:
+        """Adds the encoding of the position to (N, H, W, C)."""
+        if self.pos_embd is None:
+            return x
+        return x + self.pos_embd(1, *x.shape[1:3]).permute(0, 2, 3, 1)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """gamma_xca * xca(x) of (N, H, W, C), with its drop path."""
+        y = self.xca(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        return self.drop_path(scaled(y, self.gamma_xca))
+
+
+class SDTAEncoder(_SDTA):
+    """Split depthwise transpose attention: a cascade of 3x3 convolutions, attention between channels, a bottleneck.
+
+    t = cascade(x) + position; t += gamma_xca * xca(norm_xca(t)); y = x + gamma * pwconv2(GELU(pwconv1(norm(t)))).
+    The last residual comes from x, not from t. The two residuals drop their paths independently.
+
+    Args:
+        dim: channels.
+        drop_path: stochastic depth.
+        layer_scale_init_value: of gamma and gamma_xca; 0 for none.
+        expan_ratio: hidden channels over dim.
+        use_pos_emb: whether to add the Fourier encoding.
+        num_heads, qkv_bias, attn_drop: of the attention; drop: dropout after its projection.
+        scales: splits of the channels, at least 2; (scales - 1) * ceil(dim / scales) must be below dim. (The official
+            default of 1 crashes there.)
+        fused: False runs plain PyTorch.
+
+    Input and output are (N, C, H, W). Keys: gamma_xca, gamma, convs, pos_embd, norm_xca, xca, norm, pwconv1, pwconv2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        expan_ratio: int = 4,
+        use_pos_emb: bool = True,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        drop: float = 0.0,
+        scales: int = 1,
+        *,
+        fused: bool = True,
+    ) -> None:
+        attention = num_heads, qkv_bias, attn_drop, drop
+        norm = lambda channels: nn.LayerNorm(channels, eps=1e-6)
+        super().__init__(
+            dim, drop_path, layer_scale_init_value, expan_ratio, use_pos_emb, *attention, scales, norm, fused
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.with_position(self.cascade(x).permute(0, 2, 3, 1))
+        t = t + self.attention(self.norm_xca(t))
+        y = inverted_bottleneck(self.norm(t), self.pwconv1, F.gelu, self.pwconv2, self.gamma)
+        return x + self.drop_path(y)
+
+
+class SDTAEncoderBNHS(_SDTA):
+    """`SDTAEncoder` with batch norm and Hardswish. Arguments as there.
+
+    Here the position is added after norm_xca, and the attention's residual is the normed map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        expan_ratio: int = 4,
+        use_pos_emb: bool = True,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        drop: float = 0.0,
+        scales: int = 1,
+        *,
+        fused: bool = True,
+    ) -> None:
+        attention = num_heads, qkv_bias, attn_drop, drop
+        super().__init__(
+            dim, drop_path, layer_scale_init_value, expan_ratio, use_pos_emb, *attention, scales, nn.BatchNorm2d, fused
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.with_position(self.norm_xca(self.cascade(x)).permute(0, 2, 3, 1))
+        t = self.norm((t + self.attention(t)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = inverted_bottleneck(t, self.pwconv1, F.hardswish, self.pwconv2, self.gamma)
+        return x + self.drop_path(y)

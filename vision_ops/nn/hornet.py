@@ -1,0 +1,136 @@
+"""HorNet (arXiv 2207.14284), after hornet.py of raoyongming/HorNet."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..ops._checks import check_integer
+from ..ops.dwconv import fused_dwconv
+from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale
+from .layer_norm import LayerNorm2d
+
+
+class GlobalLocalFilter(nn.Module):
+    """A depthwise 3x3 convolution on one half of the channels, a global filter in frequency space on the other.
+
+    y = post_norm(interleave(dw(a), irfft2(rfft2(b) * W))), (a, b) = halves of pre_norm(x).
+
+    Args:
+        dim: channels, even.
+        h, w: size of the filter; (H, W // 2 + 1) of the maps it was trained on. For another size it is interpolated in
+            every forward pass, which is not the same as a filter resized once for another training size.
+        fused: False runs plain PyTorch.
+
+    Keys: complex_weight (dim / 2, h, w, 2), dw, pre_norm, post_norm.
+    """
+
+    def __init__(self, dim: int, h: int = 14, w: int = 8, *, fused: bool = True) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim must be even, as each half of the channels has its own filter, got {dim}")
+        self.fused = fused
+        self.complex_weight = nn.Parameter(torch.empty(dim // 2, h, w, 2))
+        nn.init.trunc_normal_(self.complex_weight, std=0.02)
+        self.dw = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, bias=False, groups=dim // 2)
+        self.pre_norm, self.post_norm = LayerNorm2d(dim, fused=fused), LayerNorm2d(dim, fused=fused)
+
+    def forward(self, x: Tensor) -> Tensor:
+        local, globally = self.pre_norm(x).chunk(2, dim=1)
+        local = fused_dwconv(local, self.dw.weight, backend=backend(self))
+        globally = reference.global_filter(globally, self.complex_weight)
+        return self.post_norm(torch.stack([local, globally], dim=2).flatten(1, 2))
+
+
+class GnConv(nn.Module):
+    """Recursive gated convolution.
+
+    [p_0, a] = proj_in(x), q = s * dwconv(a), p_1 = p_0 * q_0, p_{k+1} = pws[k-1](p_k) * q_k, y = proj_out(p_order).
+
+    Args:
+        dim: channels; a multiple of 2^(order - 1), and of 2^order with a `gflayer`.
+        order: number of gates.
+        gflayer: None for a 7x7 depthwise convolution, else what is called with (channels, h=h, w=w), such as
+            `GlobalLocalFilter`.
+        h, w: size of the global filter.
+        s: scale; exactly 1/3 in every published network.
+        fused: False runs plain PyTorch.
+
+    Keys: proj_in, dwconv, proj_out, pws.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        order: int = 5,
+        gflayer: Callable[..., nn.Module] | None = None,
+        h: int = 14,
+        w: int = 8,
+        s: float = 1.0,
+        *,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        check_integer("order", order, 1)
+        least = 2 ** (order if gflayer is not None else order - 1)
+        if dim % least:
+            filtered = "" if gflayer is None else " with a global filter"
+            raise ValueError(f"dim must be a multiple of {least} for order {order}{filtered}, got {dim}")
+        self.order, self.scale, self.fused = order, s, fused
+        self.dims = [dim // 2**i for i in reversed(range(order))]
+        total = sum(self.dims)
+        self.proj_in = nn.Conv2d(dim, 2 * dim, 1)
+        if gflayer is None:
+            self.dwconv: nn.Module = nn.Conv2d(total, total, 7, padding=3, groups=total)
+        else:
+            self.dwconv = gflayer(total, h=h, w=w)
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+        self.pws = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(self.dims, self.dims[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pwa, abc = self.proj_in(x).split([self.dims[0], sum(self.dims)], dim=1)
+        if isinstance(self.dwconv, nn.Conv2d):
+            abc = fused_dwconv(abc, self.dwconv.weight, self.dwconv.bias, backend=backend(self))
+        else:
+            abc = self.dwconv(abc)
+        weights, biases = [pw.weight for pw in self.pws], [pw.bias for pw in self.pws]
+        return self.proj_out(reference.gated_recursion(pwa, abc * self.scale, weights, biases))
+
+
+class HorBlock(nn.Module):
+    """x + gamma1 * gnconv(norm1(x)), then x + gamma2 * pwconv2(GELU(pwconv1(norm2(x)))), each with its own drop path.
+
+    Args:
+        dim: channels.
+        drop_path: stochastic depth.
+        layer_scale_init_value: of gamma1 and gamma2; 0 for none.
+        gnconv: called with dim, makes the gated convolution.
+        fused: False runs plain PyTorch; the gated convolution takes it from `gnconv`.
+
+    Input and output are (N, C, H, W). Keys: gamma1, gamma2, norm1, gnconv, norm2, pwconv1, pwconv2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        gnconv: Callable[[int], nn.Module] = GnConv,
+        *,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        self.gamma1, self.gamma2 = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
+        self.norm1 = LayerNorm2d(dim, fused=fused)
+        self.gnconv = gnconv(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gnconv(self.norm1(x))
+        x = x + self.drop_path(y if self.gamma1 is None else self.gamma1[:, None, None] * y)
+        y = self.norm2(x.permute(0, 2, 3, 1))
+        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.gelu, self.pwconv2, self.gamma2))

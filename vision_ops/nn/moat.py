@@ -1,0 +1,221 @@
+"""MOAT (arXiv 2210.01820) in the semantics of model/layers/moat_*.py of google-research/deeplab2, which is TensorFlow.
+
+The article's PyTorch code is another network: no expansion before the depthwise convolution, no norm in the stem, other
+shortcuts; it cannot load the official weights and misses the paper's parameter counts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..ops._checks import check_integer, check_sequence
+from ..ops.dwconv import fused_dwconv
+from ._blocks import DropPath, backend
+
+
+def same_padding(height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of TensorFlow's "SAME" for a kernel of 3 at stride 2."""
+    return height % 2, 1, width % 2, 1
+
+
+def pad_same(x: Tensor) -> Tensor:
+    top, bottom, left, right = same_padding(*x.shape[2:])
+    return F.pad(x, (left, right, top, bottom))
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(expand_conv2d(SiLU(reduce_conv2d(mean(x))))). Keys: reduce_conv2d, expand_conv2d."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.reduce_conv2d, self.expand_conv2d = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean(dim=(2, 3), keepdim=True)
+        return x * self.expand_conv2d(F.silu(self.reduce_conv2d(pooled))).sigmoid()
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: shortcut(x) + shrink_conv(SE(GELU(BN(dw(GELU(BN(expand_conv(BN(x)))))))))).
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        stride: 1 or 2. At 2 the shortcut is an average pool, and every padding is TensorFlow's "SAME".
+        expansion: hidden channels over out_channels.
+        se: whether there is a squeeze and excitation, of out_channels / 4.
+        pool_size: of the average pool, 2 (classification) or 3 (the official choice for dense tasks).
+        drop_path: stochastic depth.
+        fused: False runs plain PyTorch.
+
+    BN has eps 1e-3 and momentum 0.01 (0.99 in TensorFlow's terms). Where the channels change, the shortcut has a 1x1
+    convolution. Input and output are (N, C, H, W).
+
+    Keys: shortcut_conv, pre_norm, expand_conv, expand_norm, depthwise_conv, depthwise_norm, se, shrink_conv.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        expansion: int = 4,
+        se: bool = True,
+        pool_size: int = 2,
+        drop_path: float = 0.0,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        check_integer("stride", stride, 1, 2)
+        check_integer("pool_size", pool_size, 2, 3)
+        self.stride, self.pool_size, self.fused = stride, pool_size, fused
+        hidden = expansion * out_channels
+        self.shortcut_conv = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.pre_norm = batch_norm(in_channels)
+        self.expand_conv = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.expand_norm = batch_norm(hidden)
+        self.depthwise_conv = nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False)
+        self.depthwise_norm = batch_norm(hidden)
+        self.se = SqueezeExcite(hidden, max(1, out_channels // 4)) if se else None
+        self.shrink_conv = nn.Conv2d(hidden, out_channels, 1)
+        self.drop_path = DropPath(drop_path)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.stride == 2 and self.pool_size == 2:
+            # Windows that reach over the border average what is inside, as "SAME" pooling does.
+            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        elif self.stride == 2:
+            inside = pad_same(torch.ones_like(x[:1, :1]))
+            x = F.avg_pool2d(pad_same(x), 3, 2) / F.avg_pool2d(inside, 3, 2)
+        return x if self.shortcut_conv is None else self.shortcut_conv(x)
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        weight = self.depthwise_conv.weight
+        if self.stride == 1:
+            return fused_dwconv(x, weight, backend=backend(self))
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # The padding depends on the size, on which a graph must not.
+            return fused_dwconv(pad_same(x), weight, stride=2, padding=0, backend=backend(self))
+        return fused_dwconv(x, weight, stride=2, padding=same_padding(*x.shape[2:]), backend=backend(self))
+
+    def _residual(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.expand_norm(self.expand_conv(self.pre_norm(x))))
+        y = F.gelu(self.depthwise_norm(self._depthwise(y)))
+        return self.shrink_conv(y if self.se is None else self.se(y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._shortcut(x) + self.drop_path(self._residual(x))
+
+
+class RelativeSelfAttention(nn.Module):
+    """Self-attention between all positions of (B, H, W, C): softmax(q k^T / sqrt(head_dim) + bias) v.
+
+    Args:
+        channels: C, a multiple of head_dim.
+        head_dim: channels of a head.
+        table_size: (height, width) of the table of biases, indexed by key - query and resized to (2H - 1, 2W - 1)
+            (bilinear, half-pixel); None for the checkpoints without position embedding.
+        fused: False runs plain PyTorch.
+
+    Keys: relative_position_embedding (heads, height, width), q, k, v, o.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_dim: int = 32,
+        table_size: Sequence[int] | None = (27, 27),
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if channels % head_dim:
+            raise ValueError(f"channels must be a multiple of head_dim={head_dim}, got {channels}")
+        self.num_heads, self.fused = channels // head_dim, fused
+        self.relative_position_embedding = None
+        if table_size is not None:
+            check_sequence("table_size", table_size, 2)
+            self.relative_position_embedding = nn.Parameter(torch.empty(self.num_heads, *table_size))
+            nn.init.normal_(self.relative_position_embedding, std=0.02)
+        self.q, self.k, self.v, self.o = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: added to the logits, of a shape that broadcasts with (B, heads, H * W, H * W)."""
+        height, width = x.shape[1:3]
+        tokens = x.flatten(1, 2)
+        q, k, v = (p(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = reference.relative_attention(
+            q, k, v, self.relative_position_embedding, height=height, width=width, mask=mask
+        )
+        return self.o(y.transpose(1, 2).flatten(2)).unflatten(1, (height, width))
+
+
+class MOATBlock(MBConv):
+    """`MBConv` without SE, then x + attention(LN(x)); both residuals drop their paths with the same probability.
+
+    Args:
+        in_channels, out_channels, stride, expansion, pool_size, drop_path, fused: as `MBConv`.
+        window_size: (height, width) of the windows of the attention, None for global attention. Maps that windows do
+            not tile are padded, and the padding is masked; the official code refuses them.
+        head_dim, table_size: as `RelativeSelfAttention`.
+
+    Input and output are (N, C, H, W). Keys: those of `MBConv`, attention_norm, attention.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        window_size: Sequence[int] | None = None,
+        expansion: int = 4,
+        pool_size: int = 2,
+        head_dim: int = 32,
+        table_size: Sequence[int] | None = (27, 27),
+        drop_path: float = 0.0,
+        fused: bool = True,
+    ) -> None:
+        shared: dict[str, Any] = {
+            "stride": stride,
+            "expansion": expansion,
+            "pool_size": pool_size,
+            "drop_path": drop_path,
+        }
+        super().__init__(in_channels, out_channels, se=False, fused=fused, **shared)
+        if window_size is not None:
+            check_sequence("window_size", window_size, 2)
+        self.window_size = None if window_size is None else tuple(window_size)
+        self.attention_norm = nn.LayerNorm(out_channels, eps=1e-5)
+        self.attention = RelativeSelfAttention(out_channels, head_dim=head_dim, table_size=table_size, fused=fused)
+
+    def _windowed_attention(self, x: Tensor) -> Tensor:
+        """Attention within windows of (N, H, W, C)."""
+        assert self.window_size is not None
+        n, height, width, channels = x.shape
+        h, w = self.window_size
+        bottom, right = -height % h, -width % w
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        rows, columns = (height + bottom) // h, (width + right) // w
+
+        def windows(t: Tensor) -> Tensor:
+            return t.reshape(-1, rows, h, columns, w, t.shape[-1]).transpose(2, 3).reshape(-1, h, w, t.shape[-1])
+
+        padding = F.pad(x.new_zeros(1, height, width, 1), (0, 0, 0, right, 0, bottom), value=float("-inf"))
+        mask = windows(padding).reshape(-1, 1, 1, h * w).repeat(n, 1, 1, 1)
+        y = self.attention(windows(x), mask)
+        y = y.reshape(n, rows, columns, h, w, channels).transpose(2, 3).reshape(n, rows * h, columns * w, channels)
+        return y[:, :height, :width]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x).permute(0, 2, 3, 1)
+        attend = self.attention if self.window_size is None else self._windowed_attention
+        return (x + self.drop_path(attend(self.attention_norm(x)))).permute(0, 3, 1, 2)

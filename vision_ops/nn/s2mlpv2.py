@@ -1,0 +1,112 @@
+"""S2-MLPv2 (arXiv 2108.01072); its authors published no code: after s2_mlp_v2.py of liuruiyang98/Jittor-MLP."""
+
+from torch import Tensor, nn
+
+from .. import reference
+from ..ops._checks import check_integer
+from ..reference.shift_split_attention import split_attention
+from ._blocks import DropPath
+
+
+class SplitAttention(nn.Module):
+    """Weighs k branches channel by channel: sum_k softmax_k(mlp2(GELU(mlp1(sum of all))))_k * x_k.
+
+    Args:
+        channel: channels C.
+        k: branches.
+        reduction: C over the hidden width. 1 is the article's; 4 is what the paper's parameter counts come out with.
+
+    Input is (B, k, H, W, C), output (B, H, W, C). Keys: mlp1, mlp2, without biases.
+    """
+
+    def __init__(self, channel: int = 512, k: int = 3, *, reduction: int = 1) -> None:
+        super().__init__()
+        check_integer("reduction", reduction, 1)
+        self.mlp1 = nn.Linear(channel, channel // reduction, bias=False)
+        self.mlp2 = nn.Linear(channel // reduction, channel * k, bias=False)
+
+    def forward(self, x_all: Tensor) -> Tensor:
+        return split_attention(x_all, self.mlp1.weight, self.mlp2.weight)
+
+
+class S2Attention(nn.Module):
+    """Spatial shifts of three branches, weighed by split attention, between two linear layers.
+
+    The shifts are clean: out of place, borders keep their own value. The in-place slices of the article's code read
+    what they have overwritten (wrong on the CPU, undefined on a GPU) and its gradient is that of the clean shift.
+
+    Args:
+        channels: channels C, any number; quarters round down.
+        reduction: as `SplitAttention`.
+        fused: False runs plain PyTorch.
+
+    Input and output are (B, H, W, C). Keys: mlp1, mlp2, split_attention.
+    """
+
+    def __init__(self, channels: int = 512, *, reduction: int = 1, fused: bool = True) -> None:
+        super().__init__()
+        self.fused = fused
+        self.mlp1, self.mlp2 = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.split_attention = SplitAttention(channels, reduction=reduction)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = self.split_attention
+        return self.mlp2(reference.shift_split_attention(self.mlp1(x), split.mlp1.weight, split.mlp2.weight))
+
+
+class PreNormResidual(nn.Module):
+    """x + fn(norm(x)). Keys: norm, fn."""
+
+    def __init__(self, dim: int, fn: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.fn, self.drop_path = nn.LayerNorm(dim), fn, DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.fn(self.norm(x)))
+
+
+class S2Block(nn.Module):
+    """`depth` times x + S2Attention(LN(x)), x + Linear(GELU(Linear(LN(x)))), on (N, C, H, W).
+
+    Args:
+        d_model: channels.
+        depth: how often.
+        expansion_factor: hidden channels over d_model.
+        dropout: after both linear layers.
+        reduction: as `SplitAttention`.
+        drop_path: stochastic depth of each of the `depth` layers; the article's code has none.
+        fused: False runs plain PyTorch.
+
+    Keys: model.{layer}.{0, 1}.{norm, fn}.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        depth: int,
+        expansion_factor: int = 4,
+        dropout: float = 0.0,
+        *,
+        reduction: int = 1,
+        drop_path: float | list[float] = 0.0,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden = d_model * expansion_factor
+        rates = drop_path if isinstance(drop_path, list) else [drop_path] * depth
+
+        def layer(rate: float) -> nn.Sequential:
+            mlp = nn.Sequential(
+                nn.Linear(d_model, hidden),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Linear(hidden, d_model),
+                nn.Dropout(dropout),
+            )
+            attention = S2Attention(d_model, reduction=reduction, fused=fused)
+            return nn.Sequential(PreNormResidual(d_model, attention, rate), PreNormResidual(d_model, mlp, rate))
+
+        self.model = nn.Sequential(*(layer(rate) for rate in rates))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

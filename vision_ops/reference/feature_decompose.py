@@ -1,0 +1,8 @@
+from torch import Tensor
+
+from .dwconv import ACTIVATIONS
+
+
+def feature_decompose(x: Tensor, sigma: Tensor, *, activation: str | None = "silu") -> Tensor:
+    """act(x + sigma * (x - mean(x over H, W))); arguments as in `fused_feature_decompose`."""
+    return ACTIVATIONS[activation](x + sigma.reshape(-1, 1, 1) * (x - x.mean(dim=(2, 3), keepdim=True)))
