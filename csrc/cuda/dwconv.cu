@@ -26,21 +26,17 @@ Axis axis(const Tensor4& x, const Tensor4& y, int dim, const DwConv& f) {
   return {int(x.size[dim]), int(y.size[dim]), int(f.dilation), int(f.stride), int(dim == 2 ? f.pad_top : f.pad_left)};
 }
 
-#define VOPS_BY_KERNEL_SIZE(K, call) \
-  switch (K) {                       \
-    case 3:                          \
-      return call<3>;                \
-    case 5:                          \
-      return call<5>;                \
-    case 7:                          \
-      return call<7>;                \
-    default:                         \
-      return call<9>;                \
-  }
+struct MarchKernels {
+  decltype(&march<3>) conv;
+  decltype(&march_wgrad<3>) wgrad;
+  decltype(&march_wgrad_splits<3>) wgrad_splits;
+};
+template <int K>
+constexpr MarchKernels kMarchKernels = {march<K>, march_wgrad<K>, march_wgrad_splits<K>};
 
-auto march_of(int64_t K) -> decltype(&march<3>) { VOPS_BY_KERNEL_SIZE(K, &march) }
-auto wgrad_of(int64_t K) -> decltype(&march_wgrad<3>) { VOPS_BY_KERNEL_SIZE(K, &march_wgrad) }
-auto splits_of(int64_t K) -> decltype(&march_wgrad_splits<3>){VOPS_BY_KERNEL_SIZE(K, &march_wgrad_splits)}
+const MarchKernels& march_kernels(int64_t K) {
+  return K == 3 ? kMarchKernels<3> : K == 5 ? kMarchKernels<5> : K == 7 ? kMarchKernels<7> : kMarchKernels<9>;
+}
 
 Error run(const PlainConv& p, CudaTarget target) {
   if (is_empty(p.y)) return nullptr;
@@ -75,7 +71,7 @@ Error run(const PlainConv& p, CudaTarget target) {
                    axis(from, to, 3, f),
                    p.act,
                    kind};
-  return march_of(f.kernel)(m, stream);
+  return march_kernels(f.kernel).conv(m, stream);
 }
 
 MarchWgrad march_wgrad_of(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, const Tensor4& db, const DwConv& f,
@@ -118,7 +114,7 @@ Error dwconv_backward_weight_cuda(const Tensor4& dy, const Tensor4& x, const Ten
   if (guard.error) return guard.error;
   const auto stream = static_cast<cudaStream_t>(target.stream);
   if (!is_empty(dy) && marches(x, dy, conv))
-    return wgrad_of(conv.kernel)(march_wgrad_of(dy, x, dw, db, conv, workspace), stream);
+    return march_kernels(conv.kernel).wgrad(march_wgrad_of(dy, x, dw, db, conv, workspace), stream);
   return plain_wgrad({x, dy, dw, db, conv, plain_splits(dy), workspace}, stream);
 }
 
@@ -126,7 +122,7 @@ Error dwconv_backward_weight_cuda(const Tensor4& dy, const Tensor4& x, const Ten
 int64_t dwconv_backward_weight_workspace(const Tensor4& dy, DwConv conv) {
   int64_t splits = plain_splits(dy);
   if (!is_empty(dy) && has_march_kernel(dy.dtype, conv) && dy.size[2] < kMostPoints && dy.size[3] < kMostPoints) {
-    const int64_t marched = splits_of(conv.kernel)(march_wgrad_of(dy, dy, {}, {}, conv, nullptr));
+    const int64_t marched = march_kernels(conv.kernel).wgrad_splits(march_wgrad_of(dy, dy, {}, {}, conv, nullptr));
     if (marched > splits) splits = marched;
   }
   return splits * (conv.kernel * conv.kernel + 1) * dy.size[1] * (dy.dtype == kFloat64 ? 8 : 4);
