@@ -183,7 +183,7 @@ def test_outputs_are_poisoned(engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)  # PyTorch takes minutes for all of it in float16
 def test_sweep(engine, dtype):
     sizes = (1, 5, 7, 14, 15, 33)
     channels = itertools.cycle((8, 12, 24, 33, 100))

@@ -75,7 +75,7 @@ class FusedOp:
 
     arguments: a NamedTuple, tensors first; its annotations are the schema, and every tensor gets a gradient. The
     functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of reasons against
-    the kernels: why they cannot run, and why they would be slower; runs says which kernel it is.
+    the kernels: why they cannot run, and why they would be slower; runs names the kernel.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class FusedOp:
         kernels: Mapping[str, Kernels],
         reference: Callable[[Any], Tensor],
         predicate: Callable[[Any], tuple[list[str], list[str]]],
-        runs: Callable[[Any], str],
+        runs: Callable[[Any], str] = lambda a: _native.kernel_name(a[0].device.type),
     ) -> None:
         self.name, self.arguments, self.reference = name, arguments, reference
         self.predicate, self.runs = predicate, runs
