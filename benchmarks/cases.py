@@ -134,6 +134,13 @@ def build_multi_order(shape: shapes.MultiOrderShape, setting: Setting) -> Proble
     return Problem((x, weights, biases), flops)
 
 
+def build_layer_norm(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
+    x = setting.normal(setting.batch, shape.channels, shape.size, shape.size)
+    weight, bias = setting.normal(shape.channels), setting.normal(shape.channels)
+    # Mean, deviation, square and sum; scale, shift.
+    return Problem((x, weight, bias), 8 * x.numel())
+
+
 OPS = {
     op.name: op
     for op in (
@@ -160,6 +167,14 @@ OPS = {
                 "EdgeNeXt-S.4",
                 "MOAT-tiny0.2 entry",
             ),
+        ),
+        Op(
+            "layer_norm_2d",
+            vision_ops.fused_layer_norm_2d,
+            reference.layer_norm_2d,
+            shapes.layer_norm_cases(),
+            build_layer_norm,
+            quick=("HorNet-T.1", "HorNet-T.3"),
         ),
     )
 }

@@ -141,3 +141,21 @@ def moat_dwconvs() -> Iterator[tuple[str, DWConvShape]]:
 def dwconv_cases() -> dict[str, DWConvShape]:
     networks = (moganet_dwconvs, hornet_dwconvs, edgenext_dwconvs, convnext_dwconvs, moat_dwconvs)
     return distinct(case for network in networks for case in network())
+
+
+@dataclass(frozen=True)
+class LayerNormShape:
+    channels: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size}"
+
+
+def layer_norm_cases() -> dict[str, LayerNormShape]:
+    """HorNet's stem, blocks and downsampling; EdgeNeXt's stem and downsampling, which the last stage has none after."""
+    hornet = stages(HORNET_WIDTHS, "HorNet", STAGES_224)
+    edgenext = (case for case in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256) if case[1] < 3)
+    return distinct(
+        (label, LayerNormShape(width, size)) for cases in (hornet, edgenext) for label, _, width, size in cases
+    )

@@ -55,4 +55,15 @@ PYBIND11_MODULE(_cpu, m) {
           const MultiOrderDwConvGrads grads = multi_order_grads(dx, dweights, dbiases);
           run([&] { return cpu_kernels().multi_order_dwconv->backward(tdy, tx, p, grads); });
         });
+
+  m.def("layer_norm_2d", [](py::handle x, py::handle w, py::handle b, py::handle y, double eps) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), ty = tensor(y);
+    run([&] { return cpu_kernels().layer_norm_2d->forward(tx, tw, tb, ty, eps); });
+  });
+  m.def("layer_norm_2d_backward",
+        [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw, py::handle db, double eps) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw),
+                        tdb = tensor(db);
+          run([&] { return cpu_kernels().layer_norm_2d->backward(tdy, tx, tw, tdx, tdw, tdb, eps); });
+        });
 }

@@ -137,7 +137,7 @@ def _emulated_op(name: str) -> FusedOp:
         kernels={"CPU": source._KERNELS["CUDA"]},
         reference=source._reference,
         predicate=lambda a: ([], []),
-        runs=source._runs,
+        parts=source._parts,
     )
 
 

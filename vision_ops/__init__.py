@@ -15,12 +15,13 @@ def _is_main() -> bool:
 if find_spec("torch") is not None:
     from . import models, nn, reference
     from .dispatch import explain, use_backend
-    from .ops import fused_dwconv, fused_multi_order_dwconv
+    from .ops import fused_dwconv, fused_layer_norm_2d, fused_multi_order_dwconv
 
     __all__ = [
         "__version__",
         "explain",
         "fused_dwconv",
+        "fused_layer_norm_2d",
         "fused_multi_order_dwconv",
         "models",
         "nn",

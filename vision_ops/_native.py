@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,7 @@ def _load(part: str) -> tuple[ModuleType | None, str | None]:
 build_info = read_build_info()
 cpu, cpu_missing = _load("cpu")
 cuda, cuda_missing = _load("cuda")
+triton_missing = None if find_spec("triton") else "Triton is not installed (pip install triton)"
 
 
 def kernels() -> ModuleType:

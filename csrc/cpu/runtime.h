@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dwconv.h"
+#include "layer_norm_2d.h"
 #include "multi_order_dwconv.h"
 
 namespace vops {
@@ -20,6 +21,7 @@ struct CpuKernels {
   const char* isa;
   const DwConvOps* dwconv;
   const MultiOrderDwConvOps* multi_order_dwconv;
+  const LayerNorm2dOps* layer_norm_2d;
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
 const CpuKernels& cpu_kernels();

@@ -83,3 +83,10 @@ def test_flops_leave_out_the_taps_in_the_padding(size, kernel, options):
     ones = torch.ones(2, 3, size, size), torch.ones(3, 1, kernel, kernel)
     taps = reference.dwconv(*ones, **options).sum().item()
     assert dwconv_flops(2, 3, size, kernel, **options) == 2 * taps
+
+
+def test_layer_norm_runs_where_hornet_and_edgenext_have_it():
+    cases = {label: (shape.channels, shape.size) for label, shape in shapes.layer_norm_cases().items()}
+    assert cases["HorNet-T.4"] == (512, 7) and cases["HorNet-S.1"] == (96, 56)
+    assert cases["EdgeNeXt-S.1"] == (48, 64) and cases["EdgeNeXt-B.3"] == (288, 16)
+    assert not any(label.startswith("EdgeNeXt") and label.endswith(".4") for label in cases)

@@ -1,16 +1,30 @@
+"""The LayerNorm of convolutional feature maps, in the stems, downsampling and blocks of HorNet and EdgeNeXt."""
+
 import torch
 from torch import Tensor, nn
 
-from .. import reference
+from ..ops.layer_norm_2d import fused_layer_norm_2d
 
 
 class LayerNorm2d(nn.Module):
-    """LayerNorm over the channels of (N, C, H, W). Keys: weight, bias."""
+    """LayerNorm over the channels of (N, C, H, W): `fused_layer_norm_2d` with parameters.
+
+    Args:
+        normalized_shape: channels C.
+        eps: added to the variance.
+        fused: False runs plain PyTorch.
+
+    Keys: weight, bias. It is the official `LayerNorm(normalized_shape, eps, data_format="channels_first")`.
+    """
 
     def __init__(self, normalized_shape: int, eps: float = 1e-6, *, fused: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(normalized_shape)), nn.Parameter(torch.zeros(normalized_shape))
-        self.eps, self.fused = eps, fused
+        self.normalized_shape, self.eps, self.fused = (normalized_shape,), eps, fused
+        self.weight = nn.Parameter(torch.ones(normalized_shape))
+        self.bias = nn.Parameter(torch.zeros(normalized_shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.layer_norm_2d(x, self.weight, self.bias, eps=self.eps)
+        return fused_layer_norm_2d(x, self.weight, self.bias, eps=self.eps, backend=None if self.fused else "reference")
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape[0]}, eps={self.eps}"

@@ -65,6 +65,13 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> N
         )
 
 
+def check_eps(eps: Any) -> None:
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
+        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+
+
 def check_sequence(name: str, value: Any, length: int) -> None:
     if isinstance(value, (Tensor, str)) or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
         raise ValueError(f"{name} must be a sequence of {length}, got {type(value).__name__}")

@@ -75,7 +75,9 @@ class FusedOp:
 
     arguments: a NamedTuple, tensors first; its annotations are the schema, and every tensor gets a gradient. The
     functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of reasons against
-    the kernels: why they cannot run, and why they would be slower; runs names the kernel.
+    the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are. autocast: whether
+    tensors are cast to its dtype; norms take them as they are. parts: which part of the op runs where, for `explain`;
+    without it the op is one part.
     """
 
     def __init__(
@@ -87,10 +89,12 @@ class FusedOp:
         kernels: Mapping[str, Kernels],
         reference: Callable[[Any], Tensor],
         predicate: Callable[[Any], tuple[list[str], list[str]]],
-        runs: Callable[[Any], str] = lambda a: _native.kernel_name(a[0].device.type),
+        triton: bool = False,
+        autocast: bool = True,
+        parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
-        self.name, self.arguments, self.reference = name, arguments, reference
-        self.predicate, self.runs = predicate, runs
+        self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
+        self.kernels, self._triton, self._autocasts, self._parts = kernels, triton, autocast, parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
@@ -169,13 +173,21 @@ class FusedOp:
         backend, arguments = resolve_backend(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
-        runs = self.runs(arguments) if fused else "PyTorch"
+        device = arguments[0].device.type
+        if fused and self._parts is not None:
+            return Explanation(self.name, backend, self._parts(arguments), cannot, slower)
+        if not fused:
+            runs = "PyTorch"
+        elif self._triton and device == "cuda":
+            runs = "Triton kernel"
+        else:
+            runs = _native.kernel_name(device)
         if backend == "fused" and cannot:
             runs = "nothing: a ValueError"
         return Explanation(self.name, backend, {self.name: runs}, cannot, slower)
 
     def _autocast(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not autocast_enabled(given[0]):
+        if not self._autocasts or not autocast_enabled(given[0]):
             return given
         dtype = torch.get_autocast_dtype(given[0].device.type)
         cast = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given[: self._tensors])
@@ -227,12 +239,12 @@ def _function(
     return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)
 
 
-def device_reasons(x: Tensor, kernels: Mapping[str, Kernels]) -> list[str]:
-    """Why the kernels cannot run on the device of x."""
+def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:
+    """Why the kernels cannot run on the device of x. triton: its kernels serve CUDA."""
     kind = x.device.type
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
     if kind == "cuda":
-        missing = _native.gpu_missing(x.device.index)
+        missing = _native.triton_missing if triton else _native.gpu_missing(x.device.index)
         return [missing] if missing else []
     return [] if kind.upper() in kernels else [f"there is no kernel for device {kind!r}"]

@@ -151,13 +151,14 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     return [], ["oneDNN is faster for channels_last 3x3 of this size"]
 
 
-def _runs(a: _Arguments) -> str:
-    name = _native.kernel_name(a.x.device.type)
-    if a.x.device.type == "cpu" or a.weight is None:
-        return name
-    if not _marches(a):
-        return f"{name} (untuned)"
-    return name if channels_dense(a.x) else f"{name}, on channels_last copies"
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    if a.x.device.type != "cpu" and a.weight is not None:
+        if not _marches(a):
+            kernel += " (untuned)"
+        elif not channels_dense(a.x):
+            kernel += ", on channels_last copies"
+    return {"dwconv": kernel}
 
 
 _op = FusedOp(
@@ -167,7 +168,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
-    runs=_runs,
+    parts=_parts,
 )
 
 

@@ -123,13 +123,14 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     return [], ["only untuned kernels take this dtype and these kernel sizes"]
 
 
-def _runs(a: _Arguments) -> str:
-    name = _native.kernel_name(a.x.device.type)
-    if a.x.device.type == "cpu" or a.w0 is None:
-        return name
-    if not _marches(a):
-        return f"{name}s (untuned)"
-    return f"{name}s" if channels_dense(a.x) else f"{name}s, on channels_last copies"
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    if a.x.device.type != "cpu" and a.w0 is not None:
+        if not _marches(a):
+            kernel += "s (untuned)"
+        else:
+            kernel += "s" if channels_dense(a.x) else "s, on channels_last copies"
+    return {"multi_order_dwconv": kernel}
 
 
 _op = FusedOp(
@@ -139,7 +140,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
-    runs=_runs,
+    parts=_parts,
 )
 
 

@@ -1,0 +1,138 @@
+"""LayerNorm over the channels of every pixel, as stems, downsampling and blocks of HorNet and EdgeNeXt have it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ._checks import check_eps, check_parameter, check_tensor
+from ._registration import FusedOp, device_reasons, empty, memory_format
+
+_MOST_CHANNELS = 2048  # that the registers of a Triton program hold
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.layer_norm_2d(a.x, a.weight, a.bias, eps=a.eps)
+
+
+def _output(a: _Arguments) -> Tensor:
+    return empty(a.x.shape, a.x)
+
+
+def _forward_cpu(a: _Arguments) -> Tensor:
+    y, weight, bias = _output(a), a.weight.contiguous(), a.bias.contiguous()
+    parameters = _native.weight_view(weight), _native.weight_view(bias)
+    _native.kernels().layer_norm_2d(_native.view(a.x), *parameters, _native.view(y), a.eps)
+    return y
+
+
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    dx, dweight, dbias = grads
+    weight = a.weight.contiguous()
+    inputs = _native.view(grad), _native.view(a.x), _native.weight_view(weight)
+    outputs = _native.view(dx), _native.weight_view(dweight), _native.weight_view(dbias)
+    _native.kernels().layer_norm_2d_backward(*inputs, *outputs, a.eps)
+
+
+def _forward_cuda(a: _Arguments) -> Tensor:
+    from ..kernels import layer_norm_2d
+
+    y = _output(a)
+    layer_norm_2d.forward(a.x, a.weight, a.bias, y, a.eps)
+    return y
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    from ..kernels import layer_norm_2d
+
+    layer_norm_2d.backward(grad, a.x, a.weight, *grads, a.eps)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+
+
+def _torch_is_faster(a: _Arguments) -> bool:
+    """Of small channels_last tensors PyTorch's own layer norm takes less time around the kernel (measured, AVX-512)."""
+    x = a.x
+    if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
+        return False
+    count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in a[:3]):
+        return count < 60_000
+    return (count < 180_000 and (single or channels >= 128)) or (count < 320_000 and single and channels >= 128)
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    cannot = device_reasons(a.x, _KERNELS, triton=True)
+    if a.x.device.type == "cuda" and a.x.shape[1] > _MOST_CHANNELS:
+        cannot.append(f"the Triton kernel takes at most {_MOST_CHANNELS} channels, x has {a.x.shape[1]}")
+    # A compiled graph must not depend on the size.
+    if cannot or torch.compiler.is_compiling() or not _torch_is_faster(a):
+        return cannot, []
+    return cannot, ["PyTorch's layer norm is faster for channels_last tensors of few elements"]
+
+
+_op = FusedOp(
+    "layer_norm_2d",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    autocast=False,
+)
+
+
+def _explain(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    return _op.explain(x, weight, bias, eps, backend=backend)
+
+
+explainers["layer_norm_2d"] = _explain
+
+
+def fused_layer_norm_2d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, mean and biased variance over the C channels of every pixel.
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its memory format and dtype,
+            under autocast too.
+        weight: (C,), in the dtype of x, or float32 beside a half x.
+        bias: (C,), as weight.
+        eps: 0 or more; 1e-6 in HorNet and EdgeNeXt.
+        backend: as in `vision_ops.use_backend`.
+
+    Statistics are float32 (float64 for float64), the variance is that of x - mean. Gradients are bitwise repeatable and
+    come in each argument's own dtype; backward keeps the arguments only and computes the statistics again. Without a
+    kernel for the device, `reference.layer_norm_2d` runs; so it does for small channels_last tensors on CPUs, where
+    PyTorch's own is faster (`explain` tells).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Layer normalization (arXiv 1607.06450), the channels_first LayerNorm in hornet.py of raoyongming/HorNet.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    check_parameter("weight", weight, (x.shape[1],), "C", x)
+    check_parameter("bias", bias, (x.shape[1],), "C", x)
+    check_eps(eps)
+    return _op(x, weight, bias, float(eps), backend=backend)
