@@ -49,6 +49,23 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return allocate(shape, like, memory_format(like))
 
 
+def channels_dense(t: Tensor) -> bool:
+    """Whether neighbouring channels are neighbours in memory, as the march kernels of CUDA want."""
+    return t.stride(1) == 1 or t.shape[1] == 1
+
+
+def to_channels_dense(t: Tensor) -> Tensor:
+    return t if channels_dense(t) else t.contiguous(memory_format=torch.channels_last)
+
+
+def allocate_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
+    return allocate(shape, like, torch.channels_last)
+
+
+def workspace(size: int, like: Tensor) -> Tensor:
+    return allocate((size // like.element_size(),), like)
+
+
 def _gradient_like(t: Tensor) -> Tensor:
     return empty(t.shape, t) if t.ndim == 4 and t.shape[1] > 1 else allocate(t.shape, t)
 
@@ -58,8 +75,8 @@ class FusedOp:
 
     arguments: a NamedTuple, tensors first; its annotations are the schema, and every tensor gets a gradient. The
     functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of reasons against
-    the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are. autocast: whether
-    tensors are cast to its dtype; norms take them as they are.
+    the kernels: why they cannot run, and why they would be slower; runs names the kernel. autocast: whether tensors are
+    cast to its dtype; norms take them as they are.
     """
 
     def __init__(
@@ -71,11 +88,11 @@ class FusedOp:
         kernels: Mapping[str, Kernels],
         reference: Callable[[Any], Tensor],
         predicate: Callable[[Any], tuple[list[str], list[str]]],
-        triton: bool = False,
+        runs: Callable[[Any], str] = lambda a: _native.kernel_name(a[0].device.type),
         autocast: bool = True,
     ) -> None:
-        self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self.kernels, self._triton, self._autocasts = kernels, triton, autocast
+        self.name, self.arguments, self.reference = name, arguments, reference
+        self.kernels, self.predicate, self.runs, self._autocasts = kernels, predicate, runs, autocast
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
@@ -154,13 +171,7 @@ class FusedOp:
         backend, arguments = resolve_backend(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
-        device = arguments[0].device.type
-        if not fused:
-            runs = "PyTorch"
-        elif self._triton and device == "cuda":
-            runs = "Triton kernel"
-        else:
-            runs = _native.kernel_name(device)
+        runs = self.runs(arguments) if fused else "PyTorch"
         if backend == "fused" and cannot:
             runs = "nothing: a ValueError"
         return Explanation(self.name, backend, {self.name: runs}, cannot, slower)
@@ -223,7 +234,7 @@ def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = 
     kind = x.device.type
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
-    missing = _native.triton_missing if triton else _native.cuda_missing
-    if kind == "cuda" and missing:
-        return [missing]
+    if kind == "cuda":
+        missing = _native.triton_missing if triton else _native.gpu_missing(x.device.index)
+        return [missing] if missing else []
     return [] if kind.upper() in kernels else [f"there is no kernel for device {kind!r}"]

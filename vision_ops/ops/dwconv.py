@@ -10,7 +10,16 @@ from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.dwconv import ACTIVATIONS, four_paddings
 from ._checks import check_integer, check_kernel, check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, memory_format
+from ._registration import (
+    FusedOp,
+    allocate_channels_last,
+    channels_dense,
+    device_reasons,
+    empty,
+    memory_format,
+    to_channels_dense,
+    workspace,
+)
 
 _MOST = 2**24  # of stride, dilation and padding: products with sizes stay within 64 bits
 _ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}
@@ -83,7 +92,50 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
         kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+def _marches(a: _Arguments) -> bool:
+    """Whether CUDA's march kernels take the convolution; else its plain kernel does."""
+    return _native.cuda_kernels().has_march_kernel(_native.DTYPES[a.x.dtype], _native_conv(a))
+
+
+def _forward_cuda(a: _Arguments) -> Tensor:
+    y, weight, bias = _output(a), a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
+    x, out = a.x, y
+    if _marches(a):
+        x, out = to_channels_dense(x), y if channels_dense(y) else allocate_channels_last(y.shape, y)
+    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(out)
+    options = _native_conv(a), _ACTIVATION_CODES[a.activation], *_native.target(x)
+    _native.cuda_kernels().dwconv(*views, *options)
+    return y if out is y else y.copy_(out)
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    dx, dweight, dbias = grads
+    kernels, conv, target, x = _native.cuda_kernels(), _native_conv(a), _native.target(a.x), a.x
+    weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
+    weight_view, marches = _native.weight_view(weight), _marches(a)
+    if marches:
+        grad = to_channels_dense(grad)
+    if marches and (a.activation is not None or dweight is not None):
+        x = to_channels_dense(x)
+    x_view = _native.view(x)
+    if a.activation is not None:
+        du = allocate_channels_last(grad.shape, grad)
+        views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
+        kernels.dwconv_backward_activation(*views, conv, _ACTIVATION_CODES[a.activation], *target)
+        grad = du
+    grad_view = _native.view(grad)
+    if dx is not None:
+        out = dx if channels_dense(dx) or not marches else allocate_channels_last(dx.shape, dx)
+        kernels.dwconv_backward_input(grad_view, weight_view, _native.view(out), conv, *target)
+        if out is not dx:
+            dx.copy_(out)
+    if dweight is not None or dbias is not None:
+        room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
+        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, room.data_ptr(), *target)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -91,13 +143,32 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     # A compiled graph must not depend on the size. In training without activation our backward pass makes up for it.
     if a.weight is None or torch.compiler.is_compiling() or cannot:
         return cannot, []
+    if a.x.device.type == "cuda":
+        return [], [] if _marches(a) else ["only an untuned kernel takes this dtype, kernel size, stride and dilation"]
     trains = torch.is_grad_enabled() and (a.x.requires_grad or a.weight.requires_grad)
     if (a.activation is None and trains) or not _torch_is_faster(a):
-        return cannot, []
-    return cannot, ["oneDNN is faster for channels_last 3x3 of this size"]
+        return [], []
+    return [], ["oneDNN is faster for channels_last 3x3 of this size"]
 
 
-_op = FusedOp("dwconv", _Arguments, output=_output, kernels=_KERNELS, reference=_reference, predicate=_predicate)
+def _runs(a: _Arguments) -> str:
+    name = _native.kernel_name(a.x.device.type)
+    if a.x.device.type == "cpu" or a.weight is None:
+        return name
+    if not _marches(a):
+        return f"{name} (untuned)"
+    return name if channels_dense(a.x) else f"{name}, on channels_last copies"
+
+
+_op = FusedOp(
+    "dwconv",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    runs=_runs,
+)
 
 
 def _explain(
@@ -112,7 +183,8 @@ def _explain(
     backend: str | None = None,
 ) -> Explanation:
     check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, weight, bias, stride, [], dilation, activation, backend=backend)
+    four = [] if weight is None else _checked_padding(padding, check_kernel("weight", weight), dilation)
+    return _op.explain(x, weight, bias, stride, four, dilation, activation, backend=backend)
 
 
 explainers["dwconv"] = _explain
@@ -144,7 +216,8 @@ def fused_dwconv(
 
     Sums are float32 (float64 for float64). Gradients are bitwise repeatable and come in each argument's own dtype;
     backward keeps the arguments only. Without a kernel for the device, `reference.dwconv` runs; so it does where oneDNN
-    is faster, for some large channels_last 3x3 convolutions (`explain` tells).
+    is faster, for some large channels_last 3x3 convolutions, and on GPUs for float64, other kernel sizes and strides,
+    and even dilation at stride 2 (`explain` tells). On GPUs a contiguous x is converted to channels_last and y back.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the output would be empty for want of rows or columns.

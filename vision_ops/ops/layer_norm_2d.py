@@ -81,6 +81,11 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     return cannot, ["PyTorch's layer norm is faster for channels_last tensors of few elements"]
 
 
+def _runs(a: _Arguments) -> str:
+    device = a.x.device.type
+    return "Triton kernel" if device == "cuda" else _native.kernel_name(device)
+
+
 _op = FusedOp(
     "layer_norm_2d",
     _Arguments,
@@ -88,7 +93,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
-    triton=True,
+    runs=_runs,
     autocast=False,
 )
 
