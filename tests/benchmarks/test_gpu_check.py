@@ -148,10 +148,8 @@ def test_a_killed_run_leaves_what_it_had(tmp_path):
 
 def test_small_calls_of_a_right_op_and_a_wrong_one(tiny):
     for name, expected in (("right", False), ("wrong", True)):
-        found = [
-            small_calls.call(tiny[name], p, "cpu", False)
-            for _, p in small_calls.problems(tiny[name], "cpu", (torch.float32,))
-        ]
+        problems = small_calls.problems(tiny[name], "cpu", (torch.float32,))
+        found = [small_calls.call(tiny[name], problem) for _, problem in problems]
         assert [text is not None for text in found] == [expected] * 2
 
 

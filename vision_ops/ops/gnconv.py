@@ -13,7 +13,7 @@ from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._pointwise import linear, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
-from .dwconv import convolve, convolve_backward
+from .dwconv import convolve, convolve_backward, convolve_backward_cuda, convolve_cuda
 from .gated_recursion import ChainAgain, Gates, check_chain, cpu_gates, cuda_gates, gate_parts, pixel_dense, run_chain
 
 
@@ -56,12 +56,19 @@ class _Device(NamedTuple):
     convolve_backward: Callable[..., None]
 
 
-def _cpu() -> _Device:
+def _cpu(x: Tensor) -> _Device:
     return _Device(cpu_gates(), convolve, convolve_backward)
 
 
-def _cuda() -> _Device:
+def _cuda(x: Tensor) -> _Device:
+    if _convolves(x):
+        return _Device(cuda_gates(), convolve_cuda, convolve_backward_cuda)
     return _Device(cuda_gates(), _torch_convolve, _torch_convolve_backward)
+
+
+def _convolves(x: Tensor) -> bool:
+    """Whether the compiled CUDA kernels run on the device of x; else PyTorch convolves."""
+    return x.device.type == "cuda" and not device_reasons(x, _KERNELS)
 
 
 def _torch_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -82,8 +89,8 @@ def _torch_convolve_backward(
 
 # In between everything is channels_last, whatever x is: the GEMMs at either end change the layout on their way.
 @without_autocast
-def _forward(device: Callable[[], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    (gates, convolve, _), (y, projected, dw) = device(), _output(a)
+def _forward(device: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    (gates, convolve, _), (y, projected, dw) = device(a.x), _output(a)
     linear(a.x, a.proj_in_weight.flatten(1), a.proj_in_bias, projected)
     pwa, abc = _split(projected, a)
     convolve(abc, *_scaled_conv(a), dw)
@@ -95,9 +102,9 @@ def _forward(device: Callable[[], _Device], a: _Arguments) -> tuple[Tensor, Tens
 
 @without_autocast
 def _backward(
-    device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor
+    device: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor
 ) -> None:
-    gates, _, convolve_backward = device()
+    gates, _, convolve_backward = device(a.x)
     dx, dproj_in, dproj_in_bias, ddw_weight, ddw_bias, dproj_out, dproj_out_bias, dpws, dpw_biases = grads
     pwa, abc = _split(projected, a)
     grad = pixel_dense(grad, torch.channels_last)
@@ -142,8 +149,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    cuda, order = a.x.device.type == "cuda", len(a.pw_weights) + 1
-    convolution = "PyTorch" if cuda else _native.kernel_name(a.x.device.type)
+    device, order = a.x.device.type, len(a.pw_weights) + 1
+    convolution = "PyTorch" if device == "cuda" and not _convolves(a.x) else _native.kernel_name(device)
     widths = [a.x.shape[1] >> k for k in reversed(range(order))]
     return {"depthwise convolution": convolution, **gate_parts(a.x, widths)}
 
