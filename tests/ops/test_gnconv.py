@@ -45,6 +45,10 @@ def make(
     return Case(run, [laid_out(torch.randn(shape, dtype=dtype), layout), *projections, *weights, *biases])
 
 
+def on(device, case):
+    return Case(case.run, [t if t is None else t.to(device) for t in case.tensors])
+
+
 CASES = [
     {},
     {"layout": "channels_last"},
@@ -64,20 +68,20 @@ CASES = [
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
-def test_matches_reference(options):
-    check_against_reference(make(**options))
+def test_matches_reference(options, device):
+    check_against_reference(on(device, make(**options)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_dtypes(dtype, layout):
-    check_against_reference(make(dtype=dtype, layout=layout))
+def test_dtypes(dtype, layout, device):
+    check_against_reference(on(device, make(dtype=dtype, layout=layout)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
-def test_layouts(layout, grad_layout):
-    check_against_reference(make(layout=layout), grad_layout)
+def test_layouts(layout, grad_layout, device):
+    check_against_reference(on(device, make(layout=layout)), grad_layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
