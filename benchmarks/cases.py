@@ -78,7 +78,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those of PyTorch
+    that there are kernels for."""
 
     name: str
     fused: Callable[..., Tensor]
@@ -87,6 +88,7 @@ class Op:
     build: Callable[[Any, Setting], Problem]
     quick: tuple[str, ...]
     compile_in_quick: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def problem(self, case: str, setting: Setting) -> Problem:
         """The same values for every layout, so that one exact result judges them all."""
@@ -236,6 +238,11 @@ OPS = {
             shapes.global_filter_cases(),
             build_global_filter,
             quick=("HorNet-T.3", "HorNet-T.4"),
+            devices=("cpu",),
         ),
     )
 }
+
+
+def ops_for(device: str) -> dict[str, Op]:
+    return {name: op for name, op in OPS.items() if device in op.devices}

@@ -26,7 +26,7 @@ import torch
 
 import vision_ops
 from benchmarks import calibration, machine, networks
-from benchmarks.cases import OPS, Setting
+from benchmarks.cases import OPS, Setting, ops_for
 from benchmarks.measure import Rule, Stopwatch
 from benchmarks.race import Plan, Race
 from benchmarks.report import Report, replace_file
@@ -157,13 +157,13 @@ def all_steps(folder: Path, device: str) -> Iterator[Step]:
 
 def build_steps(device: str, until: float) -> Iterator[Step]:
     yield Step("build", "import and build info", lambda left: build_info(device), until)
-    for name in OPS:
+    for name in ops_for(device):
         yield Step("build", f"calls of {name}", lambda left, name=name: small_calls(name, device, left), until)
 
 
 def build_info(device: str) -> dict[str, Any]:
     explained = {}
-    for op in OPS.values():
+    for op in ops_for(device).values():
         problem = op.problem(op.quick[0], Setting(device, torch.float32, "channels_last", 2))
         found = vision_ops.explain(op.name, *problem.args, **problem.options)
         explained[op.name] = str(found)
@@ -287,7 +287,8 @@ class Races:
         )
 
         self.first = [(op, case) for op, case in FIRST_CASES if op in OPS and case in OPS[op].cases]
-        self.rest = [(name, case) for name, op in OPS.items() for case in op.cases if (name, case) not in self.first]
+        known = [(name, case) for name, op in ops_for(device).items() for case in op.cases]
+        self.rest = [pair for pair in known if pair not in self.first]
 
     def steps(self, cases: Sequence[tuple[str, str]], peers: Sequence[str], until: float = 1.0) -> Iterator[Step]:
         for op, case in cases:
