@@ -78,8 +78,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those of PyTorch
-    that there are kernels for."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those that there
+    are kernels for."""
 
     name: str
     fused: Callable[..., Tensor]
@@ -244,5 +244,5 @@ OPS = {
 }
 
 
-def ops_for(device: str) -> dict[str, Op]:
-    return {name: op for name, op in OPS.items() if device in op.devices}
+def ops_for(device: str, ops: Mapping[str, Op]) -> dict[str, Op]:
+    return {name: op for name, op in ops.items() if device in op.devices}

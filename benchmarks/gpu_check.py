@@ -157,13 +157,13 @@ def all_steps(folder: Path, device: str) -> Iterator[Step]:
 
 def build_steps(device: str, until: float) -> Iterator[Step]:
     yield Step("build", "import and build info", lambda left: build_info(device), until)
-    for name in ops_for(device):
+    for name in ops_for(device, OPS):
         yield Step("build", f"calls of {name}", lambda left, name=name: small_calls(name, device, left), until)
 
 
 def build_info(device: str) -> dict[str, Any]:
     explained = {}
-    for op in ops_for(device).values():
+    for op in ops_for(device, OPS).values():
         problem = op.problem(op.quick[0], Setting(device, torch.float32, "channels_last", 2))
         found = vision_ops.explain(op.name, *problem.args, **problem.options)
         explained[op.name] = str(found)
@@ -287,7 +287,7 @@ class Races:
         )
 
         self.first = [(op, case) for op, case in FIRST_CASES if op in OPS and case in OPS[op].cases]
-        known = [(name, case) for name, op in ops_for(device).items() for case in op.cases]
+        known = [(name, case) for name, op in ops_for(device, OPS).items() for case in op.cases]
         self.rest = [pair for pair in known if pair not in self.first]
 
     def steps(self, cases: Sequence[tuple[str, str]], peers: Sequence[str], until: float = 1.0) -> Iterator[Step]:

@@ -56,7 +56,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # its errors would be allowed to ours
     status = 0
-    for name in args.op or ops_for(args.device):
+    for name in args.op or ops_for(args.device, OPS):
         for what, problem in problems(OPS[name], args.device, DTYPES[:2] if args.bare else DTYPES):
             wrong = (bare_call if args.bare else call)(OPS[name], problem)
             if args.device == "cuda":
