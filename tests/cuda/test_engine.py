@@ -9,6 +9,7 @@ from harness import HALF, Case, check_against_reference, laid_out
 
 from vision_ops import _native, fused_dwconv, reference
 from vision_ops.ops import _registration
+from vision_ops.ops.dwconv import convolve_backward_cuda, convolve_cuda
 
 FLOATS = (torch.float32, *HALF)
 TARGET = (0, 0)
@@ -191,3 +192,23 @@ def test_sweep(engine, dtype):
         for h, w in itertools.product(sizes, sizes):
             case = make((1, next(channels), h, w), kernel_size, dtype=dtype, stride=stride, dilation=dilation)
             check_against_reference(case, slack=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolution_inside_of_gnconv(engine, dtype):
+    """It reads a slice of channels and writes the gradient of one; parameters are float32 beside half values."""
+    x, _ = slice_of(24, 8, 0, dtype)
+    dx, wide = slice_of(24, 8, 0, dtype)
+    weight, bias = torch.randn(24, 1, 7, 7) / 7, torch.randn(24)
+    y, grad = (torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2))
+    grad.copy_(torch.randn(grad.shape))
+    dweight, dbias = weight.clone(), bias.clone()
+    convolve_cuda(x, weight, bias, y)
+    convolve_backward_cuda(grad, x, weight, dx, dweight, dbias)
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    exact = reference.dwconv(*leaves)
+    found = (y, dx, dweight, dbias)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, e in zip(found, (exact, *torch.autograd.grad(exact, leaves, grad.double())), strict=True):
+        torch.testing.assert_close(a.double(), e.detach(), rtol=tolerance, atol=tolerance * e.abs().max().item())
+    assert (wide[:, :8] == 7).all()
