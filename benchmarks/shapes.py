@@ -159,3 +159,43 @@ def layer_norm_cases() -> dict[str, LayerNormShape]:
     return distinct(
         (label, LayerNormShape(width, size)) for cases in (hornet, edgenext) for label, _, width, size in cases
     )
+
+
+@dataclass(frozen=True)
+class DWConvLayerNormShape:
+    channels: int
+    size: int
+    kernel: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} k{self.kernel}"
+
+
+def dwconv_layer_norm_cases() -> dict[str, DWConvLayerNormShape]:
+    edgenext = (
+        (label, DWConvLayerNormShape(width, size, EDGENEXT_KERNELS[stage]))
+        for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256)
+    )
+    convnext = (
+        (label, DWConvLayerNormShape(width, size, 7))
+        for label, _, width, size in stages(CONVNEXT_WIDTHS, "ConvNeXt", STAGES_224)
+    )
+    return distinct(case for cases in (edgenext, convnext) for case in cases)
+
+
+@dataclass(frozen=True)
+class SplitCascadeShape:
+    channels: int
+    size: int
+    scales: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} s{self.scales}"
+
+
+def split_cascade_cases() -> dict[str, SplitCascadeShape]:
+    return distinct(
+        (label, SplitCascadeShape(width, size, scales))
+        for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256)
+        if (scales := EDGENEXT_SCALES[stage]) is not None
+    )

@@ -2,6 +2,7 @@
 
 #include <new>
 #include <stdexcept>
+#include <vector>
 
 #include "runtime.h"
 
@@ -40,6 +41,12 @@ MultiOrderDwConv multi_order(const py::tuple& convs, const py::tuple& weights, c
     p.bias[i] = tensor(biases[i]);
   }
   return p;
+}
+
+std::vector<Tensor4> tensors(const py::sequence& views) {
+  std::vector<Tensor4> all;
+  for (const py::handle view : views) all.push_back(tensor(view));
+  return all;
 }
 
 template <class F>
@@ -123,5 +130,37 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("channel_sums", [](py::handle t, py::handle sums) {
     const Tensor4 tt = tensor(t), tsums = tensor(sums);
     run([&] { return cpu_kernels().gated_recursion->channel_sums(tt, tsums); });
+  });
+
+  m.def("dwconv_layer_norm", [](py::handle x, py::handle w, py::handle b, py::handle ln_w, py::handle ln_b,
+                                py::handle y, py::handle u, py::handle statistics, const py::tuple& f, double eps) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tln_w = tensor(ln_w), tln_b = tensor(ln_b);
+    const Tensor4 ty = tensor(y), tu = tensor(u), ts = tensor(statistics);
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv_layer_norm->forward(tx, tw, tb, tln_w, tln_b, ty, tu, ts, c, eps); });
+  });
+  m.def("dwconv_layer_norm_backward_norm", [](py::handle dy, py::handle u, py::handle statistics, py::handle ln_w,
+                                              py::handle du, py::handle dln_w, py::handle dln_b) {
+    const Tensor4 tdy = tensor(dy), tu = tensor(u), ts = tensor(statistics), tln_w = tensor(ln_w);
+    const Tensor4 tdu = tensor(du), tdln_w = tensor(dln_w), tdln_b = tensor(dln_b);
+    run([&] { return cpu_kernels().dwconv_layer_norm->backward_norm(tdy, tu, ts, tln_w, tdu, tdln_w, tdln_b); });
+  });
+
+  m.def("split_cascade", [](py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle y,
+                            const py::tuple& f) {
+    const Tensor4 tx = tensor(x), ty = tensor(y);
+    const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases);
+    const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
+    run([&] { return cpu_kernels().split_cascade->forward(tx, p, ty); });
+  });
+  m.def("split_cascade_backward", [](py::handle dy, py::handle x, const py::sequence& weights,
+                                     const py::sequence& biases, py::handle dx, const py::sequence& dweights,
+                                     const py::sequence& dbiases, const py::tuple& f) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x);
+    const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases), tdw = tensors(dweights),
+                               tdb = tensors(dbiases);
+    const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
+    const SplitCascadeGrads grads = {tensor(dx), tdw.data(), tdb.data()};
+    run([&] { return cpu_kernels().split_cascade->backward(tdy, tx, p, grads); });
   });
 }
