@@ -139,11 +139,14 @@ PYBIND11_MODULE(_cpu, m) {
     const DwConv c = conv(f);
     run([&] { return cpu_kernels().dwconv_layer_norm->forward(tx, tw, tb, tln_w, tln_b, ty, tu, ts, c, eps); });
   });
-  m.def("dwconv_layer_norm_backward_norm", [](py::handle dy, py::handle u, py::handle statistics, py::handle ln_w,
-                                              py::handle du, py::handle dln_w, py::handle dln_b) {
-    const Tensor4 tdy = tensor(dy), tu = tensor(u), ts = tensor(statistics), tln_w = tensor(ln_w);
-    const Tensor4 tdu = tensor(du), tdln_w = tensor(dln_w), tdln_b = tensor(dln_b);
-    run([&] { return cpu_kernels().dwconv_layer_norm->backward_norm(tdy, tu, ts, tln_w, tdu, tdln_w, tdln_b); });
+  m.def("dwconv_layer_norm_backward", [](py::handle dy, py::handle x, py::handle w, py::handle ln_w, py::handle u,
+                                         py::handle statistics, py::handle dx, py::handle dw, py::handle db,
+                                         py::handle dln_w, py::handle dln_b, const py::tuple& f) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tln_w = tensor(ln_w), tu = tensor(u),
+                  ts = tensor(statistics);
+    const DwConvLayerNormGrads grads = {tensor(dx), tensor(dw), tensor(db), tensor(dln_w), tensor(dln_b)};
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv_layer_norm->backward(tdy, tx, tw, tln_w, tu, ts, grads, c); });
   });
 
   m.def("split_cascade", [](py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle y,

@@ -9,8 +9,6 @@ namespace {
 
 // Multiply-adds that the norm costs per element, about, for for_each_task.
 constexpr int64_t kNormWork = 8;
-// Pixels that a task of the backward pass has at least.
-constexpr int64_t kTaskPixels = 32;
 // Blocks of channels that are packed at once from channels_last tensors.
 constexpr int64_t kTogether = 4;
 
@@ -53,7 +51,12 @@ VOPS_INLINE void store_channels(T* p, V v, int n) {
   store_n(p, v, n);
 }
 
-// Where the dense pixels of one group lie; u, mean and rstd may be null.
+template <class A>
+Panel<const A> as_const(const Panel<A>& p) {
+  return {p.data, p.first_row, p.width, p.row_step, p.column_step, p.block_step};
+}
+
+// Where dense pixels lie: y or its gradient, u and the statistics, which may all three be null.
 template <class T, class A>
 struct Normalized {
   T *y, *u;
@@ -165,79 +168,148 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   });
 }
 
-// With g = dy * weight and d = (u - mean) * rstd: du = rstd * (g - mean(g) - d * mean(g * d)). Adds dy * d and dy to the
-// panels of `sums`, [block][2][lane]. du may be null.
+// With g = dy * weight and d = (u - mean) * rstd: du = rstd * (g - mean(g) - d * mean(g * d)), into a panel of all blocks;
+// what it has in lanes without a channel has no meaning. Adds dy * d and dy to the panels of `sums`, [block][2][lane],
+// unless it is null.
 template <class T, class A>
-void backward_group(const Norm<A>& norm, const T* dy, const T* u, const A* mean, const A* rstd, int count, T* du,
-                    A* sums) {
-  A mean_g[kLanes], slope[kLanes];
-  if (du) {
-    Vec<A> of_g[kLanes] = {}, of_gd[kLanes] = {};
-    for (int p = 0; p < count; p++) {
-      const int64_t pixel = p * norm.channels;
-      for_each_block(norm, [&](int64_t b, int n) {
-        const int64_t at = pixel + b * kLanes;
-        const Vec<A> g = load_channels(dy + at, n) * load(norm.weight + b * kLanes);
-        of_g[p] += g;
-        of_gd[p] += g * (load_channels(u + at, n) - mean[p]);
-      });
-    }
-    store(mean_g, lane_sums(of_g) * norm.inverse_count);
-    store(slope, lane_sums(of_gd) * norm.inverse_count * load(rstd));
+void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>& in, int count, A* du,
+                        int64_t block_step, A* sums) {
+  A mean[kLanes] = {}, rstd[kLanes] = {}, mean_g[kLanes], slope[kLanes];
+  memcpy(mean, in.mean, count * sizeof(A));
+  memcpy(rstd, in.rstd, count * sizeof(A));
+  Vec<A> of_g[kLanes] = {}, of_gd[kLanes] = {};
+  for (int p = 0; p < count; p++) {
+    for_each_block(norm, [&](int64_t b, int n) {
+      const int64_t at = p * norm.channels + b * kLanes;
+      const Vec<A> g = load_channels(in.y + at, n) * load(norm.weight + b * kLanes);
+      of_g[p] += g;
+      of_gd[p] += g * (load_channels(in.u + at, n) - mean[p]);
+    });
   }
+  store(mean_g, lane_sums(of_g) * norm.inverse_count);
+  store(slope, lane_sums(of_gd) * norm.inverse_count * load(rstd));
   // Block by block over the pixels, so that the sums stay in registers.
   for_each_block(norm, [&](int64_t b, int n) {
     const Vec<A> weight = load(norm.weight + b * kLanes);
     Vec<A> dweight = {}, dbias = {};
     for (int p = 0; p < count; p++) {
       const int64_t at = p * norm.channels + b * kLanes;
-      const Vec<A> grad = load_channels(dy + at, n), d = (load_channels(u + at, n) - mean[p]) * rstd[p];
+      const Vec<A> grad = load_channels(in.y + at, n), d = (load_channels(in.u + at, n) - mean[p]) * rstd[p];
       dweight += grad * d;
       dbias += grad;
-      if (du) store_channels(du + at, (grad * weight - mean_g[p] - d * slope[p]) * rstd[p], n);
+      store(du + b * block_step + p * kLanes, (grad * weight - mean_g[p] - d * slope[p]) * rstd[p]);
     }
+    if (!sums) return;
     A* to = sums + b * 2 * kLanes;
     store(to, load(to) + dweight);
     store(to + kLanes, load(to + kLanes) + dbias);
   });
 }
 
+// Rows overlap by the reach of the convolution, whose gradients read du from the cache: it is never written to memory.
 template <class T>
-Error backward_of(const Tensor4& dy, const Tensor4& u, const Tensor4& statistics, const Tensor4& ln_w,
-                  const Tensor4& du, const Tensor4& dln_w, const Tensor4& dln_b) {
+Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& ln_w, const Tensor4& u,
+                  const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv f) {
   typedef typename AccumulatorOf<T>::type A;
-  const int64_t channels = u.size[1], pixels = u.size[0] * u.size[2] * u.size[3];
+  const int64_t batch = x.size[0], channels = x.size[1], height = x.size[2], width = x.size[3];
+  const bool want_weights = grads.weight.data || grads.bias.data;
+  const bool direct_x = reads_in_place(x, f), direct_dx = grads.dx.data && reads_in_place(grads.dx, f);
+  const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = max64(width, 1) * kLanes;
   const int64_t blocks = ceil_div(channels, kLanes), padded = blocks * kLanes;
-  const int64_t splits = clamp64(pixels / kTaskPixels, 1, kFixedTasks);
-  A* memory = (A*)thread_scratch(kSums, padded * (1 + 2 * splits) * sizeof(A));
-  if (!memory) return kOutOfMemory;
-  // A panel of the sums is a block's gradient of the weight and that of the bias.
-  const WeightSums<A> sums = {memory + padded, splits, 2};
-  pack_weight(ln_w, {0, channels}, memory, kLanes);
-  const Norm<A> norm = norm_of<A>(memory, nullptr, channels, 0);
-  // As many pixels as the first-level cache holds, dy and u.
-  const int64_t most = clamp64(4096 / channels, 2, kLanes);
-  const A *means = (const A*)statistics.data, *rstds = means + pixels;
+  const int64_t together = min64(blocks, is_channels_last(x) ? kTogether : 1);
+  const Cut cut = cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1),
+                           (blocks + together) * row * sizeof(A), halo, kFixedTasks);
+  const int64_t units = batch * cut.chunks, splits = clamp64(units, 1, kFixedTasks);
 
-  const int64_t work = 2 * pixels * channels * kNormWork;
-  const Error error = for_each_task<A>(splits, work, 2 * padded, [&](int64_t split, A* own) {
-    memset(own, 0, 2 * padded * sizeof(A));
-    const int64_t end = (split + 1) * pixels / splits;
-    for (int64_t p = split * pixels / splits; p < end; p += most) {
-      const int count = (int)min64(most, end - p);
-      A mean[kLanes] = {}, rstd[kLanes] = {};
-      memcpy(mean, means + p, count * sizeof(A));
-      memcpy(rstd, rstds + p, count * sizeof(A));
-      const int64_t at = p * channels;
-      backward_group(norm, (const T*)dy.data + at, (const T*)u.data + at, mean, rstd, count,
-                     du.data ? (T*)du.data + at : nullptr, own);
+  const Channels all = {0, channels};
+  const int64_t weight_elements = (taps + 1) * kLanes;
+  A* memory = (A*)thread_scratch(kSums, blocks * (weight_elements + kLanes + splits * (weight_elements + 2 * kLanes)) *
+                                            sizeof(A));
+  if (!memory) return kOutOfMemory;
+  A* ln_weight = memory + blocks * weight_elements;
+  const WeightSums<A> sums = {ln_weight + padded, splits, taps + 1};
+  // A panel of these is a block's gradient of the weight of the norm and that of its bias.
+  const WeightSums<A> norm_sums = {sums.data + blocks * splits * weight_elements, splits, 2};
+  pack_weight(w, all, memory, weight_elements);
+  for (int64_t b = 0; b < blocks; b++) {
+    reverse_taps(memory + b * weight_elements, taps);
+    memset(memory + b * weight_elements + taps * kLanes, 0, kLanes * sizeof(A));
+  }
+  pack_weight(ln_w, all, ln_weight, kLanes);
+  const Weights<A> reversed = {memory, memory + taps * kLanes, weight_elements};
+  const Norm<A> norm = norm_of<A>(ln_weight, nullptr, channels, 0);
+  const A* means = (const A*)statistics.data;
+  const Normalized<const T, const A> whole = {(const T*)dy.data, (const T*)u.data, means,
+                                              means + batch * height * width};
+  // As many pixels at a time as the first-level cache holds, dy and u.
+  const int64_t most = clamp64(4096 / channels, 2, kLanes);
+
+  const int64_t source_elements = min64(height, cut.rows + halo) * row;
+  const int64_t group_rows = clamp64(128 / max64(width, 1), 2, cut.rows), out_elements = group_rows * row;
+  const int64_t elements =
+      blocks * source_elements + together * (source_elements + out_elements) + weight_elements + 2 * padded;
+  const int64_t work = 2 * batch * channels * height * width * (taps + kNormWork);
+  const Error error = for_each_task<A>(splits, work, elements, [&](int64_t split, A* scratch) {
+    A *du_data = scratch, *x_data = du_data + blocks * source_elements, *out_data = x_data + together * source_elements;
+    A *unit_sums = out_data + together * out_elements, *own_norm_sums = unit_sums + weight_elements;
+    memset(own_norm_sums, 0, 2 * padded * sizeof(A));
+    for (int64_t b = 0; b < blocks; b++) memset(sums.panel(b, split), 0, weight_elements * sizeof(A));
+
+    for (int64_t unit = split * units / splits; unit < (split + 1) * units / splits; unit++) {
+      const int64_t n = unit / cut.chunks;
+      const RowRange rows = cut.rows_of(unit % cut.chunks, height), read = input_rows(rows, height, f);
+      const Panel<A> du = packed_panel(du_data, read.begin, width, source_elements);
+      auto backward_rows = [&](int64_t begin, int64_t end, A* to) {
+        const int64_t first = (n * height + begin) * width, pixels = (end - begin) * width;
+        for (int64_t p = 0; p < pixels; p += most) {
+          normalize_backward(norm, whole.at(first + p, channels), (int)min64(most, pixels - p),
+                             du.at(begin, 0) + p * kLanes, source_elements, to);
+        }
+      };
+      backward_rows(read.begin, rows.begin, nullptr);
+      backward_rows(rows.begin, rows.end, own_norm_sums);
+      backward_rows(rows.end, read.end, nullptr);
+
+      for (int64_t first = 0; first < blocks; first += together) {
+        const Channels c = channels_of_blocks(channels, first, together);
+        if (direct_dx) {
+          if constexpr (sizeof(T) == sizeof(float)) {
+            conv_rows(as_const(du.block(first)), height, reversed.block(first), c.blocks(), f, rows,
+                      tensor_panel<T>(grads.dx, n, c.begin));
+          }
+        }
+        for (int64_t i = rows.begin; grads.dx.data && !direct_dx && i < rows.end; i += group_rows) {
+          const RowRange now = {i, min64(i + group_rows, rows.end)};
+          const Panel<A> out = packed_panel(out_data, i, width, out_elements);
+          for (int64_t b = 0; b < c.blocks(); b++) {
+            conv_rows(as_const(du.block(first + b)), height, reversed.block(first + b), 1, f, now, out.block(b));
+          }
+          unpack_rows<A>(out_data, out_elements, grads.dx, n, c, now.begin, now.end);
+        }
+        if (!want_weights) continue;
+        Panel<const A> in = packed_panel<const A>(x_data, read.begin, width, source_elements);
+        if (!direct_x) pack_rows(x, n, c, read.begin, read.end, x_data, source_elements);
+        if constexpr (sizeof(T) == sizeof(float)) {
+          if (direct_x) in = tensor_panel<const T>(x, n, c.begin);
+        }
+        for (int64_t b = 0; b < c.blocks(); b++) {
+          // Summed apart from the other units: shorter sums, smaller rounding errors.
+          memset(unit_sums, 0, weight_elements * sizeof(A));
+          conv_weight_rows(as_const(du.block(first + b)), in.block(b), height, 1, f, rows, unit_sums, 0);
+          add_panel(sums.panel(first + b, split), unit_sums, taps + 1);
+        }
+      }
     }
     for (int64_t b = 0; b < blocks; b++) {
-      memcpy(sums.panel(b, split), own + b * 2 * kLanes, 2 * kLanes * sizeof(A));
+      memcpy(norm_sums.panel(b, split), own_norm_sums + b * 2 * kLanes, 2 * kLanes * sizeof(A));
     }
   });
   if (error) return error;
-  for (int64_t b = 0; b < blocks; b++) add_splits(sums, 1, b, channels_of_blocks(channels, b, 1), dln_w, dln_b);
+  for (int64_t b = 0; b < blocks; b++) {
+    const Channels c = channels_of_blocks(channels, b, 1);
+    add_splits(norm_sums, 1, b, c, grads.ln_weight, grads.ln_bias);
+    if (want_weights) add_splits(sums, taps, b, c, grads.weight, grads.bias);
+  }
   return nullptr;
 }
 
@@ -255,17 +327,17 @@ Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor
     return forward_of<decltype(type)>(x, w, b, ln_w, ln_b, y, u, statistics, conv, eps);
   });
 }
-Error backward_norm(const Tensor4& dy, const Tensor4& u, const Tensor4& statistics, const Tensor4& ln_w,
-                    const Tensor4& du, const Tensor4& dln_w, const Tensor4& dln_b) {
-  return with_type(u.dtype, [&](auto type) {
-    return backward_of<decltype(type)>(dy, u, statistics, ln_w, du, dln_w, dln_b);
+Error backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& ln_w, const Tensor4& u,
+               const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv conv) {
+  return with_type(x.dtype, [&](auto type) {
+    return backward_of<decltype(type)>(dy, x, w, ln_w, u, statistics, grads, conv);
   });
 }
 
 }  // namespace
 
 extern const DwConvLayerNormOps dwconv_layer_norm_ops;
-const DwConvLayerNormOps dwconv_layer_norm_ops = {forward, backward_norm};
+const DwConvLayerNormOps dwconv_layer_norm_ops = {forward, backward};
 
 }  // namespace VOPS_ISA
 }  // namespace vops

@@ -90,12 +90,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
 ) -> None:
     """The gradients of `convolve`, into tensors of any strides; dweight may be weight."""
     kernels, conv, grad_view = _native.kernels(), _same_size(weight), _native.view(grad)
-    if dx is not None:
-        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
+    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
     if dweight is not None or dbias is not None:
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
         kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv)

@@ -9,7 +9,6 @@ from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_eps, check_kernel, check_parameter, check_tensor
 from ._registration import FusedOp, allocate, device_reasons
-from .dwconv import convolve_backward
 
 
 class _Arguments(NamedTuple):
@@ -40,28 +39,29 @@ def _channels_first(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2)
 
 
+def _native_conv(a: _Arguments) -> tuple[int, ...]:
+    size = a.weight.shape[-1]
+    return size, 1, 1, size // 2, size // 2
+
+
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     y, u, statistics = _output(a)
     kept = (_native.view(_channels_first(u)), _native.view(statistics)) if a.keep else (None, None)
     parameters = [None if t is None else t.contiguous() for t in a[1:5]]
     views = _native.view(a.x), *map(_native.weight_view, parameters), _native.view(_channels_first(y))
-    size = a.weight.shape[-1]
-    _native.kernels().dwconv_layer_norm(*views, *kept, (size, 1, 1, size // 2, size // 2), a.eps)
+    _native.kernels().dwconv_layer_norm(*views, *kept, _native_conv(a), a.eps)
     return y, u, statistics
 
 
 def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Tensor, statistics: Tensor) -> None:
-    dx, dweight, dbias, dln_weight, dln_bias = grads
     if not a.keep:
         _, u, statistics = _forward_cpu(a._replace(keep=True))
-    of_conv = any(t is not None for t in (dx, dweight, dbias))
-    du = _channels_first(allocate(u.shape, u)) if of_conv else None
-    grad, ln_weight = _channels_first(grad.contiguous()), a.ln_weight.contiguous()
-    inputs = _native.view(grad), _native.view(_channels_first(u)), _native.view(statistics)
-    outputs = _native.view(du), _native.weight_view(dln_weight), _native.weight_view(dln_bias)
-    _native.kernels().dwconv_layer_norm_backward_norm(*inputs, _native.weight_view(ln_weight), *outputs)
-    if du is not None:
-        convolve_backward(du, a.x, a.weight.contiguous(), dx, dweight, dbias)
+    dx, *dparameters = grads
+    grad, weight, ln_weight = grad.contiguous(), a.weight.contiguous(), a.ln_weight.contiguous()
+    inputs = _native.view(_channels_first(grad)), _native.view(a.x), *map(_native.weight_view, (weight, ln_weight))
+    kept = _native.view(_channels_first(u)), _native.view(statistics)
+    outputs = _native.view(dx), *map(_native.weight_view, dparameters)
+    _native.kernels().dwconv_layer_norm_backward(*inputs, *kept, *outputs, _native_conv(a))
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}

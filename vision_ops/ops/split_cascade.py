@@ -129,7 +129,7 @@ def check_cascade(channels: int, scales: int, name: str) -> int:
     width, *_, last = cascade_widths(channels, scales)
     if last <= 0:
         raise ValueError(
-            f"{name} must leave channels for the last split: with {scales} splits, {scales - 1} of ceil({channels} / "
-            f"{scales}) = {width} use up all {channels}"
+            f"{name} must leave channels for the last split, (scales - 1) * ceil(C / scales) < C: {scales - 1} splits of "
+            f"{width} use up all {channels}"
         )
     return width
