@@ -1,6 +1,5 @@
 // A task owns all channels of some rows: the norm finds what the convolution computed in the cache.
 #include "dwconv_layer_norm.h"
-
 #include "parallel.h"
 
 namespace vops {
@@ -168,9 +167,9 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   });
 }
 
-// With g = dy * weight and d = (u - mean) * rstd: du = rstd * (g - mean(g) - d * mean(g * d)), into a panel of all blocks;
-// what it has in lanes without a channel has no meaning. Adds dy * d and dy to the panels of `sums`, [block][2][lane],
-// unless it is null.
+// With g = dy * weight and d = (u - mean) * rstd: du = rstd * (g - mean(g) - d * mean(g * d)), into a panel of all
+// blocks; what it has in lanes without a channel has no meaning. Adds dy * d and dy to the panels of `sums`,
+// [block][2][lane], unless it is null.
 template <class T, class A>
 void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>& in, int count, A* du,
                         int64_t block_step, A* sums) {
@@ -217,14 +216,14 @@ Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const T
   const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = max64(width, 1) * kLanes;
   const int64_t blocks = ceil_div(channels, kLanes), padded = blocks * kLanes;
   const int64_t together = min64(blocks, is_channels_last(x) ? kTogether : 1);
-  const Cut cut = cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1),
-                           (blocks + together) * row * sizeof(A), halo, kFixedTasks);
+  const Cut cut = cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1), (blocks + together) * row * sizeof(A),
+                           halo, kFixedTasks);
   const int64_t units = batch * cut.chunks, splits = clamp64(units, 1, kFixedTasks);
 
   const Channels all = {0, channels};
   const int64_t weight_elements = (taps + 1) * kLanes;
-  A* memory = (A*)thread_scratch(kSums, blocks * (weight_elements + kLanes + splits * (weight_elements + 2 * kLanes)) *
-                                            sizeof(A));
+  A* memory = (A*)thread_scratch(
+      kSums, blocks * (weight_elements + kLanes + splits * (weight_elements + 2 * kLanes)) * sizeof(A));
   if (!memory) return kOutOfMemory;
   A* ln_weight = memory + blocks * weight_elements;
   const WeightSums<A> sums = {ln_weight + padded, splits, taps + 1};
@@ -323,15 +322,13 @@ Error with_type(int dtype, const F& f) {
 
 Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w, const Tensor4& ln_b,
               const Tensor4& y, const Tensor4& u, const Tensor4& statistics, DwConv conv, double eps) {
-  return with_type(x.dtype, [&](auto type) {
-    return forward_of<decltype(type)>(x, w, b, ln_w, ln_b, y, u, statistics, conv, eps);
-  });
+  return with_type(
+      x.dtype, [&](auto type) { return forward_of<decltype(type)>(x, w, b, ln_w, ln_b, y, u, statistics, conv, eps); });
 }
 Error backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& ln_w, const Tensor4& u,
                const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv conv) {
-  return with_type(x.dtype, [&](auto type) {
-    return backward_of<decltype(type)>(dy, x, w, ln_w, u, statistics, grads, conv);
-  });
+  return with_type(x.dtype,
+                   [&](auto type) { return backward_of<decltype(type)>(dy, x, w, ln_w, u, statistics, grads, conv); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "dwconv.h"
 #include "dwconv_layer_norm.h"
 #include "gated_recursion.h"
+#include "global_filter.h"
 #include "layer_norm_2d.h"
 #include "multi_order_dwconv.h"
 #include "split_cascade.h"
@@ -26,6 +27,7 @@ struct CpuKernels {
   const MultiOrderDwConvOps* multi_order_dwconv;
   const LayerNorm2dOps* layer_norm_2d;
   const GatedRecursionOps* gated_recursion;
+  const GlobalFilterOps* global_filter;
   const DwConvLayerNormOps* dwconv_layer_norm;
   const SplitCascadeOps* split_cascade;
 };

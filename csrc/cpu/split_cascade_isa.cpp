@@ -1,8 +1,7 @@
 // The whole chain of a block of channels runs on panels: what one level hands to the next is never written to memory,
 // and the backward pass computes it again. Chunks of rows overlap by one row for every level.
-#include "split_cascade.h"
-
 #include "parallel.h"
+#include "split_cascade.h"
 
 namespace vops {
 namespace VOPS_ISA {
@@ -73,8 +72,8 @@ Error forward_in(const Tensor4& x, const SplitCascade& p, const Tensor4& y) {
   const Sizes s = sizes_of(x, y, p);
   if (s.batch * s.height * s.width == 0) return nullptr;
   const int64_t pad = p.conv.pad_top, halo = 2 * pad * p.levels, levels = p.levels;
-  const Cut cut = cut_work(s.batch, s.bundles, s.height, s.width, 2 * s.together * s.row * sizeof(A), halo,
-                           tasks_for_threads());
+  const Cut cut =
+      cut_work(s.batch, s.bundles, s.height, s.width, 2 * s.together * s.row * sizeof(A), halo, tasks_for_threads());
   const int64_t panel_elements = min64(s.height, cut.rows + halo) * s.row;
   const int64_t elements = s.together * (2 * panel_elements + s.weight_elements);
   const int64_t work = s.batch * levels * s.channels * s.height * s.width * s.taps;
@@ -125,7 +124,8 @@ Error backward_in(const Tensor4& dy, const Tensor4& x, const SplitCascade& p, co
   const int64_t work = 3 * s.batch * levels * s.channels * s.height * s.width * s.taps;
   const Error error = for_each_task<A>(s.bundles * splits, work, elements, [&](int64_t task, A* scratch) {
     const int64_t split = task % splits, bundle = task / splits, first_block = bundle * s.together;
-    A *weights = scratch, *reversed = weights + levels * bundle_weights, *unit_sums = reversed + levels * bundle_weights;
+    A *weights = scratch, *reversed = weights + levels * bundle_weights,
+      *unit_sums = reversed + levels * bundle_weights;
     A *in_data = unit_sums + bundle_weights, *dy_data = in_data + levels * s.together * panel_elements;
     A* dx_data = dy_data + s.together * panel_elements;
     const int64_t blocks = s.of_level(bundle, 0, levels).blocks();

@@ -1,4 +1,5 @@
-// EdgeNeXt's cascade over splits s_i of the channels of x: y_0 = conv_0(s_0), y_i = conv_i(y_{i-1} + s_i), out = cat(y_0,
+// EdgeNeXt's cascade over splits s_i of the channels of x: y_0 = conv_0(s_0), y_i = conv_i(y_{i-1} + s_i), out =
+// cat(y_0,
 // ..., y_{levels-1}, what is left of x).
 #pragma once
 #include "dwconv.h"

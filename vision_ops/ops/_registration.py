@@ -101,7 +101,8 @@ class FusedOp:
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self._triton, self._autocasts, self._saved, self._parts = triton, autocast, saved, parts
+        self.kernels, self._triton, self._autocasts = kernels, triton, autocast
+        self._saved, self._parts = saved, parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self._options = len(types) - count
@@ -161,7 +162,8 @@ class FusedOp:
         """Runs the op on checked arguments."""
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
-        if backend == "reference" or _needs_reference():
+        # torch.jit.trace knows no lists of optional tensors.
+        if backend == "reference" or _needs_reference() or (self._lists and torch.jit.is_tracing()):
             return self.reference(arguments)
         cannot, slower = self.predicate(arguments)
         if cannot and backend == "fused":
