@@ -107,13 +107,26 @@ bool reads_in_place(const Tensor4& x, const DwConv& f) {
   return x.dtype == kFloat32 && f.kernel == 3 && is_channels_last(x) && x.size[1] % kLanes == 0;
 }
 
+bool has_planes(const Tensor4& t) { return t.stride[3] == 1 && t.stride[2] == t.size[3]; }
+
+// Asks for the rows of the planes of some channels, while others are computed: the planes are many short streams, which
+// processors do not foresee.
+void prefetch_planes(const Tensor4& t, int64_t element_bytes, int64_t n, Channels c, RowRange rows) {
+  constexpr int64_t kLine = 64;
+  for (int64_t k = 0; k < c.count; k++) {
+    const int64_t first = n * t.stride[0] + (c.begin + k) * t.stride[1] + rows.begin * t.stride[2];
+    const char* p = (const char*)t.data + first * element_bytes;
+    for (int64_t i = 0; i < rows.size() * t.stride[2] * element_bytes; i += kLine) __builtin_prefetch(p + i, 0, 2);
+  }
+}
+
 template <class T>
 Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w, const Tensor4& ln_b,
                  const Tensor4& y, const Tensor4& u, const Tensor4& statistics, DwConv f, double eps) {
   typedef typename AccumulatorOf<T>::type A;
   const int64_t batch = x.size[0], channels = x.size[1], height = x.size[2], width = x.size[3];
   if (batch * height * width == 0) return nullptr;
-  const bool direct = reads_in_place(x, f);
+  const bool direct = reads_in_place(x, f), planes = has_planes(x);
   const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = width * kLanes;
   const int64_t blocks = ceil_div(channels, kLanes), together = min64(blocks, is_channels_last(x) ? kTogether : 1);
   const int64_t row_bytes = (blocks + (direct ? 0 : together)) * row * sizeof(A);
@@ -153,6 +166,9 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
           continue;
         }
         pack_rows(x, n, c, read.begin, read.end, source_data, source_elements);
+        if (planes && first + together < blocks) {
+          prefetch_planes(x, sizeof(T), n, channels_of_blocks(channels, first + together, together), read);
+        }
         const Panel<const A> in = packed_panel<const A>(source_data, read.begin, width, source_elements);
         for (int64_t i = 0; i < c.blocks(); i++) {
           conv_rows(in.block(i), height, weights.block(first + i), 1, f, rows, out.block(first + i));
@@ -178,12 +194,14 @@ void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>&
   memcpy(rstd, in.rstd, count * sizeof(A));
   Vec<A> of_g[kLanes] = {}, of_gd[kLanes] = {};
   for (int p = 0; p < count; p++) {
+    Vec<A> sum_g = {}, sum_gd = {};  // in registers
     for_each_block(norm, [&](int64_t b, int n) {
       const int64_t at = p * norm.channels + b * kLanes;
       const Vec<A> g = load_channels(in.y + at, n) * load(norm.weight + b * kLanes);
-      of_g[p] += g;
-      of_gd[p] += g * (load_channels(in.u + at, n) - mean[p]);
+      sum_g += g;
+      sum_gd += g * (load_channels(in.u + at, n) - mean[p]);
     });
+    of_g[p] = sum_g, of_gd[p] = sum_gd;
   }
   store(mean_g, lane_sums(of_g) * norm.inverse_count);
   store(slope, lane_sums(of_gd) * norm.inverse_count * load(rstd));

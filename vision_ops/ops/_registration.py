@@ -78,7 +78,7 @@ class FusedOp:
     arguments: a NamedTuple, tensors and lists of tensors first; its annotations are the schema, and every tensor gets a
     gradient. The functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of
     reasons against the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are.
-    autocast: whether tensors are cast to its dtype; norms take them as they are. not_cast: the arguments that never are.
+    autocast: whether tensors are cast to its dtype; norms take them as they are.
 
     saved: how many tensors, besides the arguments, the forward kernel computes for the backward kernel. Kernels and
     output then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of
@@ -96,7 +96,6 @@ class FusedOp:
         predicate: Callable[[Any], tuple[list[str], list[str]]],
         triton: bool = False,
         autocast: bool = True,
-        not_cast: Sequence[str] = (),
         saved: int = 0,
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
@@ -107,7 +106,6 @@ class FusedOp:
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self._options = len(types) - count
         self._lists = any(kind.startswith("Tensor") and kind.endswith("[]") for kind in types.values())
-        self._cast = [field not in not_cast for field in types][:count]
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
         results = f"({', '.join(['Tensor'] * (1 + saved))})" if saved else "Tensor"
         forward = _define(f"{name}({schema}) -> {results}")
@@ -224,8 +222,7 @@ class FusedOp:
                 return [cast(u) for u in t]
             return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
-        tensors = (cast(t) if does else t for t, does in zip(given, self._cast, strict=False))
-        return (*tensors, *given[self._tensors :])
+        return (*map(cast, given[: self._tensors]), *given[self._tensors :])
 
 
 def _define(schema: str) -> torch._ops.OpOverload:

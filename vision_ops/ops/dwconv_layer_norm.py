@@ -31,8 +31,8 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     y = allocate((n, h, w, c), a.x)
     if not a.keep:
         return y, a.x.new_empty(0), a.x.new_empty(0)
-    wide = a.x.new_empty(0, dtype=torch.promote_types(a.x.dtype, torch.float32))
-    return y, allocate((n, h, w, c), a.x), allocate((2, n, h, w), wide)
+    wide = torch.promote_types(a.x.dtype, torch.float32)
+    return y, allocate((n, h, w, c), a.x), allocate((2, n, h, w), a.x, dtype=wide)
 
 
 def _channels_first(t: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     saved=2,
-    not_cast=("ln_weight", "ln_bias"),
+    uncast=("ln_weight", "ln_bias"),
 )
 
 
