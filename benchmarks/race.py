@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vision_ops
-from benchmarks.cases import MEMORY_FORMATS, Op, Setting
+from benchmarks.cases import Op, Setting
 from benchmarks.machine import Rates
 from benchmarks.measure import (
     Quartiles,

@@ -240,7 +240,7 @@ def test_without_kernels(monkeypatch):
 def test_any_arguments(data):
     torch.manual_seed(0)  # a drawn case that fails must fail again
     draw = data.draw
-    shape = tuple(draw(st.integers(low, high)) for low, high in ((0, 3), (2, 90), (1, 60), (1, 60)))
+    shape = tuple(draw(st.integers(low, high)) for low, high in ((0, 3), (8, 90), (1, 60), (1, 60)))
     case = make(
         shape,
         draw(st.sampled_from([1, 3, 5, 7, 9, 11])),

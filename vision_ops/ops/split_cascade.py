@@ -129,7 +129,7 @@ def check_cascade(channels: int, scales: int, name: str) -> int:
     width, *_, last = cascade_widths(channels, scales)
     if last <= 0:
         raise ValueError(
-            f"{name} must leave channels for the last split, (scales - 1) * ceil(C / scales) < C: {scales - 1} splits of "
-            f"{width} use up all {channels}"
+            f"{name} must leave channels for the last split, (scales - 1) * ceil(C / scales) < C: {scales - 1} splits "
+            f"of {width} use up all {channels}"
         )
     return width
