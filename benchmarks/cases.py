@@ -78,8 +78,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those that there
-    are kernels for."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those with
+    kernels."""
 
     name: str
     fused: Callable[..., Tensor]
@@ -180,6 +180,23 @@ def build_global_filter(shape: shapes.GlobalFilterShape, setting: Setting) -> Pr
     return Problem((x, weight), round(setting.batch * channels * pixels * (5 * math.log2(pixels) + 3)))
 
 
+def build_dwconv_layer_norm(shape: shapes.DWConvLayerNormShape, setting: Setting) -> Problem:
+    channels, size, kernel = shape.channels, shape.size, shape.kernel
+    x = setting.normal(setting.batch, channels, size, size)
+    weight = setting.normal(channels, 1, kernel, kernel)
+    flops = dwconv_flops(setting.batch, channels, size, kernel) + 8 * x.numel()
+    return Problem((x, weight, *(setting.normal(channels) for _ in range(3))), flops)
+
+
+def build_split_cascade(shape: shapes.SplitCascadeShape, setting: Setting) -> Problem:
+    channels, size, levels = shape.channels, shape.size, shape.scales - 1
+    width = shapes.split_width(channels, shape.scales)
+    x = setting.normal(setting.batch, channels, size, size)
+    weights = tuple(setting.normal(width, 1, 3, 3) for _ in range(levels))
+    biases = tuple(setting.normal(width) for _ in range(levels))
+    return Problem((x, weights, biases), levels * dwconv_flops(setting.batch, width, size, 3))
+
+
 OPS = {
     op.name: op
     for op in (
@@ -239,6 +256,22 @@ OPS = {
             build_global_filter,
             quick=("HorNet-T.3", "HorNet-T.4"),
             devices=("cpu",),
+        ),
+        Op(
+            "dwconv_layer_norm",
+            vision_ops.fused_dwconv_layer_norm,
+            reference.dwconv_layer_norm,
+            shapes.dwconv_layer_norm_cases(),
+            build_dwconv_layer_norm,
+            quick=("EdgeNeXt-S.3", "ConvNeXt-T.2"),
+        ),
+        Op(
+            "split_cascade",
+            vision_ops.fused_split_cascade,
+            reference.split_cascade,
+            shapes.split_cascade_cases(),
+            build_split_cascade,
+            quick=("EdgeNeXt-S.3",),
         ),
     )
 }

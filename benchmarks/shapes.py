@@ -199,3 +199,43 @@ def global_filter_cases() -> dict[str, GlobalFilterShape]:
         for label, stage, width, size in stages(HORNET_WIDTHS, "HorNet", STAGES_224)
         if stage >= 2
     }
+
+
+@dataclass(frozen=True)
+class DWConvLayerNormShape:
+    channels: int
+    size: int
+    kernel: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} k{self.kernel}"
+
+
+def dwconv_layer_norm_cases() -> dict[str, DWConvLayerNormShape]:
+    edgenext = (
+        (label, DWConvLayerNormShape(width, size, EDGENEXT_KERNELS[stage]))
+        for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256)
+    )
+    convnext = (
+        (label, DWConvLayerNormShape(width, size, 7))
+        for label, _, width, size in stages(CONVNEXT_WIDTHS, "ConvNeXt", STAGES_224)
+    )
+    return distinct(case for cases in (edgenext, convnext) for case in cases)
+
+
+@dataclass(frozen=True)
+class SplitCascadeShape:
+    channels: int
+    size: int
+    scales: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} s{self.scales}"
+
+
+def split_cascade_cases() -> dict[str, SplitCascadeShape]:
+    return distinct(
+        (label, SplitCascadeShape(width, size, scales))
+        for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256)
+        if (scales := EDGENEXT_SCALES[stage]) is not None
+    )

@@ -1,4 +1,6 @@
 #include <new>
+#include <stdexcept>
+#include <vector>
 
 #include "bindings.h"
 #include "runtime.h"
@@ -6,6 +8,12 @@
 using namespace vops;
 
 namespace {
+
+std::vector<Tensor4> tensors(const py::sequence& views) {
+  std::vector<Tensor4> all;
+  for (const py::handle view : views) all.push_back(tensor(view));
+  return all;
+}
 
 template <class F>
 void run(const F& f) {
@@ -81,6 +89,41 @@ PYBIND11_MODULE(_cpu, m) {
     const Tensor4 tt = tensor(t), tsums = tensor(sums);
     run([&] { return cpu_kernels().gated_recursion->channel_sums(tt, tsums); });
   });
+
+  m.def("dwconv_layer_norm", [](py::handle x, py::handle w, py::handle b, py::handle ln_w, py::handle ln_b,
+                                py::handle y, py::handle u, py::handle statistics, const py::tuple& f, double eps) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tln_w = tensor(ln_w), tln_b = tensor(ln_b);
+    const Tensor4 ty = tensor(y), tu = tensor(u), ts = tensor(statistics);
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv_layer_norm->forward(tx, tw, tb, tln_w, tln_b, ty, tu, ts, c, eps); });
+  });
+  m.def("dwconv_layer_norm_backward",
+        [](py::handle dy, py::handle x, py::handle w, py::handle ln_w, py::handle u, py::handle statistics,
+           py::handle dx, py::handle dw, py::handle db, py::handle dln_w, py::handle dln_b, const py::tuple& f) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tln_w = tensor(ln_w), tu = tensor(u),
+                        ts = tensor(statistics);
+          const DwConvLayerNormGrads grads = {tensor(dx), tensor(dw), tensor(db), tensor(dln_w), tensor(dln_b)};
+          const DwConv c = conv(f);
+          run([&] { return cpu_kernels().dwconv_layer_norm->backward(tdy, tx, tw, tln_w, tu, ts, grads, c); });
+        });
+
+  m.def("split_cascade",
+        [](py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle y, const py::tuple& f) {
+          const Tensor4 tx = tensor(x), ty = tensor(y);
+          const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases);
+          const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
+          run([&] { return cpu_kernels().split_cascade->forward(tx, p, ty); });
+        });
+  m.def("split_cascade_backward",
+        [](py::handle dy, py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle dx,
+           const py::sequence& dweights, const py::sequence& dbiases, const py::tuple& f) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x);
+          const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases), tdw = tensors(dweights),
+                                     tdb = tensors(dbiases);
+          const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
+          const SplitCascadeGrads grads = {tensor(dx), tdw.data(), tdb.data()};
+          run([&] { return cpu_kernels().split_cascade->backward(tdy, tx, p, grads); });
+        });
 
   m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
     const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);

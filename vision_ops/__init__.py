@@ -17,22 +17,26 @@ if find_spec("torch") is not None:
     from .dispatch import explain, use_backend
     from .ops import (
         fused_dwconv,
+        fused_dwconv_layer_norm,
         fused_gated_recursion,
         fused_global_filter,
         fused_gnconv,
         fused_layer_norm_2d,
         fused_multi_order_dwconv,
+        fused_split_cascade,
     )
 
     __all__ = [
         "__version__",
         "explain",
         "fused_dwconv",
+        "fused_dwconv_layer_norm",
         "fused_gated_recursion",
         "fused_global_filter",
         "fused_gnconv",
         "fused_layer_norm_2d",
         "fused_multi_order_dwconv",
+        "fused_split_cascade",
         "models",
         "nn",
         "reference",

@@ -4,10 +4,12 @@
 #include <cstdint>
 
 #include "dwconv.h"
+#include "dwconv_layer_norm.h"
 #include "gated_recursion.h"
 #include "global_filter.h"
 #include "layer_norm_2d.h"
 #include "multi_order_dwconv.h"
+#include "split_cascade.h"
 
 namespace vops {
 
@@ -26,6 +28,8 @@ struct CpuKernels {
   const LayerNorm2dOps* layer_norm_2d;
   const GatedRecursionOps* gated_recursion;
   const GlobalFilterOps* global_filter;
+  const DwConvLayerNormOps* dwconv_layer_norm;
+  const SplitCascadeOps* split_cascade;
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
 const CpuKernels& cpu_kernels();
