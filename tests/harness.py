@@ -126,16 +126,19 @@ def check_compiles(cases: Sequence[Case], dynamic: bool | None = None) -> None:
 
 
 def check_opcheck(name: str, arguments: Sequence[object], tensors: int) -> None:
-    """torch.library.opcheck of forward and backward, for x in both memory formats."""
+    """torch.library.opcheck of forward and backward, for x in both memory formats. tensors: how many of the arguments
+    are tensors or lists of them."""
     forward = getattr(torch.ops.vision_ops, name).default
     backward = getattr(torch.ops.vision_ops, f"{name}_backward").default
     x, *rest = arguments
     for layout in ("contiguous", "channels_last"):
         given = laid_out(x, layout), *rest
-        grad = torch.randn_like(forward(*given))
-        needs = [t is not None for t in given[:tensors]]
+        result = forward(*given)
+        y, *saved = result if isinstance(result, tuple) else (result,)
+        lists = (t if isinstance(t, (list, tuple)) else (t,) for t in given[:tensors])
+        needs = [t is not None for ts in lists for t in ts]
         torch.library.opcheck(forward, given)
-        torch.library.opcheck(backward, (grad, *given, needs))
+        torch.library.opcheck(backward, (torch.randn_like(y), *given, *([saved] if saved else ()), needs))
         torch.library.opcheck(forward, (given[0].clone().requires_grad_(), *rest))
 
 

@@ -42,10 +42,13 @@ def memory_format(t: Tensor) -> torch.memory_format:
 
 
 def allocate(
-    shape: Sequence[int], like: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    shape: Sequence[int],
+    like: Tensor,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Where every output of every kernel comes from; the tests fill it with NaN."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -78,7 +81,7 @@ class FusedOp:
     arguments: a NamedTuple, tensors and lists of tensors first; its annotations are the schema, and every tensor gets a
     gradient. The functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of
     reasons against the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are.
-    autocast: whether tensors are cast to its dtype; norms take them as they are.
+    autocast: whether tensors are cast to its dtype; norms take them as they are. keeps: the fields that are not cast.
 
     saved: how many tensors, besides the arguments, the forward kernel computes for the backward kernel. Kernels and
     output then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of
@@ -96,11 +99,13 @@ class FusedOp:
         predicate: Callable[[Any], tuple[list[str], list[str]]],
         triton: bool = False,
         autocast: bool = True,
+        keeps: Sequence[str] = (),
         saved: int = 0,
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
         self._triton, self._autocasts, self._saved, self._parts = triton, autocast, saved, parts
+        self._keeps = {arguments._fields.index(field) for field in keeps}
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self._options = len(types) - count
@@ -220,7 +225,8 @@ class FusedOp:
                 return [cast(u) for u in t]
             return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
-        return (*map(cast, given[: self._tensors]), *given[self._tensors :])
+        tensors = (t if i in self._keeps else cast(t) for i, t in enumerate(given[: self._tensors]))
+        return (*tensors, *given[self._tensors :])
 
 
 def _define(schema: str) -> torch._ops.OpOverload:
