@@ -16,20 +16,28 @@ if find_spec("torch") is not None:
     from . import models, nn, reference
     from .dispatch import explain, use_backend
     from .ops import (
+        fused_channel_aggregation_ffn,
         fused_dwconv,
+        fused_feature_decompose,
         fused_gated_recursion,
         fused_gnconv,
         fused_layer_norm_2d,
+        fused_moga_aggregation,
+        fused_moga_gate,
         fused_multi_order_dwconv,
     )
 
     __all__ = [
         "__version__",
         "explain",
+        "fused_channel_aggregation_ffn",
         "fused_dwconv",
+        "fused_feature_decompose",
         "fused_gated_recursion",
         "fused_gnconv",
         "fused_layer_norm_2d",
+        "fused_moga_aggregation",
+        "fused_moga_gate",
         "fused_multi_order_dwconv",
         "models",
         "nn",

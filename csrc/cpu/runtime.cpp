@@ -6,22 +6,31 @@
 namespace vops {
 
 namespace baseline {
+extern const ChannelAggregationFfnOps channel_aggregation_ffn_ops;
 extern const DwConvOps dwconv_ops;
+extern const FeatureDecomposeOps feature_decompose_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
+extern const MogaGateOps moga_gate_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace baseline
 #ifdef VOPS_X86
 namespace avx2 {
+extern const ChannelAggregationFfnOps channel_aggregation_ffn_ops;
 extern const DwConvOps dwconv_ops;
+extern const FeatureDecomposeOps feature_decompose_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
+extern const MogaGateOps moga_gate_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace avx2
 namespace avx512 {
+extern const ChannelAggregationFfnOps channel_aggregation_ffn_ops;
 extern const DwConvOps dwconv_ops;
+extern const FeatureDecomposeOps feature_decompose_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
+extern const MogaGateOps moga_gate_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace avx512
 #endif
@@ -46,10 +55,15 @@ struct ThreadScratch {
 };
 
 const CpuKernels kKernels[] = {
-    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops, &baseline::gated_recursion_ops},
+    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops,
+     &baseline::gated_recursion_ops, &baseline::channel_aggregation_ffn_ops, &baseline::feature_decompose_ops,
+     &baseline::moga_gate_ops},
 #ifdef VOPS_X86
-    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops},
-    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops, &avx512::gated_recursion_ops},
+    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops,
+     &avx2::channel_aggregation_ffn_ops, &avx2::feature_decompose_ops, &avx2::moga_gate_ops},
+    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops,
+     &avx512::gated_recursion_ops, &avx512::channel_aggregation_ffn_ops, &avx512::feature_decompose_ops,
+     &avx512::moga_gate_ops},
 #endif
 };
 

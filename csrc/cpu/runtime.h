@@ -3,9 +3,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "channel_aggregation_ffn.h"
 #include "dwconv.h"
+#include "feature_decompose.h"
 #include "gated_recursion.h"
 #include "layer_norm_2d.h"
+#include "moga_gate.h"
 #include "multi_order_dwconv.h"
 
 namespace vops {
@@ -24,6 +27,9 @@ struct CpuKernels {
   const MultiOrderDwConvOps* multi_order_dwconv;
   const LayerNorm2dOps* layer_norm_2d;
   const GatedRecursionOps* gated_recursion;
+  const ChannelAggregationFfnOps* channel_aggregation_ffn;
+  const FeatureDecomposeOps* feature_decompose;
+  const MogaGateOps* moga_gate;
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
 const CpuKernels& cpu_kernels();
