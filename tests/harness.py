@@ -127,7 +127,8 @@ def check_compiles(cases: Sequence[Case], dynamic: bool | None = None) -> None:
 
 
 def check_opcheck(name: str, arguments: Sequence[object], tensors: int) -> None:
-    """torch.library.opcheck of forward and backward, for x in both memory formats."""
+    """torch.library.opcheck of forward and backward, for x in both memory formats. tensors: how many of the arguments
+    are tensors or lists of them."""
     forward = getattr(torch.ops.vision_ops, name).default
     backward = getattr(torch.ops.vision_ops, f"{name}_backward").default
     x, *rest = arguments

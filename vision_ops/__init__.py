@@ -16,12 +16,16 @@ if find_spec("torch") is not None:
     from . import models, nn, reference
     from .dispatch import explain, use_backend
     from .ops import (
+        fused_channel_aggregation_ffn,
         fused_dwconv,
         fused_dwconv_layer_norm,
+        fused_feature_decompose,
         fused_gated_recursion,
         fused_global_filter,
         fused_gnconv,
         fused_layer_norm_2d,
+        fused_moga_aggregation,
+        fused_moga_gate,
         fused_multi_order_dwconv,
         fused_split_cascade,
     )
@@ -29,12 +33,16 @@ if find_spec("torch") is not None:
     __all__ = [
         "__version__",
         "explain",
+        "fused_channel_aggregation_ffn",
         "fused_dwconv",
         "fused_dwconv_layer_norm",
+        "fused_feature_decompose",
         "fused_gated_recursion",
         "fused_global_filter",
         "fused_gnconv",
         "fused_layer_norm_2d",
+        "fused_moga_aggregation",
+        "fused_moga_gate",
         "fused_multi_order_dwconv",
         "fused_split_cascade",
         "models",

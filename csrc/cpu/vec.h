@@ -287,6 +287,14 @@ VOPS_INLINE double silu_grad(double x) {
   const double s = 1. / (1. + ::exp(-x));
   return s * (1. + x * (1. - s));
 }
+VOPS_INLINE Double silu(Double x) {
+  for (int k = 0; k < kLanes; k++) x[k] = silu(x[k]);
+  return x;
+}
+VOPS_INLINE Double silu_grad(Double x) {
+  for (int k = 0; k < kLanes; k++) x[k] = silu_grad(x[k]);
+  return x;
+}
 
 }  // namespace VOPS_ISA
 }  // namespace vops

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
+from ..ops.channel_aggregation_ffn import fused_channel_aggregation_ffn
 from ..ops.dwconv import fused_dwconv
+from ..ops.feature_decompose import fused_feature_decompose
+from ..ops.moga_aggregation import fused_moga_aggregation
 from ..ops.multi_order_dwconv import check_multi_order, fused_multi_order_dwconv
 from ._blocks import DropPath, backend
 from .layer_norm import LayerNorm2d
@@ -101,7 +103,8 @@ class MultiOrderGatedAggregation(nn.Module):
             The wrong choice moves the logits by 0.12 of their standard deviation.
         fused: False runs plain PyTorch.
 
-    Input and output are (N, C, H, W). Keys: proj_1, gate, value, proj_2, sigma.
+    With SiLU it is `fused_moga_aggregation`, one op. Input and output are (N, C, H, W). Keys: proj_1, gate, value,
+    proj_2, sigma.
     """
 
     def __init__(
@@ -125,8 +128,26 @@ class MultiOrderGatedAggregation(nn.Module):
         self.sigma = ElementScale(embed_dims, init_value=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.act_type != "SiLU":
+            return self._composed(x)
+        value, (proj_1, gate, proj_2) = self.value, (self.proj_1, self.gate, self.proj_2)
+        convs = value.DW_conv0, value.DW_conv1, value.DW_conv2
+        return fused_moga_aggregation(
+            x,
+            *(proj_1.weight, proj_1.bias, gate.weight, gate.bias),
+            [conv.weight for conv in convs],
+            [conv.bias for conv in convs],
+            *(value.PW_conv.weight, value.PW_conv.bias, proj_2.weight, proj_2.bias, self.sigma.scale),
+            dilations=value.dw_dilation,
+            split=value.channel_split,
+            double_gate_act=self.double_gate_act,
+            backend=backend(self),
+        )
+
+    def _composed(self, x: Tensor) -> Tensor:
         act = _ACTIVATIONS[self.act_type]
-        u = act(reference.feature_decompose(self.proj_1(x), self.sigma.scale, activation=None))
+        p = self.proj_1(x)
+        u = act(fused_feature_decompose(p, self.sigma.scale, activation=None, backend=backend(self)))
         gate, value = act(self.gate(u)), act(self.value(u))
         if self.double_gate_act:
             gate, value = act(gate), act(value)
@@ -146,7 +167,8 @@ class ChannelAggregationFFN(nn.Module):
         ffn_drop: dropout rate.
         fused: False runs plain PyTorch.
 
-    Input and output are (N, C, H, W). Keys: fc1, dwconv, fc2, decompose, sigma.
+    With GELU, and unless it drops, it is `fused_channel_aggregation_ffn`, one op. Input and output are (N, C, H, W).
+    Keys: fc1, dwconv, fc2, decompose, sigma.
     """
 
     def __init__(
@@ -170,13 +192,18 @@ class ChannelAggregationFFN(nn.Module):
         self.sigma = ElementScale(hidden, init_value=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.act_type != "GELU" or (self.training and self.drop.p > 0):
+            return self._composed(x)
+        layers = self.fc1, self.dwconv, self.fc2, self.decompose
+        parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
+        return fused_channel_aggregation_ffn(x, *parameters, self.sigma.scale, backend=backend(self))
+
+    def _composed(self, x: Tensor) -> Tensor:
+        """With what the whole op lacks: dropout within, and other activations."""
         act, dwconv = _ACTIVATIONS[self.act_type], self.dwconv
-        if self.act_type == "ReLU":
-            h = act(fused_dwconv(self.fc1(x), dwconv.weight, dwconv.bias, backend=backend(self)))
-        else:
-            epilogue = self.act_type.lower()
-            h = fused_dwconv(self.fc1(x), dwconv.weight, dwconv.bias, activation=epilogue, backend=backend(self))
-        h = self.drop(h)
+        epilogue = None if self.act_type == "ReLU" else self.act_type.lower()
+        h = fused_dwconv(self.fc1(x), dwconv.weight, dwconv.bias, activation=epilogue, backend=backend(self))
+        h = self.drop(act(h) if epilogue is None else h)
         return self.drop(self.fc2(h + self.sigma(h - act(self.decompose(h)))))
 
 

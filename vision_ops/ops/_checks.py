@@ -55,6 +55,12 @@ def check_pointwise(name: str, weight: Any, sizes: tuple[int | None, int], why: 
     check_parameter(name, weight, (outputs, sizes[1], *ones), why + ", 1, 1" * bool(ones), x, of)
 
 
+def check_sigma(sigma: Any, channels: int, why: str, x: Tensor) -> None:
+    """MogaNet's factor per channel, (C,) or (1, C, 1, 1)."""
+    flat = not isinstance(sigma, Tensor) or sigma.ndim == 1
+    check_parameter("sigma", sigma, (channels,) if flat else (1, channels, 1, 1), why if flat else f"1, {why}, 1, 1", x)
+
+
 def check_kernel(name: str, weight: Any) -> int:
     """The kernel size K of depthwise weights (C, 1, K, K), which is odd; the rest is for check_parameter to see."""
     if not isinstance(weight, Tensor):

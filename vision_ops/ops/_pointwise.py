@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._registration import allocate_channels_last
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = weight x + bias at every pixel of (N, C, H, W). Where x and out differ in layout, the GEMM changes it."""
@@ -25,6 +27,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.bmm(left, right, out=to)
     else:
         torch.baddbmm(column, left, right, out=to)
+
+
+def linear_to(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`linear` of a channels_last x into any layout. A GEMM that changes the layout takes longer than a copy does."""
+    if out.shape[1] == 1 or out.stride(1) == 1:
+        return linear(x, weight, bias, out)
+    y = allocate_channels_last(out.shape, out)
+    linear(x, weight, bias, y)
+    out.copy_(y)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:

@@ -22,7 +22,7 @@ from ._registration import (
 )
 
 _MOST = 2**24  # of stride, dilation and padding: products with sizes stay within 64 bits
-_ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}
+ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}
 
 
 class _Arguments(NamedTuple):
@@ -69,7 +69,7 @@ def _native_conv(a: _Arguments) -> tuple[int, ...]:
 def _forward_cpu(a: _Arguments) -> Tensor:
     y, weight, bias = _output(a), a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
     views = _native.view(a.x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.kernels().dwconv(*views, _native_conv(a), _ACTIVATION_CODES[a.activation])
+    _native.kernels().dwconv(*views, _native_conv(a), ACTIVATION_CODES[a.activation])
     return y
 
 
@@ -82,7 +82,7 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
         # The convolution is computed again, which is cheaper than to keep its output from the forward pass.
         du = empty(grad.shape, grad)
         views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
-        kernels.dwconv_backward_activation(*views, conv, _ACTIVATION_CODES[a.activation])
+        kernels.dwconv_backward_activation(*views, conv, ACTIVATION_CODES[a.activation])
         grad = du
     grad_view = _native.view(grad)
     if dx is not None:

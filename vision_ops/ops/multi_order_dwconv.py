@@ -73,6 +73,28 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     _native.kernels().multi_order_dwconv_backward(*inputs, *outputs, p.convs)
 
 
+def multi_order(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dilations: list[int], y: Tensor
+) -> None:
+    """Into y, for the ops that contain the convolution."""
+    p = _Parameters(_Arguments(x, *weights, *biases, dilations))
+    _native.kernels().multi_order_dwconv(_native.view(x), p.weights, p.biases, _native.view(y), p.convs)
+
+
+def multi_order_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dilations: list[int],
+    dx: Tensor,
+    dweights: Sequence[Tensor | None],
+    dbiases: Sequence[Tensor | None],
+) -> None:
+    """The gradients of `multi_order`."""
+    _backward_cpu([dx, *dweights, *dbiases], grad, _Arguments(x, *weights, *biases, dilations))
+
+
 def _marches(a: _Arguments) -> bool:
     """Whether CUDA's march kernels take a convolution; else its plain kernel takes all, and layouts do not matter."""
     dtype, kernels = _native.DTYPES[a.x.dtype], _native.cuda_kernels()
@@ -197,17 +219,29 @@ def fused_multi_order_dwconv(
     MogaNet (arXiv 2211.03295), MultiOrderDWConv in models/moganet.py of Westlake-AI/MogaNet.
     """
     check_tensor("x", x, "N, C, H, W")
-    check_sequence("weights", weights, 3)
     biases = (None, None, None) if biases is None else biases
-    check_sequence("biases", biases, 3)
+    check_branches("weights", weights, "biases", biases, dilations, split, x)
+    return _op(x, *weights, *biases, list(dilations), backend=backend)
+
+
+def check_branches(
+    name: str,
+    weights: Sequence[Tensor],
+    bias_name: str,
+    biases: Sequence[Tensor | None],
+    dilations: Sequence[int],
+    split: Sequence[int],
+    x: Tensor,
+) -> None:
+    check_sequence(name, weights, 3)
+    check_sequence(bias_name, biases, 3)
     widths = check_multi_order(x.shape[1], dilations, split)
     for i, (weight, bias, width) in enumerate(zip(weights, biases, (x.shape[1], *widths[1:]), strict=True)):
-        kernel_size = check_kernel(f"weights[{i}]", weight)
+        kernel_size = check_kernel(f"{name}[{i}]", weight)
         why = f"{'C' if i == 0 else f'c{i}'}, 1, K, K"
-        check_parameter(f"weights[{i}]", weight, (width, 1, kernel_size, kernel_size), why, x)
+        check_parameter(f"{name}[{i}]", weight, (width, 1, kernel_size, kernel_size), why, x)
         if bias is not None:
-            check_parameter(f"biases[{i}]", bias, (width,), "one number a channel", x)
-    return _op(x, *weights, *biases, list(dilations), backend=backend)
+            check_parameter(f"{bias_name}[{i}]", bias, (width,), "one number a channel", x)
 
 
 def check_multi_order(channels: int, dilations: Sequence[int], split: Sequence[int]) -> tuple[int, int, int]:

@@ -19,5 +19,5 @@ def channel_aggregation_ffn(
 ) -> Tensor:
     """MogaNet's channel aggregation; arguments as in `fused_channel_aggregation_ffn`."""
     h = dwconv(pointwise(x, fc1_weight, fc1_bias), dw_weight, dw_bias, activation="gelu")
-    h = h + sigma.reshape(-1, 1, 1) * (h - F.gelu(pointwise(h, decompose_weight, decompose_bias)))
-    return pointwise(h, fc2_weight, fc2_bias)
+    aggregated = h + sigma.reshape(-1, 1, 1) * (h - F.gelu(pointwise(h, decompose_weight, decompose_bias)))
+    return pointwise(aggregated.to(h.dtype), fc2_weight, fc2_bias)

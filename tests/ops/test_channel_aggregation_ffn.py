@@ -1,0 +1,267 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import (
+    HALF,
+    LAYOUTS,
+    Case,
+    check_against_reference,
+    check_compiles,
+    check_gradients,
+    check_opcheck,
+    laid_out,
+    outputs,
+    saved_bytes,
+)
+
+from vision_ops import explain, fused_channel_aggregation_ffn, nn, reference
+from vision_ops.ops import channel_aggregation_ffn as ops
+
+
+def make(shape, hidden, *, kernel=3, bias=True, dtype=torch.float32, parameter_dtype=None, layout="contiguous"):
+    c = shape[1]
+    wanted = parameter_dtype or dtype
+    x = laid_out(torch.randn(shape, dtype=dtype), layout)
+
+    def parameter(*size, of=1):
+        return (torch.randn(size) / of**0.5).to(wanted)
+
+    parameters = [
+        parameter(hidden, c, 1, 1, of=c),
+        parameter(hidden),
+        parameter(hidden, 1, kernel, kernel, of=kernel**2),
+        parameter(hidden),
+        parameter(c, hidden, 1, 1, of=hidden),
+        parameter(c),
+        parameter(1, hidden, 1, 1, of=hidden),
+        parameter(1),
+    ]
+    if not bias:
+        parameters[1::2] = [None] * 4
+    sigma = parameter(1, hidden, 1, 1)
+    return Case(lambda t, backend: fused_channel_aggregation_ffn(*t, backend=backend), [x, *parameters, sigma])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("hidden", [64, 37])  # in place, and packed into panels
+def test_matches_reference(hidden, layout, dtype):
+    check_against_reference(make((3, 13, 9, 11), hidden, dtype=dtype, layout=layout), layout, slack=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden"),
+    [
+        ((2, 64, 14, 14), 512),
+        ((1, 72, 7, 7), 576),  # two bundles of blocks in place
+        ((1, 16, 15, 5), 150),  # two in panels
+        ((1, 7, 1, 1), 16),
+        ((5, 20, 5, 1), 48),
+        ((2, 3, 1, 33), 9),
+        ((0, 8, 5, 5), 32),
+    ],
+    ids=str,
+)
+def test_sizes(shape, hidden):
+    for layout in ("contiguous", "channels_last"):
+        check_against_reference(make(shape, hidden, layout=layout), slack=2)
+
+
+@pytest.mark.parametrize("kernel", [1, 5, 7])
+def test_kernels(kernel):
+    check_against_reference(make((2, 8, 9, 7), 32, kernel=kernel), slack=2)
+
+
+def test_without_biases():
+    for dtype in (torch.float32, torch.bfloat16):
+        check_against_reference(make((2, 8, 9, 7), 32, bias=False, dtype=dtype), slack=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    case = make((2, 21, 6, 7), 32, layout=layout)
+    for grad_layout in ("contiguous", "channels_last", "cropped", "expanded"):
+        check_against_reference(case, grad_layout, slack=2)
+    last = layout in ("channels_last", "channel_slice")
+    form = torch.channels_last if last else torch.contiguous_format
+    assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("images", [1, 2])
+def test_chunks_of_the_batch(images, dtype, monkeypatch):
+    """Of 5 images: the last chunk of two is not full."""
+    case = make((5, 8, 6, 5), 32, dtype=dtype)
+    whole, grad = outputs(case, "fused")
+    monkeypatch.setattr(ops, "_CHUNK_BYTES", images * (32 + 64 // dtype.itemsize) * 30 * dtype.itemsize)
+    assert ops._Chunks(ops._Arguments(*case.tensors, True), 0).images == images
+    check_against_reference(case, slack=2)
+    for a, b in zip(outputs(case, "fused", grad)[0], whole, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=1e-4 if dtype == torch.float32 else 5e-2, atol=5e-4 if dtype == torch.float32 else 0.1
+        )
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_float32_parameters_beside_half_input(dtype):
+    for layout in ("contiguous", "channels_last"):
+        case = make((2, 24, 9, 9), 64, dtype=dtype, parameter_dtype=torch.float32, layout=layout)
+        check_against_reference(case, slack=2)
+
+
+def test_a_large_score_is_not_rounded():
+    """d is one number for all channels: rounded to a half type its error would add up in all of them."""
+    case = make((1, 32, 5, 5), 64, dtype=torch.bfloat16)
+    case.tensors[-1] = torch.full_like(case.tensors[-1], -1)  # y = fc2(d), constant over the channels
+    case.tensors[5] = torch.ones_like(case.tensors[5])
+    case.tensors[8] = torch.full_like(case.tensors[8], 301.3)
+    case.tensors[6] = torch.zeros_like(case.tensors[6])
+    exact = case.to(torch.float64)
+    y, e = case.run(case.tensors, "fused"), exact.run(exact.tensors, "reference")
+    assert (y - e).abs().max() <= 2**-8 * e.abs().max()
+
+
+def test_reference_is_the_definition():
+    x, w1, b1, wd, bd, w2, b2, wp, bp, sigma = make((2, 6, 5, 7), 20).tensors
+    h = F.gelu(F.conv2d(F.conv2d(x, w1, b1), wd, bd, padding=1, groups=20))
+    h = h + sigma * (h - F.gelu(F.conv2d(h, wp, bp)))
+    expected = F.conv2d(h, w2, b2)
+    for flat in (False, True):
+        given = (w.flatten(1) if flat else w for w in (w1, w2, wp))
+        v1, v2, vp = given
+        y = reference.channel_aggregation_ffn(x, v1, b1, wd, bd, v2, b2, vp, bp, sigma)
+        torch.testing.assert_close(y, expected)
+        y = fused_channel_aggregation_ffn(x, v1, b1, wd, bd, v2, b2, vp, bp, sigma.flatten(), backend="fused")
+        torch.testing.assert_close(y, expected)
+
+
+def test_gelu_in_its_tails():
+    """Of large negative values nothing is left, not even rounding errors; large positive ones stay."""
+    case = make((1, 4, 3, 3), 16, dtype=torch.float32)
+    case.tensors[2] = torch.linspace(-5000, 5000, 16)
+    check_against_reference(case, slack=2)
+    x, w1, b1, wd, _, w2, _, wp, _, sigma = case.tensors
+    b1, wd = torch.full((16,), -5000.0), wd.abs()
+    y = fused_channel_aggregation_ffn(x, w1, b1, wd, None, w2, None, wp, None, sigma, backend="fused")
+    assert not y.any()
+
+
+def test_gradcheck():
+    check_gradients(make((1, 3, 3, 2), 4))
+    check_gradients(make((1, 3, 2, 3), 16, bias=False, layout="channels_last"), second=False)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    case = make((2, 10, 7, 6), 32)
+    everything, grad = outputs(case, "fused")
+    for i in range(len(case.tensors)):
+        tensors = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors)]
+        (alone,) = torch.autograd.grad(case.run(tensors, "fused"), tensors[i], grad)
+        torch.testing.assert_close(alone, everything[1 + i])
+
+
+@pytest.mark.parametrize("hidden", [64, 70])
+def test_bitwise_repeatable(hidden):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make((3, 24, 33, 31), hidden, dtype=dtype, layout="channels_last")
+        first, grad = outputs(case, "fused")
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(outputs(case, "fused", grad)[0], first, strict=True))
+
+
+def test_autocast():
+    case = make((2, 16, 9, 9), 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, grad = outputs(case, "fused")
+    *rest, sigma = case.tensors
+    y = case.run([*(t.bfloat16() for t in rest), sigma], "fused")
+    assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], y)
+    assert all(g.dtype == torch.float32 for g in found[1:])
+    eager, _ = outputs(case, "reference", grad)
+    for a, b in zip(found, eager, strict=True):
+        assert (a - b).abs().max() < 0.03 * b.abs().max()
+
+
+def test_compiles():
+    check_compiles([make((2, 8, 9, 7), 16), make((2, 8, 5, 12), 16)])
+
+
+def test_opcheck():
+    tensors = make((2, 8, 5, 6), 16).tensors
+    check_opcheck("channel_aggregation_ffn", (*tensors, True), tensors=10)
+    check_opcheck("channel_aggregation_ffn", (*tensors[:8], None, tensors[9], False), tensors=10)
+
+
+def test_keeps_one_hidden_tensor_for_backward():
+    """Eager keeps 5: the inputs of the depthwise convolution, of GELU, of the decomposition, of sigma and of fc2."""
+    case = make((2, 32, 14, 14), 256)
+    x, *parameters = (t.nbytes for t in case.tensors)
+    hidden = 8 * x
+    assert saved_bytes(case, "fused") == x + sum(parameters) + hidden * (256 + 16) // 256 + x // 32
+    assert saved_bytes(case, "reference") > 5 * hidden
+    with torch.no_grad():
+        *_, kept = torch.ops.vision_ops.channel_aggregation_ffn(*case.tensors, False)
+    assert kept.numel() == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_module_drops_as_it_did(training):
+    """Active dropout runs the composition, whose numbers are those of the reference."""
+    module = nn.ChannelAggregationFFN(8, 32, ffn_drop=0.4).train(training)
+    torch.nn.init.normal_(module.sigma.scale)
+    x, found = torch.randn(2, 8, 6, 6), []
+    for fused in (True, False):
+        module.fused = fused
+        torch.manual_seed(1)
+        found.append(module(x))
+    torch.testing.assert_close(*found)
+    other = module(x)
+    assert torch.equal(other, found[1]) != training
+
+
+@pytest.mark.parametrize("act_type", ["GELU", "SiLU", "ReLU"])
+def test_module_activations(act_type):
+    module, x = nn.ChannelAggregationFFN(8, 32, act_type=act_type).double(), torch.randn(2, 8, 6, 6).double()
+    torch.nn.init.normal_(module.sigma.scale)
+    y = module(x)
+    act = {"GELU": F.gelu, "SiLU": F.silu, "ReLU": F.relu}[act_type]
+    h = act(module.dwconv(module.fc1(x)))
+    expected = module.fc2(h + module.sigma.scale * (h - act(module.decompose(h))))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+GOOD = make((2, 8, 7, 7), 16).tensors
+
+
+def replaced(i, t):
+    return [*GOOD[:i], t, *GOOD[i + 1 :]]
+
+
+REFUSED = {
+    "rank": (ValueError, "x must have the dimensions", replaced(0, GOOD[0][0])),
+    "fc1": (ValueError, r"fc1_weight must have shape \(16, 8, 1, 1\) \(h, C, 1, 1\)", replaced(1, GOOD[1][:, :7])),
+    "fc1 bias": (ValueError, r"fc1_bias must have shape \(16,\) \(h\)", replaced(2, GOOD[2][:9])),
+    "even kernel": (ValueError, "dw_weight must have an odd kernel size", replaced(3, torch.randn(16, 1, 2, 2))),
+    "dw": (ValueError, r"dw_weight must have shape \(16, 1, 3, 3\)", replaced(3, torch.randn(15, 1, 3, 3))),
+    "fc2": (ValueError, r"fc2_weight must have shape \(8, 16, 1, 1\) \(C, h, 1, 1\)", replaced(5, GOOD[1])),
+    "decompose": (ValueError, r"decompose_weight must have shape \(1, 16\)", replaced(7, torch.randn(2, 16))),
+    "decompose bias": (ValueError, r"decompose_bias must have shape \(1,\)", replaced(8, torch.randn(16))),
+    "sigma": (
+        ValueError,
+        r"sigma must have shape \(1, 16, 1, 1\) \(1, h, 1, 1\)",
+        replaced(9, torch.randn(1, 8, 1, 1)),
+    ),
+    "dtype": (TypeError, "fc2_bias must have the dtype of x", replaced(6, GOOD[6].double())),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    error, message, arguments = REFUSED[name]
+    with pytest.raises(error, match=message):
+        fused_channel_aggregation_ffn(*arguments)
+
+
+def test_explains():
+    found = explain("channel_aggregation_ffn", GOOD[0], backend="fused").parts
+    assert "C++" in found["depthwise convolution, GELU and aggregation"] and "GEMM" in found["1x1 convolutions"]

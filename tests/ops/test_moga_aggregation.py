@@ -1,0 +1,201 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import (
+    HALF,
+    LAYOUTS,
+    Case,
+    check_against_reference,
+    check_compiles,
+    check_gradients,
+    check_opcheck,
+    laid_out,
+    outputs,
+    saved_bytes,
+)
+
+from vision_ops import explain, fused_moga_aggregation, nn, reference
+from vision_ops.ops import moga_aggregation as ops
+from vision_ops.reference.multi_order_dwconv import split_channels
+
+
+def make(
+    shape,
+    *,
+    doubled=False,
+    split=(1, 3, 4),
+    kernels=(5, 5, 7),
+    bias=True,
+    dtype=torch.float32,
+    parameter_dtype=None,
+    layout="contiguous",
+    dilations=(1, 2, 3),
+):
+    c, wanted = shape[1], parameter_dtype or dtype
+    x = laid_out(torch.randn(shape, dtype=dtype), layout)
+    _, c1, c2 = split_channels(c, split)
+    pointwise = [
+        t
+        for _ in range(4)
+        for t in ((torch.randn(c, c, 1, 1) / c**0.5).to(wanted), torch.randn(c).to(wanted) if bias else None)
+    ]
+    dw = [(torch.randn(w, 1, k, k) / k).to(wanted) for w, k in zip((c, c1, c2), kernels, strict=True)]
+    dw_biases = [torch.randn(w).to(wanted) if bias else None for w in (c, c1, c2)]
+    sigma = torch.randn(1, c, 1, 1).to(wanted)
+
+    def run(t, backend):
+        pw, weights, biases = t[1:9], t[10:13], t[13:]
+        options = {"dilations": dilations, "split": split, "double_gate_act": doubled}
+        return fused_moga_aggregation(t[0], *pw[:4], weights, biases, *pw[4:], t[9], **options, backend=backend)
+
+    return Case(run, [x, *pointwise, sigma, *dw, *dw_biases])
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_matches_reference(layout, dtype, doubled):
+    # In float64 a chain of ten layers leaves errors of some units of rounding, which eager's happen to be below.
+    slack = 20 if dtype == torch.float64 else 2
+    check_against_reference(make((3, 24, 9, 11), doubled=doubled, dtype=dtype, layout=layout), layout, slack=slack)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 14, 14), (1, 8, 1, 1), (5, 16, 5, 1), (2, 40, 1, 33), (1, 8, 33, 15), (0, 8, 5, 5)], ids=str
+)
+def test_sizes(shape):
+    for layout in ("contiguous", "channels_last"):
+        check_against_reference(make(shape, layout=layout), slack=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    case = make((2, 16, 6, 7), layout=layout)
+    # Where x is the same everywhere, sigma has no gradient: what is found is the rounding errors of the mean.
+    slack = 20 if layout == "expanded" else 2
+    for grad_layout in ("contiguous", "channels_last", "cropped", "expanded"):
+        check_against_reference(case, grad_layout, slack=slack)
+    last = layout in ("channels_last", "channel_slice")
+    form = torch.channels_last if last else torch.contiguous_format
+    assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
+
+
+def test_options():
+    check_against_reference(make((2, 20, 9, 7), split=(0, 1, 3), kernels=(3, 5, 3), dilations=(1, 2, 1)), slack=2)
+    check_against_reference(make((2, 20, 9, 7), split=(2, 1, 1), bias=False, dtype=torch.bfloat16), slack=2)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_float32_parameters_beside_half_input(dtype):
+    check_against_reference(make((2, 24, 9, 9), dtype=dtype, parameter_dtype=torch.float32), slack=2)
+
+
+def test_reference_is_the_definition():
+    case = make((2, 16, 5, 7))
+    x, w1, b1, wg, bg, wp, bp, w2, b2, sigma, *dw = case.tensors
+    p = F.conv2d(x, w1, b1)
+    u = F.silu(p + sigma * (p - F.adaptive_avg_pool2d(p, 1)))
+    value = reference.multi_order_dwconv(u, dw[:3], dw[3:])
+    y = F.conv2d(F.silu(F.conv2d(u, wg, bg)) * F.silu(F.conv2d(value, wp, bp)), w2, b2) + x
+    for backend in ("reference", "fused"):
+        torch.testing.assert_close(case.run(case.tensors, backend), y)
+
+
+def test_gradcheck():
+    check_gradients(make((1, 8, 2, 3), doubled=True), second=False)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    case = make((2, 16, 7, 6))
+    everything, grad = outputs(case, "fused")
+    for i in range(len(case.tensors)):
+        tensors = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors)]
+        (alone,) = torch.autograd.grad(case.run(tensors, "fused"), tensors[i], grad)
+        torch.testing.assert_close(alone, everything[1 + i])
+
+
+def test_bitwise_repeatable():
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make((3, 24, 33, 31), dtype=dtype, layout="channels_last")
+        first, grad = outputs(case, "fused")
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(outputs(case, "fused", grad)[0], first, strict=True))
+
+
+def test_autocast():
+    case = make((2, 16, 9, 9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, grad = outputs(case, "fused")
+    half = [t if i == 9 else t.bfloat16() for i, t in enumerate(case.tensors)]
+    assert torch.equal(found[0], case.run(half, "fused"))
+    assert all(g.dtype == torch.float32 for g in found[1:])
+    eager, _ = outputs(case, "reference", grad)
+    for a, b in zip(found, eager, strict=True):
+        assert (a - b).abs().max() < 0.05 * b.abs().max()
+
+
+def test_compiles():
+    check_compiles([make((2, 8, 9, 7)), make((2, 8, 5, 12))])
+
+
+def test_opcheck():
+    tensors = make((2, 8, 5, 6)).tensors
+    given = *tensors[:10], list(tensors[10:13]), [None, *tensors[14:]], [1, 2, 3], True
+    check_opcheck("moga_aggregation", given, tensors=12)
+
+
+def test_keeps_three_numbers_a_channel_for_backward():
+    """Eager keeps 11: x, what sigma scales, SiLU's input, u, x0, the concatenation, the branches before and after SiLU,
+    their product."""
+    case = make((2, 64, 14, 14))
+    x, *parameters = (t.nbytes for t in case.tensors)
+    assert saved_bytes(case, "fused") == 3 * x + sum(parameters)
+    assert saved_bytes(case, "reference") > 11 * x
+
+
+@pytest.mark.parametrize("act_type", ["SiLU", "GELU", "ReLU"])
+@pytest.mark.parametrize("doubled", [False, True])
+def test_module(act_type, doubled):
+    module = nn.MultiOrderGatedAggregation(16, attn_act_type=act_type, double_gate_act=doubled).double()
+    torch.nn.init.normal_(module.sigma.scale)
+    x = torch.randn(2, 16, 6, 6).double()
+    act = {"GELU": F.gelu, "SiLU": F.silu, "ReLU": F.relu}[act_type]
+    p = module.proj_1(x)
+    u = act(p + module.sigma.scale * (p - p.mean((2, 3), keepdim=True)))
+    gate, value = act(module.gate(u)), act(module.value(u))
+    if doubled:
+        gate, value = act(gate), act(value)
+    torch.testing.assert_close(module(x), module.proj_2(gate * value) + x, rtol=1e-12, atol=1e-12)
+
+
+GOOD = make((2, 8, 7, 7)).tensors
+REFUSED = {
+    "rank": (ValueError, "x must have the dimensions", {0: GOOD[0][0]}, {}),
+    "proj_1": (ValueError, r"proj_1_weight must have shape \(8, 8\) \(C, C\)", {1: torch.randn(8, 7)}, {}),
+    "pw bias": (ValueError, r"pw_bias must have shape \(8,\) \(C\)", {6: torch.randn(7)}, {}),
+    "sigma": (ValueError, r"sigma must have shape \(8,\) \(C\)", {9: torch.randn(7)}, {}),
+    "branch": (ValueError, r"dw_weights\[1\] must have shape \(3, 1, 5, 5\)", {11: torch.randn(4, 1, 5, 5)}, {}),
+    "branch bias": (ValueError, r"dw_biases\[2\] must have shape \(4,\)", {15: torch.randn(5)}, {}),
+    "split": (ValueError, r"split \(1, 1, 1\) adds up to 3", {}, {"split": (1, 1, 1)}),
+    "flag": (TypeError, "double_gate_act must be a bool", {}, {"double_gate_act": 1}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    error, message, changes, options = REFUSED[name]
+    t = [changes.get(i, given) for i, given in enumerate(GOOD)]
+    with pytest.raises(error, match=message):
+        fused_moga_aggregation(t[0], *t[1:5], t[10:13], t[13:], *t[5:10], **options)
+
+
+def test_explains():
+    found = explain("moga_aggregation", GOOD[0], backend="fused", double_gate_act=True).parts
+    assert "C++" in found["decomposition, depthwise convolutions and gate"] and "GEMM" in found["1x1 convolutions"]
+
+
+def test_means_come_before_the_convolution():
+    x, *parameters = make((3, 24, 9, 11), dtype=torch.float64).tensors
+    given = ops._Arguments(x, *parameters[:9], parameters[9:12], parameters[12:], [1, 2, 3], False)
+    exact = F.conv2d(x, parameters[0], parameters[1]).mean((2, 3), keepdim=True)
+    torch.testing.assert_close(ops._means(x, given), exact, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,302 @@
+"""MogaNet's channel aggregation, whole: two 1x1 convolutions around a depthwise one, GELU and the decomposition."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
+from ._pointwise import linear, linear_to, weight_gradient
+from ._registration import FusedOp, allocate, device_reasons, empty, without_autocast
+from .dwconv import convolve_backward
+from .gated_recursion import channel_sums, pixel_dense
+
+# Of a chunk of the batch in hidden channels: its three tensors stay in a third-level cache between the passes.
+_CHUNK_BYTES = 6 * 2**20
+_LINE_BYTES = 64  # of a cache
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    dw_weight: Tensor
+    dw_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    decompose_weight: Tensor
+    decompose_bias: Tensor | None
+    sigma: Tensor
+    keep: bool  # fc1's output for the backward pass
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.channel_aggregation_ffn(*a[:-1])
+
+
+def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """y; of every pixel the score, whose GELU is d; and fc1's output, or nothing of it. h is cheap to compute again."""
+    n, _, h, w = a.x.shape
+    kept = allocate((n if a.keep else 0, _hidden_channels(a), h, w), a.x, torch.channels_last)
+    return empty(a.x.shape, a.x), allocate((n, 1, h, w), a.x, dtype=_wide(a.x)), kept
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _hidden_channels(a: _Arguments) -> int:
+    """Room for the hidden channels and for d behind them. Pixels are not a power of two apart, as hidden widths are:
+    they would compete for the same sets of a cache."""
+    return a.dw_weight.shape[0] + _LINE_BYTES // a.x.dtype.itemsize
+
+
+class _Fc2:
+    """fc2 of h + sigma * (h - d), as one matrix for [h | d]: W2 (1 + sigma) and a column -(W2 sigma) for d.
+
+    In half types d has a second column, for what the first one rounds off: d is one number for all channels of a pixel,
+    whose rounding errors would add up.
+    """
+
+    def __init__(self, a: _Arguments) -> None:
+        wide, hidden = _wide(a.x), a.dw_weight.shape[0]
+        self.weight, self.sigma = a.fc2_weight.flatten(1), a.sigma.flatten().to(wide)
+        self.hidden, self.columns = hidden, hidden + (2 if a.x.dtype.itemsize == 2 else 1)
+        self.of_d = (self.weight.to(wide) @ self.sigma).neg_()
+        self.matrix = allocate((len(self.weight), self.columns), a.x)
+        torch.mul(self.weight, 1 + self.sigma, out=self.matrix[:, :hidden])
+        self.matrix[:, hidden:] = self.of_d[:, None]
+
+    def append(self, scores: Tensor, h: Tensor) -> None:
+        """Writes d behind the channels of h."""
+        d = F.gelu(scores)
+        column = h[:, self.hidden : self.hidden + 1]
+        column.copy_(d)
+        for k in range(self.hidden + 1, self.columns):
+            h[:, k : k + 1].copy_(d.sub_(column))
+
+    def gradient_of_d(self, grad: Tensor) -> Tensor:
+        n, _, h, w = grad.shape
+        return (grad.flatten(2).transpose(1, 2).to(self.of_d.dtype) @ self.of_d).view(n, 1, h, w)
+
+    def gradients(self, product: Tensor, dweight: Tensor | None, dsigma: Tensor | None) -> None:
+        """From the gradient of y times [h | d], summed over the pixels."""
+        of_h, of_d = product[:, : self.hidden], product[:, self.hidden :].sum(1, keepdim=True)
+        difference = of_h - of_d
+        if dweight is not None:
+            dweight.flatten(1).copy_(of_h.addcmul_(difference, self.sigma))
+        if dsigma is not None:
+            dsigma.view(-1).copy_(difference.mul_(self.weight).sum(0))
+
+
+class _Total:
+    """A gradient that is summed over the chunks, in float32 at least; one that is not needed has no part."""
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor, needed: bool = True) -> None:
+        self.value: Tensor | None = None
+        self.part = allocate(shape, like, dtype=_wide(like)) if needed else None
+
+    def add(self) -> None:
+        if self.part is not None and self.value is None:
+            self.value, self.part = self.part, torch.empty_like(self.part)
+        elif self.part is not None:
+            self.value += self.part
+
+    def write(self, grad: Tensor | None) -> None:
+        if grad is None:
+            return
+        if self.value is None:  # of an empty batch
+            grad.zero_()
+        else:
+            grad.view(self.value.shape).copy_(self.value)
+
+
+class _Chunks:
+    """The images that are taken at once, and tensors of hidden channels for them."""
+
+    def __init__(self, a: _Arguments, tensors: int) -> None:
+        n, _, h, w = a.x.shape
+        self.a, self.fc2 = a, _Fc2(a)
+        channels = _hidden_channels(a)
+        self.images = max(1, min(n, _CHUNK_BYTES // (channels * h * w * a.x.dtype.itemsize)))
+        shape = self.images, channels, h, w
+        self.tensors = [allocate(shape, a.x, torch.channels_last) for _ in range(tensors)]
+        self.dw_weight = a.dw_weight.contiguous()
+        self.dw_bias = None if a.dw_bias is None else a.dw_bias.contiguous()
+        self.decompose_weight = a.decompose_weight.flatten().contiguous()
+        self.parameters = tuple(map(_native.weight_view, (self.dw_weight, self.dw_bias, self.decompose_weight)))
+        size = self.dw_weight.shape[-1]
+        self.conv = size, 1, 1, size // 2, size // 2
+
+    def __iter__(self) -> Iterator[tuple[slice, list[Tensor]]]:
+        n = len(self.a.x)
+        for begin in range(0, n, self.images):
+            count = min(self.images, n - begin)
+            yield slice(begin, begin + count), [t[:count] for t in self.tensors]
+
+    def hidden(self, t: Tensor) -> Tensor:
+        return t[:, : self.fc2.hidden]
+
+    def fc1(self, x: Tensor, f: Tensor) -> Tensor:
+        """Writes fc1's output; returns it."""
+        linear(x, self.a.fc1_weight.flatten(1), self.a.fc1_bias, self.hidden(f))
+        return self.hidden(f)
+
+
+@without_autocast
+def _forward(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    y, scores, kept = _output(a)
+    chunks, x = _Chunks(a, 1 if a.keep else 2), pixel_dense(a.x, torch.channels_last)
+    fc2 = chunks.fc2
+    kept[:, fc2.hidden :] = 0  # a result of the op, if only for its backward pass
+    for part, (h, *rest) in chunks:
+        f, s = chunks.fc1(x[part], kept[part] if a.keep else rest[0]), scores[part]
+        views = _native.view(chunks.hidden(h)), _native.view(s)
+        _native.kernels().channel_aggregation(_native.view(f), *chunks.parameters, *views, chunks.conv)
+        if a.decompose_bias is not None:
+            s += a.decompose_bias
+        fc2.append(s, h)
+        linear_to(h[:, : fc2.columns], fc2.matrix, a.fc2_bias, y[part])
+    return y, scores, kept
+
+
+@without_autocast
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, scores: Tensor, kept: Tensor) -> None:
+    dx, dfc1, dfc1_bias, ddw, ddw_bias, dfc2, dfc2_bias, ddecompose, ddecompose_bias, dsigma = grads
+    x, grad = (pixel_dense(t, torch.channels_last) for t in (a.x, grad))
+    chunks = _Chunks(a, 2 if a.keep else 3)
+    fc2, c = chunks.fc2, a.x.shape[1]
+
+    def total(t: Tensor | None, *shape: int) -> _Total:
+        return _Total(shape, a.x, t is not None)
+
+    product = _Total((c, fc2.columns), a.x, dfc2 is not None or dsigma is not None)
+    of_decompose = _Total((fc2.hidden,), a.x)
+    of_decompose_bias, of_fc2_bias = total(ddecompose_bias, 1), total(dfc2_bias, c)
+    of_fc1, of_fc1_bias = total(dfc1, fc2.hidden, c), total(dfc1_bias, fc2.hidden)
+    of_dw, of_dw_bias = total(ddw, *a.dw_weight.shape), total(ddw_bias, fc2.hidden)
+    totals = product, of_decompose, of_decompose_bias, of_fc2_bias, of_fc1, of_fc1_bias, of_dw, of_dw_bias
+    for part, (h, dh, *rest) in chunks:
+        f, g = chunks.hidden(kept[part]) if a.keep else chunks.fc1(x[part], rest[0]), grad[part]
+        dh = chunks.hidden(dh)
+        linear(g, fc2.matrix[:, : fc2.hidden].t(), None, dh)
+        ds = torch.ops.aten.gelu_backward(fc2.gradient_of_d(g), scores[part])
+        views = map(_native.view, (ds, dh, chunks.hidden(h)))
+        sums = _native.weight_view(of_decompose.part)
+        _native.kernels().channel_aggregation_backward(_native.view(f), *chunks.parameters, *views, sums, chunks.conv)
+        channel_sums(ds, of_decompose_bias.part)
+        channel_sums(g, of_fc2_bias.part)
+        if product.part is not None:
+            fc2.append(scores[part], h)
+            weight_gradient(g, h[:, : fc2.columns], product.part)
+        du, df = dh, chunks.hidden(h)
+        convolve_backward(du, f, chunks.dw_weight, df, of_dw.part, of_dw_bias.part)
+        channel_sums(df, of_fc1_bias.part)
+        weight_gradient(df, x[part], of_fc1.part)
+        if dx is not None:
+            linear_to(df, a.fc1_weight.flatten(1).t(), None, dx[part])
+        for t in totals:
+            t.add()
+    if product.part is not None:
+        fc2.gradients(torch.zeros_like(product.part) if product.value is None else product.value, dfc2, dsigma)
+    for t, given in zip(
+        totals[1:], (ddecompose, ddecompose_bias, dfc2_bias, dfc1, dfc1_bias, ddw, ddw_bias), strict=True
+    ):
+        t.write(given)
+
+
+_KERNELS = {"CPU": (_forward, _backward)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS, triton=True), []
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    return {"depthwise convolution, GELU and aggregation": kernel, "1x1 convolutions": "PyTorch's GEMMs"}
+
+
+_op = FusedOp(
+    "channel_aggregation_ffn",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    uncast=("sigma",),
+    saved=2,
+    parts=_parts,
+)
+
+
+def _explain(x: Tensor, *parameters: Tensor | None, backend: str | None = None) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    return _op.explain(x, *(*parameters, *[None] * 9)[:9], False, backend=backend)
+
+
+explainers["channel_aggregation_ffn"] = _explain
+
+
+def fused_channel_aggregation_ffn(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    decompose_weight: Tensor,
+    decompose_bias: Tensor | None,
+    sigma: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """h = GELU(dwconv(fc1 x)); d = GELU(decompose h), one number a pixel; y = fc2(h + sigma * (h - d)).
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
+            dtype.
+        fc1_weight, fc1_bias: (h, C) or (h, C, 1, 1), and (h,) or None.
+        dw_weight, dw_bias: (h, 1, K, K), K odd, 3 in the published networks, and (h,) or None.
+        fc2_weight, fc2_bias: (C, h) or (C, h, 1, 1), and (C,) or None.
+        decompose_weight, decompose_bias: (1, h) or (1, h, 1, 1), and (1,) or None.
+        sigma: (h,) or (1, h, 1, 1); autocast leaves it as it is.
+        backend: as in `vision_ops.use_backend`.
+
+    Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. The GEMMs are PyTorch's; fc2's has
+    the decomposition folded in. Nothing of the hidden width h outlives a chunk of the batch: backward keeps, besides
+    the arguments, one number a pixel, where eager keeps 5h, and computes the rest again. Gradients come in each
+    argument's own dtype and are bitwise repeatable with the same number of threads. Without a kernel for the device,
+    `reference.channel_aggregation_ffn` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    MogaNet (arXiv 2211.03295), ChannelAggregationFFN in models/moganet.py of Westlake-AI/MogaNet.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    c = x.shape[1]
+    check_pointwise("fc1_weight", fc1_weight, (None, c), "h, C", x)
+    hidden = fc1_weight.shape[0]
+    kernel_size = check_kernel("dw_weight", dw_weight)
+    check_parameter("dw_weight", dw_weight, (hidden, 1, kernel_size, kernel_size), "h, 1, K, K", x)
+    check_pointwise("fc2_weight", fc2_weight, (c, hidden), "C, h", x)
+    check_pointwise("decompose_weight", decompose_weight, (1, hidden), "1, h", x)
+    for name, bias, width, why in (
+        ("fc1_bias", fc1_bias, hidden, "h"),
+        ("dw_bias", dw_bias, hidden, "h"),
+        ("fc2_bias", fc2_bias, c, "C"),
+        ("decompose_bias", decompose_bias, 1, "1"),
+    ):
+        if bias is not None:
+            check_parameter(name, bias, (width,), why, x)
+    check_sigma(sigma, hidden, "h", x)
+    given = x, fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias, decompose_weight, decompose_bias, sigma
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    return _op(*given, keep, backend=backend)

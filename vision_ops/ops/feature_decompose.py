@@ -1,0 +1,134 @@
+"""MogaNet's feature decomposition: every pixel's difference from its image's mean, weighted, is added to it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ..reference.dwconv import ACTIVATIONS
+from ._checks import check_sigma, check_tensor
+from ._registration import FusedOp, allocate, device_reasons, empty, memory_format
+from .dwconv import ACTIVATION_CODES
+from .gated_recursion import pixel_dense
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    sigma: Tensor
+    activation: str | None
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.feature_decompose(a.x, a.sigma, activation=a.activation)
+
+
+def _output(a: _Arguments) -> Tensor:
+    return empty(a.x.shape, a.x)
+
+
+def image_means(x: Tensor) -> Tensor:
+    """(N, C, 1, 1), in float32 at least. x is pixel_dense in some memory format, here and below."""
+    means = allocate((*x.shape[:2], 1, 1), x, dtype=torch.promote_types(x.dtype, torch.float32))
+    _native.kernels().image_means(_native.view(x), _native.view(means))
+    return means
+
+
+def run_decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
+    """means: of x, from `image_means` or, where they are known before x is, in its form. sigma: (C,), contiguous."""
+    views = _native.view(x), _native.view(means), _native.weight_view(sigma), _native.view(y)
+    _native.kernels().feature_decompose(*views, ACTIVATION_CODES[activation])
+
+
+def run_decompose_backward(
+    grad: Tensor,
+    x: Tensor,
+    means: Tensor,
+    sigma: Tensor,
+    activation: str | None,
+    dx: Tensor | None,
+    dsigma: Tensor | None,
+) -> None:
+    """dx may be grad."""
+    inputs = _native.view(grad), _native.view(x), _native.view(means), _native.weight_view(sigma)
+    outputs = _native.view(dx), _native.weight_view(dsigma)
+    _native.kernels().feature_decompose_backward(*inputs, *outputs, ACTIVATION_CODES[activation])
+
+
+def flat(sigma: Tensor | None) -> Tensor | None:
+    return None if sigma is None else sigma.reshape(-1).contiguous()
+
+
+def _forward_cpu(a: _Arguments) -> Tensor:
+    y, x = _output(a), pixel_dense(a.x, memory_format(a.x))
+    run_decompose(x, image_means(x), flat(a.sigma), a.activation, y)
+    return y
+
+
+def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+    given, dsigma = grads
+    wanted = memory_format(a.x)
+    x, grad = (pixel_dense(t, wanted) for t in (a.x, grad))
+    dx = given if given is None or pixel_dense(given, wanted) is given else empty(x.shape, x)
+    run_decompose_backward(grad, x, image_means(x), flat(a.sigma), a.activation, dx, flat(dsigma))
+    if given is not dx:
+        given.copy_(dx)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS, triton=True), []
+
+
+_op = FusedOp(
+    "feature_decompose",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    uncast=("sigma",),
+)
+
+
+def _explain(
+    x: Tensor, sigma: Tensor | None = None, *, activation: str | None = "silu", backend: str | None = None
+) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    return _op.explain(x, sigma, activation, backend=backend)
+
+
+explainers["feature_decompose"] = _explain
+
+
+def fused_feature_decompose(
+    x: Tensor, sigma: Tensor, *, activation: str | None = "silu", backend: str | None = None
+) -> Tensor:
+    """act(x + sigma * (x - mean(x over H, W))).
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
+            dtype.
+        sigma: (C,) or (1, C, 1, 1), in the dtype of x, or float32 beside a half x; autocast leaves it as it is.
+        activation: None, "gelu" (the erf form) or "silu".
+        backend: as in `vision_ops.use_backend`.
+
+    Two passes, one for the means and one for the rest; sums and means are float32 (float64 for float64). Backward keeps
+    the arguments only. Gradients come in each argument's own dtype and are bitwise repeatable. Without a kernel for the
+    device, `reference.feature_decompose` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    MogaNet (arXiv 2211.03295), feat_decompose of MultiOrderGatedAggregation in models/moganet.py of
+    Westlake-AI/MogaNet.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    check_sigma(sigma, x.shape[1], "C", x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    return _op(x, sigma, activation, backend=backend)

@@ -1,0 +1,222 @@
+"""MogaNet's spatial aggregation, whole: four 1x1 convolutions around the decomposition, the multi-order depthwise
+convolution and the gate."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
+from ._pointwise import linear, linear_to, weight_gradient
+from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
+from .feature_decompose import flat, image_means, run_decompose, run_decompose_backward
+from .gated_recursion import channel_sums, pixel_dense
+from .moga_gate import run_gate, run_gate_backward
+from .multi_order_dwconv import check_branches, multi_order, multi_order_backward
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    proj_1_weight: Tensor
+    proj_1_bias: Tensor | None
+    gate_weight: Tensor
+    gate_bias: Tensor | None
+    pw_weight: Tensor
+    pw_bias: Tensor | None
+    proj_2_weight: Tensor
+    proj_2_bias: Tensor | None
+    sigma: Tensor
+    dw_weights: list[Tensor]
+    dw_biases: list[Tensor | None]
+    dilations: list[int]
+    double_gate_act: bool
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.moga_aggregation(
+        a.x,
+        *(a.proj_1_weight, a.proj_1_bias, a.gate_weight, a.gate_bias, a.dw_weights, a.dw_biases),
+        *(a.pw_weight, a.pw_bias, a.proj_2_weight, a.proj_2_bias, a.sigma),
+        dilations=a.dilations,
+        split=_widths(a),
+        double_gate_act=a.double_gate_act,
+    )
+
+
+def _widths(a: _Arguments) -> tuple[int, int, int]:
+    c, c1, c2 = (w.shape[0] for w in a.dw_weights)
+    return c - c1 - c2, c1, c2
+
+
+def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """y, proj_1's output and that of the depthwise convolutions. What lies between is elementwise or a product of C x C
+    and is computed again: with x, 3C numbers a pixel are kept."""
+    return empty(a.x.shape, a.x), allocate_channels_last(a.x.shape, a.x), allocate_channels_last(a.x.shape, a.x)
+
+
+def _means(x: Tensor, a: _Arguments) -> Tensor:
+    """Of proj_1's output, from those of x."""
+    means = image_means(x)
+    weight = a.proj_1_weight.flatten(1).to(means.dtype)
+    projected = means.flatten(1) @ weight.t()
+    if a.proj_1_bias is not None:
+        projected += a.proj_1_bias
+    return projected[:, :, None, None]
+
+
+def _scratch(a: _Arguments) -> Tensor:
+    return allocate_channels_last(a.x.shape, a.x)
+
+
+# In between everything is channels_last, whatever x is.
+@without_autocast
+def _forward(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    y, p, dw = _output(a)
+    x = pixel_dense(a.x, torch.channels_last)
+    linear(x, a.proj_1_weight.flatten(1), a.proj_1_bias, p)
+    u, gate, value = _scratch(a), _scratch(a), _scratch(a)
+    run_decompose(p, _means(x, a), flat(a.sigma), "silu", u)
+    linear(u, a.gate_weight.flatten(1), a.gate_bias, gate)
+    multi_order(u, a.dw_weights, a.dw_biases, a.dilations, dw)
+    linear(dw, a.pw_weight.flatten(1), a.pw_bias, value)
+    run_gate(gate, value, a.double_gate_act, gate)
+    linear_to(gate, a.proj_2_weight.flatten(1), a.proj_2_bias, y)
+    y += a.x
+    return y, p, dw
+
+
+@without_autocast
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, p: Tensor, dw: Tensor) -> None:
+    dx, dproj_1, dproj_1_bias, dgate, dgate_bias, dpw, dpw_bias, dproj_2, dproj_2_bias, dsigma, ddws, ddw_biases = grads
+    x, given = (pixel_dense(t, torch.channels_last) for t in (a.x, grad))
+    means, sigma = _means(x, a), flat(a.sigma)
+    u, gate, value, product = (_scratch(a) for _ in range(4))
+    run_decompose(p, means, sigma, "silu", u)
+    linear(u, a.gate_weight.flatten(1), a.gate_bias, gate)
+    linear(dw, a.pw_weight.flatten(1), a.pw_bias, value)
+    if dproj_2 is not None:
+        run_gate(gate, value, a.double_gate_act, product)
+        weight_gradient(given, product, dproj_2)
+    channel_sums(given, dproj_2_bias)
+
+    linear(given, a.proj_2_weight.flatten(1).t(), None, product)
+    run_gate_backward(product, gate, value, a.double_gate_act, gate, value)
+    weight_gradient(gate, u, dgate)
+    channel_sums(gate, dgate_bias)
+    weight_gradient(value, dw, dpw)
+    channel_sums(value, dpw_bias)
+    ddw, du = product, _scratch(a)
+    linear(value, a.pw_weight.flatten(1).t(), None, ddw)
+    multi_order_backward(ddw, u, a.dw_weights, a.dw_biases, a.dilations, du, ddws, ddw_biases)
+    linear(gate, a.gate_weight.flatten(1).t(), None, value)
+    du += value
+    dp = u
+    run_decompose_backward(du, p, means, sigma, "silu", dp, flat(dsigma))
+    weight_gradient(dp, x, dproj_1)
+    channel_sums(dp, dproj_1_bias)
+    if dx is not None:
+        linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx)
+        dx += grad
+
+
+_KERNELS = {"CPU": (_forward, _backward)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS, triton=True), []
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    return {"decomposition, depthwise convolutions and gate": kernel, "1x1 convolutions": "PyTorch's GEMMs"}
+
+
+_op = FusedOp(
+    "moga_aggregation",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    uncast=("sigma",),
+    saved=2,
+    parts=_parts,
+)
+
+
+def _explain(x: Tensor, *parameters: Any, backend: str | None = None, **options: Any) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    p1, p1_bias, gate, gate_bias, dws, dw_biases, *rest = (*parameters, *[None] * 11)[:11]
+    given = x, p1, p1_bias, gate, gate_bias, *rest, list(dws or ()), list(dw_biases or ())
+    dilations, doubled = options.get("dilations", (1, 2, 3)), options.get("double_gate_act", False)
+    return _op.explain(*given, list(dilations), doubled, backend=backend)
+
+
+explainers["moga_aggregation"] = _explain
+
+
+def fused_moga_aggregation(
+    x: Tensor,
+    proj_1_weight: Tensor,
+    proj_1_bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    dw_weights: Sequence[Tensor],
+    dw_biases: Sequence[Tensor | None] | None,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None,
+    proj_2_weight: Tensor,
+    proj_2_bias: Tensor | None,
+    sigma: Tensor,
+    *,
+    dilations: Sequence[int] = (1, 2, 3),
+    split: Sequence[int] = (1, 3, 4),
+    double_gate_act: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """p = proj_1 x; u = SiLU(p + sigma * (p - mean(p over H, W))); y = proj_2(SiLU(gate u) * SiLU(v)) + x, where v is
+    the pointwise convolution of the multi-order depthwise convolution of u.
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
+            dtype.
+        proj_1_weight, gate_weight, pw_weight, proj_2_weight: (C, C) or (C, C, 1, 1); their biases (C,) or None.
+        dw_weights, dw_biases, dilations, split: as in `fused_multi_order_dwconv`.
+        sigma: (C,) or (1, C, 1, 1); autocast leaves it as it is.
+        double_gate_act: as in `fused_moga_gate`.
+        backend: as in `vision_ops.use_backend`.
+
+    Parameters have the dtype of x, or float32 beside a half x. The GEMMs are PyTorch's. The mean of p is proj_1 of the
+    mean of x. Backward keeps, besides the arguments, the outputs of proj_1 and of the depthwise convolutions, 3C
+    numbers a pixel with x, where eager keeps 11C. Gradients come in each argument's own dtype and are bitwise
+    repeatable with the same number of threads. Without a kernel for the device, `reference.moga_aggregation` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    MogaNet (arXiv 2211.03295), MultiOrderGatedAggregation in models/moganet.py of Westlake-AI/MogaNet.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    c = x.shape[1]
+    pointwise = (
+        ("proj_1", proj_1_weight, proj_1_bias),
+        ("gate", gate_weight, gate_bias),
+        ("pw", pw_weight, pw_bias),
+        ("proj_2", proj_2_weight, proj_2_bias),
+    )
+    for name, weight, bias in pointwise:
+        check_pointwise(f"{name}_weight", weight, (c, c), "C, C", x)
+        if bias is not None:
+            check_parameter(f"{name}_bias", bias, (c,), "C", x)
+    dw_biases = (None, None, None) if dw_biases is None else dw_biases
+    check_branches("dw_weights", dw_weights, "dw_biases", dw_biases, dilations, split, x)
+    check_sigma(sigma, c, "C", x)
+    if not isinstance(double_gate_act, bool):
+        raise TypeError(f"double_gate_act must be a bool, got {type(double_gate_act).__name__}")
+    flat_given = [t for _, weight, bias in pointwise for t in (weight, bias)]
+    given = x, *flat_given, sigma, list(dw_weights), list(dw_biases)
+    return _op(*given, list(dilations), double_gate_act, backend=backend)

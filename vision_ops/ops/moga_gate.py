@@ -1,0 +1,111 @@
+"""MogaNet's gate: the product of two branches through SiLU."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ._checks import autocast_enabled, check_parameter, check_tensor
+from ._registration import FusedOp, device_reasons, empty, memory_format
+from .gated_recursion import pixel_dense
+
+
+class _Arguments(NamedTuple):
+    gate: Tensor
+    value: Tensor
+    double_gate_act: bool
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.moga_gate(a.gate, a.value, double_gate_act=a.double_gate_act)
+
+
+def _output(a: _Arguments) -> Tensor:
+    return empty(a.gate.shape, a.gate)
+
+
+def run_gate(gate: Tensor, value: Tensor, doubled: bool, y: Tensor) -> None:
+    """All in one memory format, pixel_dense; here and below."""
+    _native.kernels().moga_gate(*map(_native.view, (gate, value, y)), doubled)
+
+
+def run_gate_backward(
+    grad: Tensor, gate: Tensor, value: Tensor, doubled: bool, dgate: Tensor | None, dvalue: Tensor | None
+) -> None:
+    """The gradients may be gate and value."""
+    _native.kernels().moga_gate_backward(*map(_native.view, (grad, gate, value, dgate, dvalue)), doubled)
+
+
+def _forward_cpu(a: _Arguments) -> Tensor:
+    y, wanted = _output(a), memory_format(a.gate)
+    run_gate(pixel_dense(a.gate, wanted), pixel_dense(a.value, wanted), a.double_gate_act, y)
+    return y
+
+
+def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+    wanted = memory_format(a.gate)
+    gate, value, grad = (pixel_dense(t, wanted) for t in (a.gate, a.value, grad))
+    found = [t if t is None or pixel_dense(t, wanted) is t else empty(gate.shape, gate) for t in grads]
+    run_gate_backward(grad, gate, value, a.double_gate_act, *found)
+    for given, t in zip(grads, found, strict=True):
+        if given is not t:
+            given.copy_(t)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.gate, _KERNELS, triton=True), []
+
+
+_op = FusedOp(
+    "moga_gate",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+)
+
+
+def _explain(
+    gate: Tensor, value: Tensor | None = None, *, double_gate_act: bool = False, backend: str | None = None
+) -> Explanation:
+    check_tensor("gate", gate, "N, C, H, W")
+    return _op.explain(gate, value, double_gate_act, backend=backend)
+
+
+explainers["moga_gate"] = _explain
+
+
+def fused_moga_gate(
+    gate: Tensor, value: Tensor, *, double_gate_act: bool = False, backend: str | None = None
+) -> Tensor:
+    """SiLU(gate) * SiLU(value), one pass.
+
+    Args:
+        gate: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format
+            and dtype.
+        value: as gate, in its dtype.
+        double_gate_act: SiLU twice on both, as weights want that were trained with the official attn_force_fp32=True.
+            It has no effect on the precision, which is float32 inside (float64 for float64).
+        backend: as in `vision_ops.use_backend`.
+
+    Backward keeps the arguments only. With float16 the product of two activations that nothing bounds may overflow, as
+    in plain PyTorch. Without a kernel for the device, `reference.moga_gate` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    MogaNet (arXiv 2211.03295), MultiOrderGatedAggregation in models/moganet.py of Westlake-AI/MogaNet.
+    """
+    check_tensor("gate", gate, "N, C, H, W")
+    check_parameter("value", value, gate.shape, "the shape of gate", gate, "gate")
+    if value.dtype != gate.dtype and not autocast_enabled(gate):
+        raise TypeError(f"value must have the dtype of gate, {gate.dtype}, got {value.dtype}")
+    if not isinstance(double_gate_act, bool):
+        raise TypeError(f"double_gate_act must be a bool, got {type(double_gate_act).__name__}")
+    return _op(gate, value, double_gate_act, backend=backend)
