@@ -103,7 +103,7 @@ def _forward_cuda(a: _Arguments) -> Tensor:
     if _marches(a):
         x, out = to_channels_dense(x), y if channels_dense(y) else allocate_channels_last(y.shape, y)
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(out)
-    options = _native_conv(a), _ACTIVATION_CODES[a.activation], *_native.target(x)
+    options = _native_conv(a), ACTIVATION_CODES[a.activation], *_native.target(x)
     _native.cuda_kernels().dwconv(*views, *options)
     return y if out is y else y.copy_(out)
 
@@ -121,7 +121,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     if a.activation is not None:
         du = allocate_channels_last(grad.shape, grad)
         views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
-        kernels.dwconv_backward_activation(*views, conv, _ACTIVATION_CODES[a.activation], *target)
+        kernels.dwconv_backward_activation(*views, conv, ACTIVATION_CODES[a.activation], *target)
         grad = du
     grad_view = _native.view(grad)
     if dx is not None:

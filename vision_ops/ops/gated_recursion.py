@@ -56,7 +56,7 @@ class Gates(NamedTuple):
 
 
 def cpu_gates() -> Gates:
-    return Gates(_gate, _gate_backward, _channel_sums, lambda *_: False)
+    return Gates(_gate, _gate_backward, channel_sums, lambda *_: False)
 
 
 def cuda_gates() -> Gates:
@@ -142,7 +142,7 @@ def _gate_backward(
     _native.kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
 
 
-def _channel_sums(t: Tensor, sums: Tensor | None) -> None:
+def channel_sums(t: Tensor, sums: Tensor | None) -> None:
     """sums = t.sum((0, 2, 3)): the gradient of a bias."""
     if sums is not None:
         _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))

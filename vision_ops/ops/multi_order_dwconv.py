@@ -77,7 +77,7 @@ def multi_order(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dilations: list[int], y: Tensor
 ) -> None:
     """Into y, for the ops that contain the convolution."""
-    p = _Parameters(_Arguments(x, *weights, *biases, dilations))
+    p = _Parameters(_Arguments._make([x, *weights, *biases, dilations]))
     _native.kernels().multi_order_dwconv(_native.view(x), p.weights, p.biases, _native.view(y), p.convs)
 
 
@@ -92,7 +92,7 @@ def multi_order_backward(
     dbiases: Sequence[Tensor | None],
 ) -> None:
     """The gradients of `multi_order`."""
-    _backward_cpu([dx, *dweights, *dbiases], grad, _Arguments(x, *weights, *biases, dilations))
+    _backward_cpu([dx, *dweights, *dbiases], grad, _Arguments._make([x, *weights, *biases, dilations]))
 
 
 def _marches(a: _Arguments) -> bool:
