@@ -78,8 +78,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those with
-    kernels."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run; `devices` have
+    kernels for it."""
 
     name: str
     fused: Callable[..., Tensor]

@@ -36,8 +36,7 @@ def _reference(a: _Arguments) -> Tensor:
 
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """y, proj_in's output [pwa | abc], and the scaled convolution of abc. Backward reads these instead of computing
-    them again: with x, 5C numbers a pixel at most."""
+    """y; and for the backward pass proj_in's output [pwa | abc] and the scaled convolution of abc."""
     n, c, h, w = a.x.shape
     projected = allocate_channels_last((n, 2 * c, h, w), a.x)
     return empty(a.x.shape, a.x), projected, allocate_channels_last((n, a.dw_weight.shape[0], h, w), a.x)
