@@ -6,6 +6,7 @@
 namespace vops {
 
 namespace baseline {
+extern const CrossCovarianceOps cross_covariance_ops;
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
@@ -13,12 +14,14 @@ extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace baseline
 #ifdef VOPS_X86
 namespace avx2 {
+extern const CrossCovarianceOps cross_covariance_ops;
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace avx2
 namespace avx512 {
+extern const CrossCovarianceOps cross_covariance_ops;
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
@@ -46,10 +49,13 @@ struct ThreadScratch {
 };
 
 const CpuKernels kKernels[] = {
-    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops, &baseline::gated_recursion_ops},
+    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops,
+     &baseline::gated_recursion_ops, &baseline::cross_covariance_ops},
 #ifdef VOPS_X86
-    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops},
-    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops, &avx512::gated_recursion_ops},
+    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops,
+     &avx2::cross_covariance_ops},
+    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops,
+     &avx512::gated_recursion_ops, &avx512::cross_covariance_ops},
 #endif
 };
 

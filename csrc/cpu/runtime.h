@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cross_covariance.h"
 #include "dwconv.h"
 #include "gated_recursion.h"
 #include "layer_norm_2d.h"
@@ -24,6 +25,7 @@ struct CpuKernels {
   const MultiOrderDwConvOps* multi_order_dwconv;
   const LayerNorm2dOps* layer_norm_2d;
   const GatedRecursionOps* gated_recursion;
+  const CrossCovarianceOps* cross_covariance;
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
 const CpuKernels& cpu_kernels();
