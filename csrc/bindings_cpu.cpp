@@ -144,4 +144,12 @@ PYBIND11_MODULE(_cpu, m) {
           const Tensor4 tm = tensor(matrix), tx = tensor(x), ts = tensor(scale), tz = tensor(z), ty = tensor(y);
           run([&] { return cpu_kernels().cross_covariance->apply(tm, transposed, tx, ts, tz, ty); });
         });
+  m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
+    run([&] { return cpu_kernels().global_filter->forward(tx, tw, ty); });
+  });
+  m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
+    run([&] { return cpu_kernels().global_filter->backward(tdy, tx, tw, tdx, tdw); });
+  });
 }

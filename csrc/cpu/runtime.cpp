@@ -9,6 +9,7 @@ namespace baseline {
 extern const CrossCovarianceOps cross_covariance_ops;
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
+extern const GlobalFilterOps global_filter_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace baseline
@@ -17,6 +18,7 @@ namespace avx2 {
 extern const CrossCovarianceOps cross_covariance_ops;
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
+extern const GlobalFilterOps global_filter_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace avx2
@@ -24,6 +26,7 @@ namespace avx512 {
 extern const CrossCovarianceOps cross_covariance_ops;
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
+extern const GlobalFilterOps global_filter_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 }  // namespace avx512
@@ -50,12 +53,12 @@ struct ThreadScratch {
 
 const CpuKernels kKernels[] = {
     {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops,
-     &baseline::gated_recursion_ops, &baseline::cross_covariance_ops},
+     &baseline::gated_recursion_ops, &baseline::global_filter_ops, &baseline::cross_covariance_ops},
 #ifdef VOPS_X86
     {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops,
-     &avx2::cross_covariance_ops},
+     &avx2::global_filter_ops, &avx2::cross_covariance_ops},
     {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops,
-     &avx512::gated_recursion_ops, &avx512::cross_covariance_ops},
+     &avx512::gated_recursion_ops, &avx512::global_filter_ops, &avx512::cross_covariance_ops},
 #endif
 };
 
