@@ -42,15 +42,22 @@ def memory_format(t: Tensor) -> torch.memory_format:
 
 
 def allocate(
-    shape: Sequence[int], like: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    shape: Sequence[int],
+    like: Tensor,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Where every output of every kernel comes from; the tests fill it with NaN."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """An output in the memory format of `like`, for the kernels and for the fakes alike."""
     return allocate(shape, like, memory_format(like))
+
+
+def allocate_contiguous(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return allocate(shape, like, dtype=dtype)
 
 
 def allocate_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -78,7 +85,7 @@ class FusedOp:
     arguments: a NamedTuple, tensors and lists of tensors first; its annotations are the schema, and every tensor gets a
     gradient. The functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of
     reasons against the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are.
-    autocast: whether tensors are cast to its dtype; norms take them as they are.
+    autocast: whether tensors are cast to its dtype, all but those named in `uncast`; norms take them as they are.
 
     saved: how many tensors, besides the arguments, the forward kernel computes for the backward kernel. Kernels and
     output then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of
@@ -96,11 +103,12 @@ class FusedOp:
         predicate: Callable[[Any], tuple[list[str], list[str]]],
         triton: bool = False,
         autocast: bool = True,
+        uncast: Sequence[str] = (),
         saved: int = 0,
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self.kernels, self._triton, self._autocasts = kernels, triton, autocast
+        self.kernels, self._triton, self._autocasts, self._uncast = kernels, triton, autocast, uncast
         self._saved, self._parts = saved, parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
@@ -221,7 +229,8 @@ class FusedOp:
                 return [cast(u) for u in t]
             return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
-        return (*map(cast, given[: self._tensors]), *given[self._tensors :])
+        tensors = zip(self.arguments._fields, given[: self._tensors], strict=False)
+        return (*(t if name in self._uncast else cast(t) for name, t in tensors), *given[self._tensors :])
 
 
 def _define(schema: str) -> torch._ops.OpOverload:
