@@ -16,23 +16,27 @@ if find_spec("torch") is not None:
     from . import models, nn, reference
     from .dispatch import explain, use_backend
     from .ops import (
+        fused_cross_covariance,
         fused_dwconv,
         fused_gated_recursion,
         fused_global_filter,
         fused_gnconv,
         fused_layer_norm_2d,
         fused_multi_order_dwconv,
+        fused_xca,
     )
 
     __all__ = [
         "__version__",
         "explain",
+        "fused_cross_covariance",
         "fused_dwconv",
         "fused_gated_recursion",
         "fused_global_filter",
         "fused_gnconv",
         "fused_layer_norm_2d",
         "fused_multi_order_dwconv",
+        "fused_xca",
         "models",
         "nn",
         "reference",

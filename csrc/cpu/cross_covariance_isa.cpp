@@ -121,7 +121,7 @@ Error run_gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tenso
   const int64_t chunks = clamp64(tokens / kLeastTokens, 1, ceil_div(kFixedTasks, max64(batch, 1)));
   const int64_t width = padded(d), norms_at = whole_rows(d) * width, step = norms_at + 2 * width;
   const int64_t bytes = batch * chunks * heads * step * sizeof(A);
-  A* sums = (A*)thread_scratch(kSums, bytes);
+  A* sums = (A*)thread_scratch(kSums, max64(bytes, 1));
   if (!sums) return kOutOfMemory;
   memset(sums, 0, bytes);
   auto part = [&](int64_t sample, int64_t chunk, int64_t h) {

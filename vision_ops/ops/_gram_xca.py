@@ -1,0 +1,139 @@
+"""XCA without q, k and v: with S = xc^T xc, xc = x less its mean over the tokens, the products over the tokens are
+q_i . k_j = w_i S w_j^T + N mean(q_i) mean(k_j), and the output is xc M^T + P mean(v) + b, P = W_proj A, M = P W_v.
+
+Centred, because tokens with a common offset would cancel in S. All of it is float32, float64 for float64.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._heads import by_head, wide
+from ._registration import allocate_contiguous
+from .cross_covariance import Attention, empty_attention, empty_matrices, gram_gradient
+
+
+class _Weights(NamedTuple):
+    """In the type of the computation. Products with biases that are not there are left out."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+
+    def heads(self, which: int, heads: int, batch: int) -> Tensor:
+        """The rows of q (0) or k (1) as (B, heads, d, C)."""
+        c = self.proj.shape[0]
+        return self.qkv[which * c : (which + 1) * c].unflatten(0, (heads, -1)).expand(batch, -1, -1, -1)
+
+    def proj_heads(self, heads: int, batch: int) -> Tensor:
+        return by_head(self.proj.expand(batch, -1, -1), heads)
+
+
+class _Again(NamedTuple):
+    """What both passes compute."""
+
+    x: Tensor  # centred
+    mean: Tensor  # (B, C)
+    moments: Tensor  # S, (B, C, C)
+    means: Tensor  # of q, k and v, (B, 3C)
+    attention: Attention
+    folded: Tensor  # P, (B, C, C)
+    matrix: Tensor  # M, (B, C, C)
+
+
+def _weights(a: Any) -> _Weights:
+    dtype = wide(a.x.dtype)
+    given = a.qkv_weight, a.qkv_bias, a.proj_weight, a.proj_bias
+    return _Weights(*(None if t is None else t.to(dtype) for t in given))
+
+
+def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
+    (b, n, c), heads = a.x.shape, a.num_heads
+    mean = a.x.mean(1, dtype=wide(a.x.dtype))
+    x = a.x - mean[:, None]
+    moments = torch.bmm(x.transpose(1, 2), x)
+    means = mean @ w.qkv.t() if w.qkv_bias is None else torch.addmm(w.qkv_bias, mean, w.qkv.t())
+    # S is symmetric: with the weights on its right, all samples are one product.
+    products = torch.mm(moments.flatten(0, 1), w.qkv[: 2 * c].t()).view(b, c, 2 * c)
+    of_q, of_k = (by_head(t, heads) for t in products.split(c, dim=2))
+    attention = empty_attention(by_head(x, heads), a.temperature)
+    gram, norms, weights, temperature = attention
+    kernels.gram(w.heads(0, heads, b), of_k, gram, norms, of_q, w.heads(1, heads, b))
+    q, k, v = _split(means, heads)
+    gram.addcmul_(q, k.transpose(2, 3), value=n)
+    norms.view(b, 2 * c).addcmul_(means[:, : 2 * c], means[:, : 2 * c], value=n)
+    kernels.softmax(gram, norms, temperature, weights)
+    folded = allocate_contiguous((b, c, c), x)
+    kernels.apply(weights, w.proj_heads(heads, b), by_head(folded, heads), transposed=True)
+    matrix = torch.mm(folded.flatten(0, 1), w.qkv[2 * c :]).view(b, c, c)
+    return _Again(x, mean, moments, means, attention, folded, matrix)
+
+
+def _split(means: Tensor, heads: int) -> list[Tensor]:
+    """Those of q, k and v, each (B, heads, d, 1)."""
+    return [t.unflatten(1, (heads, -1)).unsqueeze(-1) for t in means.chunk(3, dim=1)]
+
+
+def forward(a: Any, y: Tensor, kernels: ModuleType) -> None:
+    w = _weights(a)
+    x, _, _, means, _, folded, matrix = _compute(a, w, kernels)
+    constant = torch.bmm(folded, means[:, 2 * x.shape[2] :, None]).transpose(1, 2)
+    if w.proj_bias is not None:
+        constant = constant + w.proj_bias
+    if y.dtype == x.dtype:
+        torch.baddbmm(constant, x, matrix.transpose(1, 2), out=y)
+    else:
+        y.copy_(torch.baddbmm(constant, x, matrix.transpose(1, 2)))
+
+
+def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleType) -> None:
+    dx, dqkv, dqkv_bias, dtemperature, dproj, dproj_bias = grads
+    (b, n, c), heads, w = a.x.shape, a.num_heads, _weights(a)
+    x, mean, moments, means, attention, folded, matrix = _compute(a, w, kernels)
+    grad = grad.to(x.dtype)
+    dmatrix, dsum = torch.bmm(grad.transpose(1, 2), x), grad.sum(1)
+    if dproj_bias is not None:
+        dproj_bias.copy_(dsum.sum(0))
+
+    q, k, v = _split(means, heads)
+    flat_v = means[:, 2 * c :]
+    dfolded = torch.mm(dmatrix.flatten(0, 1), w.qkv[2 * c :].t()).view(b, c, c)
+    dfolded.addcmul_(dsum[:, :, None], flat_v[:, None])
+    if dproj is not None:
+        each = allocate_contiguous((b, c, c), x)
+        kernels.apply(attention.weights, by_head(dfolded, heads), by_head(each, heads))
+        dproj.copy_(each.sum(0))
+    dgram = empty_matrices(attention)
+    kernels.gram(w.proj_heads(heads, b), by_head(dfolded, heads), dgram)
+    of_q, of_k = gram_gradient(kernels, dgram, attention, dtemperature)
+
+    # With E the gradient of the products' rows, dW = E S and that of S, with its transpose, is W^T E.
+    rows, dmeans = allocate_contiguous((2 * c, b, c), x), allocate_contiguous((b, 3 * c), x)
+    rows_q, rows_k = (t.unflatten(0, (heads, -1)).permute(2, 0, 1, 3) for t in rows.chunk(2))
+    dq, dk, _ = _split(dmeans, heads)
+    wq, wk = w.heads(0, heads, b), w.heads(1, heads, b)
+    kernels.apply(dgram, wk, rows_q, scale=of_q, z=wq)
+    kernels.apply(dgram, wq, rows_k, transposed=True, scale=of_k, z=wk)
+    kernels.apply(dgram, k, dq, scale=of_q, z=q)
+    kernels.apply(dgram, q, dk, transposed=True, scale=of_k, z=k)
+    dmeans[:, : 2 * c].mul_(n)
+    torch.bmm(dsum[:, None], folded, out=dmeans[:, None, 2 * c :])
+
+    if dqkv is not None:
+        each = torch.empty_like(w.qkv)
+        torch.mm(rows.flatten(1), moments.flatten(0, 1), out=each[: 2 * c])
+        torch.mm(folded.flatten(0, 1).t(), dmatrix.flatten(0, 1), out=each[2 * c :])
+        dqkv.copy_(each.addmm_(dmeans.t(), mean))
+    if dqkv_bias is not None:
+        dqkv_bias.copy_(dmeans.sum(0))
+    if dx is not None:
+        symmetric = torch.mm(w.qkv[: 2 * c].t(), rows.flatten(1)).view(c, b, c).transpose(0, 1)
+        # The mean of the gradient of x, which its centring takes out, comes back with that of the mean itself.
+        constant = (dmeans @ w.qkv)[:, None].baddbmm(dsum[:, None], matrix, alpha=-1).div_(n)
+        found = torch.baddbmm(constant, grad, matrix, **({"out": dx} if dx.dtype == x.dtype else {}))
+        found.baddbmm_(x, symmetric)
+        if found is not dx:
+            dx.copy_(found)
