@@ -88,12 +88,16 @@ void add_gram(const A* a, const A* b, int64_t tokens, int64_t d, A* gram) {
     constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
     A* at = gram + i * width + j * kLanes;
     Vec<A> sum[kRows][kColumns];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
       for (int c = 0; c < kColumns; c++) sum[r][c] = load(at + r * width + c * kLanes);
     }
     const A* from = a + i / kLanes * block + i % kLanes;
     multiply_add<A>(sum, from, 1, kLanes, b + j * block, kLanes, block, tokens);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
       for (int c = 0; c < kColumns; c++) store(at + r * width + c * kLanes, sum[r][c]);
     }
   });
@@ -190,10 +194,13 @@ VOPS_INLINE Double exponential(Double v) {
   return v;
 }
 
+VOPS_INLINE float square_root(float v) { return ::sqrtf(v); }
+VOPS_INLINE double square_root(double v) { return ::sqrt(v); }
+
 // What F.normalize divides by. The norms of a Gram form may come out below 0.
 template <class A>
 A norm_of(A square) {
-  const A norm = (A)::sqrt((double)(square < 0 ? 0 : square));
+  const A norm = square_root(square < 0 ? 0 : square);
   return norm < A(1e-12) ? A(1e-12) : norm;
 }
 template <class A>
@@ -215,32 +222,39 @@ void invert_norms(const A* squares, int64_t d, A* inverses) {
 }
 
 template <class A>
+A largest_lane(Vec<A> v) {
+  A lanes[kLanes], most;
+  store(lanes, v);
+  most = lanes[0];
+  for (int k = 1; k < kLanes; k++) most = lanes[k] > most ? lanes[k] : most;
+  return most;
+}
+
+template <class A>
 Error run_softmax(const Tensor4& gram, const Tensor4& norms, const Tensor4& temperature, const Tensor4& weights) {
-  const int64_t heads = gram.size[1], d = gram.size[2], tasks = gram.size[0] * heads;
-  return for_each_task<A>(tasks, tasks * d * d * 16, padded(d), [&](int64_t task, A* inverse_k) {
+  const int64_t heads = gram.size[1], d = gram.size[2], tasks = gram.size[0] * heads, width = padded(d);
+  return for_each_task<A>(tasks, tasks * d * d * 16, 2 * width, [&](int64_t task, A* scratch) {
     const Head<A> head = {heads, d, task / heads, task % heads};
     const A *g = head.matrix(gram), *q = head.vector(norms, 0), tau = head.temperature(temperature);
-    A* w = head.matrix(weights);
+    A *w = head.matrix(weights), *inverse_k = scratch, *row = scratch + width;
     invert_norms(head.vector(norms, 1), d, inverse_k);
     for (int64_t i = 0; i < d; i++, g += d, w += d) {
-      const A inverse_q = 1 / norm_of(q[i]);
-      Vec<A> most = Vec<A>{} - A(INFINITY), sums = {};
-      for_each_vector<A>(d, [&](int64_t j, int n, const auto& get, const auto& put) {
-        const Vec<A> v = get(g + j) * inverse_q * get(inverse_k + j) * tau;
-        put(w + j, v);
-        for (int k = 0; k < n; k++) most[k] = v[k] > most[k] ? v[k] : most[k];
+      const A scale = tau / norm_of(q[i]);
+      for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto&) {
+        store(row + j, get(g + j) * get(inverse_k + j) * scale);
       });
-      A largest = most[0];
-      for (int k = 1; k < kLanes; k++) largest = most[k] > largest ? most[k] : largest;
-      for_each_vector<A>(d, [&](int64_t j, int n, const auto& get, const auto& put) {
-        Vec<A> v = exponential(get(w + j) - largest);
-        put(w + j, v);
-        for (int k = n; k < kLanes; k++) v[k] = 0;
-        sums += v;
-      });
+      // Lanes past the end repeat a value, which leaves the maximum alone, until they are to add nothing.
+      for (int64_t j = d; j < width; j++) row[j] = row[0];
+      Vec<A> most = load(row), sums = {};
+      for (int64_t j = kLanes; j < width; j += kLanes) most = load(row + j) > most ? load(row + j) : most;
+      const A largest = largest_lane<A>(most);
+      for (int64_t j = 0; j < width; j += kLanes) {
+        store(row + j, exponential(load(row + j) - largest));
+      }
+      for (int64_t j = d; j < width; j++) row[j] = 0;
+      for (int64_t j = 0; j < width; j += kLanes) sums += load(row + j);
       const A inverse = 1 / sum_of_lanes<A>(sums);
-      for_each_vector<A>(d,
-                         [&](int64_t j, int, const auto& get, const auto& put) { put(w + j, get(w + j) * inverse); });
+      for_each_vector<A>(d, [&](int64_t j, int, const auto&, const auto& put) { put(w + j, load(row + j) * inverse); });
     }
   });
 }
@@ -292,7 +306,9 @@ void multiply_tile(const A* matrix, const A* x, const A* scale, const A* z, int6
       const A *from = x + k * kTile + i * kLanes, *with = matrix + (j * d + k) * kLanes;
       multiply_add<A>(sum, from, kLanes, 1, with, kLanes, d * kLanes, min64(kLanes, d - k));
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
       for (int c = 0; c < kColumns; c++) {
         const int64_t at = (j + c) * block + (i + r) * kLanes;
         if (z) sum[r][c] += load(scale + (j + c) * kLanes) * load(z + at);

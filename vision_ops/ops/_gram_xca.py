@@ -4,6 +4,7 @@ q_i . k_j = w_i S w_j^T + N mean(q_i) mean(k_j), and the output is xc M^T + P me
 Centred, because tokens with a common offset would cancel in S. All of it is float32, float64 for float64.
 """
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,8 +36,7 @@ class _Weights(NamedTuple):
 class _Again(NamedTuple):
     """What both passes compute."""
 
-    x: Tensor  # centred
-    mean: Tensor  # (B, C)
+    mean: Tensor  # of x over the tokens, (B, C)
     moments: Tensor  # S, (B, C, C)
     means: Tensor  # of q, k and v, (B, 3C)
     attention: Attention
@@ -53,23 +53,41 @@ def _weights(a: Any) -> _Weights:
 def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
     (b, n, c), heads = a.x.shape, a.num_heads
     mean = a.x.mean(1, dtype=wide(a.x.dtype))
-    x = a.x - mean[:, None]
-    moments = torch.bmm(x.transpose(1, 2), x)
+    moments = allocate_contiguous((b, c, c), mean)
+    for x, to in zip(_centred(a.x, mean), moments, strict=True):
+        torch.mm(x.t(), x, out=to)
     means = mean @ w.qkv.t() if w.qkv_bias is None else torch.addmm(w.qkv_bias, mean, w.qkv.t())
     # S is symmetric: with the weights on its right, all samples are one product.
     products = torch.mm(moments.flatten(0, 1), w.qkv[: 2 * c].t()).view(b, c, 2 * c)
     of_q, of_k = (by_head(t, heads) for t in products.split(c, dim=2))
-    attention = empty_attention(by_head(x, heads), a.temperature)
+    attention = empty_attention(of_q, a.temperature)
     gram, norms, weights, temperature = attention
     kernels.gram(w.heads(0, heads, b), of_k, gram, norms, of_q, w.heads(1, heads, b))
     q, k, v = _split(means, heads)
     gram.addcmul_(q, k.transpose(2, 3), value=n)
     norms.view(b, 2 * c).addcmul_(means[:, : 2 * c], means[:, : 2 * c], value=n)
     kernels.softmax(gram, norms, temperature, weights)
-    folded = allocate_contiguous((b, c, c), x)
+    folded = allocate_contiguous((b, c, c), mean)
     kernels.apply(weights, w.proj_heads(heads, b), by_head(folded, heads), transposed=True)
     matrix = torch.mm(folded.flatten(0, 1), w.qkv[2 * c :]).view(b, c, c)
-    return _Again(x, mean, moments, means, attention, folded, matrix)
+    return _Again(mean, moments, means, attention, folded, matrix)
+
+
+def _centred(x: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    """x less its mean, sample by sample in one piece of memory: it stays in the cache, and no pages are new."""
+    centred = allocate_contiguous(x.shape[1:], mean)
+    for of_sample, center in zip(x, mean, strict=True):
+        yield torch.sub(of_sample, center, out=centred)
+
+
+def _add_products(constant: Tensor, products: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
+    """out = a row, the same for all tokens, plus the products."""
+    total = out if out.dtype == constant.dtype else allocate_contiguous(out.shape, constant)
+    torch.addmm(constant, *products[0], out=total)
+    for a, b in products[1:]:
+        total.addmm_(a, b)
+    if total is not out:
+        out.copy_(total)
 
 
 def _split(means: Tensor, heads: int) -> list[Tensor]:
@@ -79,22 +97,22 @@ def _split(means: Tensor, heads: int) -> list[Tensor]:
 
 def forward(a: Any, y: Tensor, kernels: ModuleType) -> None:
     w = _weights(a)
-    x, _, _, means, _, folded, matrix = _compute(a, w, kernels)
-    constant = torch.bmm(folded, means[:, 2 * x.shape[2] :, None]).transpose(1, 2)
+    mean, _, means, _, folded, matrix = _compute(a, w, kernels)
+    constant = torch.bmm(folded, means[:, 2 * y.shape[2] :, None]).squeeze(2)
     if w.proj_bias is not None:
-        constant = constant + w.proj_bias
-    if y.dtype == x.dtype:
-        torch.baddbmm(constant, x, matrix.transpose(1, 2), out=y)
-    else:
-        y.copy_(torch.baddbmm(constant, x, matrix.transpose(1, 2)))
+        constant += w.proj_bias
+    for x, *of_sample, out in zip(_centred(a.x, mean), constant, matrix.transpose(1, 2), y, strict=True):
+        _add_products(of_sample[0], [(x, of_sample[1])], out)
 
 
 def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleType) -> None:
     dx, dqkv, dqkv_bias, dtemperature, dproj, dproj_bias = grads
     (b, n, c), heads, w = a.x.shape, a.num_heads, _weights(a)
-    x, mean, moments, means, attention, folded, matrix = _compute(a, w, kernels)
-    grad = grad.to(x.dtype)
-    dmatrix, dsum = torch.bmm(grad.transpose(1, 2), x), grad.sum(1)
+    mean, moments, means, attention, folded, matrix = _compute(a, w, kernels)
+    grad = grad.to(mean.dtype)
+    dmatrix, dsum = allocate_contiguous((b, c, c), mean), grad.sum(1)
+    for x, g, to in zip(_centred(a.x, mean), grad, dmatrix, strict=True):
+        torch.mm(g.t(), x, out=to)
     if dproj_bias is not None:
         dproj_bias.copy_(dsum.sum(0))
 
@@ -103,7 +121,7 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     dfolded = torch.mm(dmatrix.flatten(0, 1), w.qkv[2 * c :].t()).view(b, c, c)
     dfolded.addcmul_(dsum[:, :, None], flat_v[:, None])
     if dproj is not None:
-        each = allocate_contiguous((b, c, c), x)
+        each = allocate_contiguous((b, c, c), mean)
         kernels.apply(attention.weights, by_head(dfolded, heads), by_head(each, heads))
         dproj.copy_(each.sum(0))
     dgram = empty_matrices(attention)
@@ -111,7 +129,7 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     of_q, of_k = gram_gradient(kernels, dgram, attention, dtemperature)
 
     # With E the gradient of the products' rows, dW = E S and that of S, with its transpose, is W^T E.
-    rows, dmeans = allocate_contiguous((2 * c, b, c), x), allocate_contiguous((b, 3 * c), x)
+    rows, dmeans = allocate_contiguous((2 * c, b, c), mean), allocate_contiguous((b, 3 * c), mean)
     rows_q, rows_k = (t.unflatten(0, (heads, -1)).permute(2, 0, 1, 3) for t in rows.chunk(2))
     dq, dk, _ = _split(dmeans, heads)
     wq, wk = w.heads(0, heads, b), w.heads(1, heads, b)
@@ -132,8 +150,6 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     if dx is not None:
         symmetric = torch.mm(w.qkv[: 2 * c].t(), rows.flatten(1)).view(c, b, c).transpose(0, 1)
         # The mean of the gradient of x, which its centring takes out, comes back with that of the mean itself.
-        constant = (dmeans @ w.qkv)[:, None].baddbmm(dsum[:, None], matrix, alpha=-1).div_(n)
-        found = torch.baddbmm(constant, grad, matrix, **({"out": dx} if dx.dtype == x.dtype else {}))
-        found.baddbmm_(x, symmetric)
-        if found is not dx:
-            dx.copy_(found)
+        constant = (dmeans @ w.qkv).sub_(torch.bmm(dsum[:, None], matrix).squeeze(1)).div_(n)
+        for x, g, *of_sample, out in zip(_centred(a.x, mean), grad, constant, matrix, symmetric, dx, strict=True):
+            _add_products(of_sample[0], [(g, of_sample[1]), (x, of_sample[2])], out)

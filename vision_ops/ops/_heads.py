@@ -18,7 +18,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def by_head(t: Tensor, heads: int) -> Tensor:
     """(B, N, C) as (B, heads, d, N), a view."""
-    return t.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
+    b, n, c = t.shape
+    return t.view(b, n, heads, c // heads).permute(0, 2, 3, 1)
 
 
 def gram(

@@ -38,9 +38,13 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
     return allocate_contiguous((b, n, c), a.x), allocate_contiguous(saved, a.x)
 
 
-def _takes_gram(n: int, c: int, dtype: torch.dtype) -> bool:
-    """Whether the Gram form is the faster one: its products are C x C, and float32 at least."""
-    return dtype in (torch.float32, torch.float64) and bool(n >= 3 * c)
+def _takes_gram(x: Tensor) -> bool:
+    """Whether the Gram form is faster: its products are C x C and float32 at least, and small ones do not pay for the
+    longer way (measured, AVX-512). Graphs for more than one size keep to the qkv form, as they must not depend on it."""
+    n, c = x.shape[1:]
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
+    holds = statically_known_true if torch.compiler.is_compiling() else bool
+    return dtype in (torch.float32, torch.float64) and holds(n >= 2 * c) and holds(n * c >= 32768)
 
 
 # --- The qkv form: q, k and v of every token.
@@ -100,8 +104,9 @@ def _backward_qkv(
         torch.mm(rows, a.qkv_weight.to(rows.dtype), out=dx.view(-1, c))
 
 
-def _split(qkv: Tensor, heads: int) -> list[Tensor]:
-    return [by_head(t, heads) for t in qkv.chunk(3, dim=2)]
+def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    b, n, width = qkv.shape
+    return qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 4, 1).unbind(0)
 
 
 def _proj_heads(a: _Arguments) -> Tensor:
@@ -200,15 +205,6 @@ _op = FusedOp(
 )
 
 
-def _form(x: Tensor) -> bool:
-    """Of `_Arguments.gram`. Graphs for more than one size keep to the qkv form, as they must not depend on the size."""
-    n, c = x.shape[1:]
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
-    if torch.compiler.is_compiling():
-        return _takes_gram(1 << 30, c, dtype) and statically_known_true(n >= 3 * c)
-    return _takes_gram(n, c, dtype)
-
-
 def _explain(
     x: Tensor,
     qkv_weight: Tensor | None = None,
@@ -222,7 +218,7 @@ def _explain(
 ) -> Explanation:
     check_tensor("x", x, "B, N, C")
     given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
-    return _op.explain(*given, num_heads, _form(x), backend=backend)
+    return _op.explain(*given, num_heads, _takes_gram(x), backend=backend)
 
 
 explainers["xca"] = _explain
@@ -239,6 +235,29 @@ def fused_xca(
     num_heads: int,
     backend: str | None = None,
 ) -> Tensor:
+    """proj(A v), [q | k | v] = qkv(x), A = softmax(temperature * normalize(q) normalize(k)^T), d x d in each head.
+
+    Args:
+        x: (B, N, C), any strides; float32, bfloat16, float16 or float64. The output has its shape and dtype and is
+            contiguous.
+        qkv_weight, qkv_bias: (3C, C), and (3C,) or None.
+        temperature: (num_heads, 1, 1) or (num_heads,). Autocast leaves it alone.
+        proj_weight, proj_bias: (C, C), and (C,) or None.
+        num_heads: a divisor of C.
+        backend: as in `vision_ops.use_backend`.
+
+    Parameters have the dtype of x, or float32 beside a half x. The attention is that of `fused_cross_covariance`, and
+    is merged into the projection where that means less work. With many tokens for its channels (`explain` tells), a
+    float32 or float64 x takes the Gram form instead, which has no q, k and v: everything follows from the second
+    moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's. Backward keeps, besides the
+    arguments, [q | k | v], or in the Gram form nothing. Gradients come in each argument's own dtype and are bitwise
+    repeatable with the same number of threads. Without a kernel for the device, `reference.xca` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    XCiT (arXiv 2106.09681), XCA in xcit.py of facebookresearch/xcit.
+    """
     check_tensor("x", x, "B, N, C")
     check_integer("num_heads", num_heads, 1)
     c = x.shape[2]
@@ -252,4 +271,4 @@ def fused_xca(
     if proj_bias is not None:
         check_parameter("proj_bias", proj_bias, (c,), "C", x)
     given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
-    return _op(*given, num_heads, _form(x), backend=backend)
+    return _op(*given, num_heads, _takes_gram(x), backend=backend)
