@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import LAYOUTS
-from benchmarks.cases import OPS, Op, Problem, Setting
+from benchmarks.cases import OPS, Op, Problem, Setting, ops_for
 from benchmarks.providers import make_step
 from benchmarks.verify import complaints
 from vision_ops import use_backend
@@ -51,12 +51,12 @@ def bare_call(op: Op, problem: Problem) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_calls")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS))
+    parser.add_argument("--op", nargs="+", choices=tuple(OPS), help="default: those with kernels for the device")
     parser.add_argument("--bare", action="store_true", help="without a comparison, in float32 and bfloat16")
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # its errors would be allowed to ours
     status = 0
-    for name in args.op:
+    for name in args.op or ops_for(args.device, OPS):
         for what, problem in problems(OPS[name], args.device, DTYPES[:2] if args.bare else DTYPES):
             wrong = (bare_call if args.bare else call)(OPS[name], problem)
             if args.device == "cuda":

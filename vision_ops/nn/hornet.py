@@ -94,9 +94,10 @@ class GnConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, biases = [pw.weight for pw in self.pws], [pw.bias for pw in self.pws]
         if isinstance(self.dwconv, nn.Conv2d):
-            projections = [p for conv in (self.proj_in, self.dwconv) for p in (conv.weight, conv.bias)]
+            into = self.proj_in.weight, self.proj_in.bias
+            depthwise = self.dwconv.weight, self.dwconv.bias
             out = self.proj_out.weight, self.proj_out.bias
-            return fused_gnconv(x, *projections, weights, biases, *out, scale=self.scale, backend=backend(self))
+            return fused_gnconv(x, *into, *depthwise, weights, biases, *out, scale=self.scale, backend=backend(self))
         pwa, abc = self.proj_in(x).split([self.dims[0], sum(self.dims)], dim=1)
         gates = self.dwconv(abc) * self.scale
         return self.proj_out(fused_gated_recursion(pwa, gates, weights, biases, backend=backend(self)))

@@ -49,13 +49,13 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     found = None if dweight is None else empty(weight.shape, weight)
     views = _native.view(grad), _native.view(a.x), _planes(weight), _native.view(dx), _planes(found)
     _native.kernels().global_filter_backward(*views)
-    if dweight is None:
+    if dweight is None or found is None:
         return
-    if weight.shape[1:3] != dweight.shape[1:3]:
-        given = (2, len(found), *dweight.shape[1:3])
-        found = torch.ops.aten.upsample_bilinear2d_backward(
-            found.permute(3, 0, 1, 2), weight.shape[1:3], given, align_corners=True
-        ).permute(1, 2, 3, 0)
+    if weight.shape != dweight.shape:
+        (c, h, w, parts), size = dweight.shape, weight.shape[1:3]
+        found = found.permute(3, 0, 1, 2)
+        resize = torch.ops.aten.upsample_bilinear2d_backward
+        found = resize(found, size, (parts, c, h, w), align_corners=True).permute(1, 2, 3, 0)
     dweight.copy_(found)
 
 
@@ -99,9 +99,9 @@ def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | Non
     Args:
         x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
             dtype.
-        complex_weight: W as (C, h, w, 2), real and imaginary parts, in the dtype of x, or float32 beside a half x. Where
-            (h, w) is not (H, W // 2 + 1) it is interpolated, bilinear with align_corners=True, as the official code
-            does it in every forward pass.
+        complex_weight: W as (C, h, w, 2), real and imaginary parts, in the dtype of x, or float32 beside a half x.
+            Sizes other than (H, W // 2 + 1) are interpolated, bilinear with align_corners=True, as the
+            official code does it in every forward pass.
         backend: as in `vision_ops.use_backend`.
 
     Half types are computed in float32 and rounded once; autocast leaves both tensors as they are. The transforms are
