@@ -199,3 +199,23 @@ def global_filter_cases() -> dict[str, GlobalFilterShape]:
         for label, stage, width, size in stages(HORNET_WIDTHS, "HorNet", STAGES_224)
         if stage >= 2
     }
+
+
+@dataclass(frozen=True)
+class XcaShape:
+    tokens: int
+    channels: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.channels} h{self.heads}"
+
+
+def xca_cases() -> dict[str, XcaShape]:
+    """EdgeNeXt-S: its stages 2 to 4 end in attention between channels."""
+    small = {"S": EDGENEXT_WIDTHS["S"]}
+    return {
+        label: XcaShape(size * size, width, 8)
+        for label, stage, width, size in stages(small, "EdgeNeXt", STAGES_256)
+        if EDGENEXT_SCALES[stage] is not None
+    }

@@ -80,25 +80,24 @@ VOPS_INLINE void for_each_product(int64_t rows, int64_t vectors, const F& f) {
 }
 int64_t whole_rows(int64_t channels) { return ceil_div(channels, 4) * 4; }
 
-// gram[i][j] += the sum over the tokens of a_i b_j. The rows of the gram are padded(d) long.
+// gram[i][j] += the sum over the tokens of a_i b_j. The rows of the gram are padded(d) long. Sums of a tile are added
+// as a whole: equal terms, one by one, would round all the same way.
 template <class A>
 void add_gram(const A* a, const A* b, int64_t tokens, int64_t d, A* gram) {
   const int64_t width = padded(d), block = kTile * kLanes;
   for_each_product<A>(whole_rows(d), blocks_of(d), [&](auto rows, auto columns, int64_t i, int64_t j) {
     constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
     A* at = gram + i * width + j * kLanes;
-    Vec<A> sum[kRows][kColumns];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kColumns; c++) sum[r][c] = load(at + r * width + c * kLanes);
-    }
+    Vec<A> sum[kRows][kColumns] = {};
     const A* from = a + i / kLanes * block + i % kLanes;
     multiply_add<A>(sum, from, 1, kLanes, b + j * block, kLanes, block, tokens);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; c++) store(at + r * width + c * kLanes, sum[r][c]);
+      for (int c = 0; c < kColumns; c++) {
+        A* to = at + r * width + c * kLanes;
+        store(to, load(to) + sum[r][c]);
+      }
     }
   });
 }
@@ -106,9 +105,9 @@ void add_gram(const A* a, const A* b, int64_t tokens, int64_t d, A* gram) {
 template <class A>
 void add_dots(const A* a, const A* b, int64_t tokens, int64_t d, A* dots) {
   for (int64_t k = 0; k < blocks_of(d); k++, a += kTile * kLanes, b += kTile * kLanes, dots += kLanes) {
-    Vec<A> sum = load(dots);
+    Vec<A> sum = {};
     for (int64_t t = 0; t < tokens; t++) sum += load(a + t * kLanes) * load(b + t * kLanes);
-    store(dots, sum);
+    store(dots, load(dots) + sum);
   }
 }
 

@@ -1,7 +1,8 @@
 """XCA without q, k and v: with S = xc^T xc, xc = x less its mean over the tokens, the products over the tokens are
 q_i . k_j = w_i S w_j^T + N mean(q_i) mean(k_j), and the output is xc M^T + P mean(v) + b, P = W_proj A, M = P W_v.
 
-Centred, because tokens with a common offset would cancel in S. All of it is float32, float64 for float64.
+Centred, because tokens with a common offset would cancel in S. All of it is float32, float64 for float64; but the means
+meet the products of each head in float64, as with such an offset their gradients nearly cancel.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ._heads import by_head, wide
 from ._registration import allocate_contiguous
-from .cross_covariance import Attention, empty_attention, empty_matrices, gram_gradient
+from .cross_covariance import Attention, empty_attention, gram_gradient
 
 
 class _Weights(NamedTuple):
@@ -38,7 +39,7 @@ class _Again(NamedTuple):
 
     mean: Tensor  # of x over the tokens, (B, C)
     moments: Tensor  # S, (B, C, C)
-    means: Tensor  # of q, k and v, (B, 3C)
+    means: Tensor  # of q, k and v, (B, 3C), float64
     attention: Attention
     folded: Tensor  # P, (B, C, C)
     matrix: Tensor  # M, (B, C, C)
@@ -54,19 +55,26 @@ def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
     (b, n, c), heads = a.x.shape, a.num_heads
     mean = a.x.mean(1, dtype=wide(a.x.dtype))
     moments = allocate_contiguous((b, c, c), mean)
-    for x, to in zip(_centred(a.x, mean), moments, strict=True):
+    rest = torch.empty_like(mean)
+    for x, to, of_sample in zip(_centred(a.x, mean), moments, rest, strict=True):
         torch.mm(x.t(), x, out=to)
-    means = mean @ w.qkv.t() if w.qkv_bias is None else torch.addmm(w.qkv_bias, mean, w.qkv.t())
+        torch.mean(x, 0, out=of_sample)
+    # The mean is rounded, and what it misses meets large means in the products.
+    means = (mean.double() + rest.double()) @ w.qkv.double().t()
+    if w.qkv_bias is not None:
+        means += w.qkv_bias
     # S is symmetric: with the weights on its right, all samples are one product.
     products = torch.mm(moments.flatten(0, 1), w.qkv[: 2 * c].t()).view(b, c, 2 * c)
     of_q, of_k = (by_head(t, heads) for t in products.split(c, dim=2))
     attention = empty_attention(of_q, a.temperature)
     gram, norms, weights, temperature = attention
     kernels.gram(w.heads(0, heads, b), of_k, gram, norms, of_q, w.heads(1, heads, b))
-    q, k, v = _split(means, heads)
-    gram.addcmul_(q, k.transpose(2, 3), value=n)
-    norms.view(b, 2 * c).addcmul_(means[:, : 2 * c], means[:, : 2 * c], value=n)
-    kernels.softmax(gram, norms, temperature, weights)
+    q, k, _ = _split(means, heads)
+    exact = torch.addcmul(gram.double(), q, k.transpose(2, 3), value=n)
+    squares = torch.stack([q, k], 1).squeeze(-1).square_()
+    exact_norms = squares.mul_(n).add_(norms)
+    kernels.softmax(exact.to(gram.dtype), exact_norms.to(norms.dtype), temperature, weights)
+    attention = Attention(exact, exact_norms, weights, temperature)
     folded = allocate_contiguous((b, c, c), mean)
     kernels.apply(weights, w.proj_heads(heads, b), by_head(folded, heads), transposed=True)
     matrix = torch.mm(folded.flatten(0, 1), w.qkv[2 * c :]).view(b, c, c)
@@ -98,7 +106,7 @@ def _split(means: Tensor, heads: int) -> list[Tensor]:
 def forward(a: Any, y: Tensor, kernels: ModuleType) -> None:
     w = _weights(a)
     mean, _, means, _, folded, matrix = _compute(a, w, kernels)
-    constant = torch.bmm(folded, means[:, 2 * y.shape[2] :, None]).squeeze(2)
+    constant = torch.bmm(folded, means[:, 2 * y.shape[2] :, None].to(mean.dtype)).squeeze(2)
     if w.proj_bias is not None:
         constant += w.proj_bias
     for x, *of_sample, out in zip(_centred(a.x, mean), constant, matrix.transpose(1, 2), y, strict=True):
@@ -116,17 +124,19 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     if dproj_bias is not None:
         dproj_bias.copy_(dsum.sum(0))
 
-    q, k, v = _split(means, heads)
-    flat_v = means[:, 2 * c :]
+    q, k, _ = _split(means, heads)
+    flat_v = means[:, 2 * c :].to(mean.dtype)
     dfolded = torch.mm(dmatrix.flatten(0, 1), w.qkv[2 * c :].t()).view(b, c, c)
     dfolded.addcmul_(dsum[:, :, None], flat_v[:, None])
     if dproj is not None:
         each = allocate_contiguous((b, c, c), mean)
         kernels.apply(attention.weights, by_head(dfolded, heads), by_head(each, heads))
         dproj.copy_(each.sum(0))
-    dgram = empty_matrices(attention)
-    kernels.gram(w.proj_heads(heads, b), by_head(dfolded, heads), dgram)
-    of_q, of_k = gram_gradient(kernels, dgram, attention, dtemperature)
+    dweights = allocate_contiguous(attention.weights.shape, mean)
+    kernels.gram(w.proj_heads(heads, b), by_head(dfolded, heads), dweights)
+    exact = dweights.double()
+    exact_q, exact_k = gram_gradient(kernels, exact, Attention(*(t.double() for t in attention)), dtemperature)
+    dgram, of_q, of_k = (t.to(mean.dtype) for t in (exact, exact_q, exact_k))
 
     # With E the gradient of the products' rows, dW = E S and that of S, with its transpose, is W^T E.
     rows, dmeans = allocate_contiguous((2 * c, b, c), mean), allocate_contiguous((b, 3 * c), mean)
@@ -135,9 +145,8 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     wq, wk = w.heads(0, heads, b), w.heads(1, heads, b)
     kernels.apply(dgram, wk, rows_q, scale=of_q, z=wq)
     kernels.apply(dgram, wq, rows_k, transposed=True, scale=of_k, z=wk)
-    kernels.apply(dgram, k, dq, scale=of_q, z=q)
-    kernels.apply(dgram, q, dk, transposed=True, scale=of_k, z=k)
-    dmeans[:, : 2 * c].mul_(n)
+    dq.copy_((exact @ k).addcmul_(exact_q, q).mul_(n))
+    dk.copy_((exact.transpose(2, 3) @ q).addcmul_(exact_k, k).mul_(n))
     torch.bmm(dsum[:, None], folded, out=dmeans[:, None, 2 * c :])
 
     if dqkv is not None:
