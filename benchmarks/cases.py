@@ -78,8 +78,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those that there
-    are kernels for."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those that
+    there are kernels for."""
 
     name: str
     fused: Callable[..., Tensor]
@@ -268,7 +268,6 @@ OPS = {
             shapes.xca_cases(),
             build_xca,
             quick=("EdgeNeXt-S.2", "EdgeNeXt-S.3"),
-            devices=("cpu",),
         ),
         Op(
             "cross_covariance",
@@ -277,7 +276,6 @@ OPS = {
             shapes.xca_cases(),
             build_cross_covariance,
             quick=("EdgeNeXt-S.3",),
-            devices=("cpu",),
         ),
     )
 }

@@ -7,7 +7,6 @@ from harness import (
     check_bitwise_repeatable,
     check_compiles,
     check_gradients,
-    check_opcheck,
     outputs,
     saved_bytes,
 )

@@ -16,7 +16,6 @@ from ..reference.split_cascade import cascade_widths
 from ..reference.xca import merge_heads, split_heads
 from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale, scaled
 
-
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
 
 

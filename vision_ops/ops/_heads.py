@@ -46,7 +46,7 @@ def softmax_backward(
     scales: Tensor,
     dtemperature: Tensor,
 ) -> None:
-    """In place, the gradient of the weights becomes that of the gram. scales = twice the gradients of the squared norms;
+    """In place, the gradient of the weights becomes that of the gram. scales = twice those of the squared norms;
     dtemperature is (B, heads, 1, 1), not yet summed over the batch."""
     inputs = (*map(_native.view, (grad, weights, gram, norms)), _native.weight_view(temperature))
     _native.kernels().cosine_softmax_backward(*inputs, _native.view(scales), _native.view(dtemperature))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _native, reference
+from .. import reference
 from ..dispatch import Explanation, explainers
 from . import _heads
 from ._checks import autocast_enabled, check_parameter, check_tensor
@@ -125,11 +125,34 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     _backward(grads, grad, a, _heads)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+def _forward_cuda(a: _Arguments) -> Tensor:
+    from ..kernels import cross_covariance
+
+    return _forward(a, cross_covariance)
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    from ..kernels import cross_covariance
+
+    _backward(grads, grad, a, cross_covariance)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+_MOST_CHANNELS = 128  # of a head, that a Triton program holds in registers
+
+
+def triton_reasons(x: Tensor, channels: int) -> list[str]:
+    """Why the Triton kernels cannot take x with so many channels in a head."""
+    if x.device.type != "cuda":
+        return []
+    reasons = ["the Triton kernels do not take float64"] if x.dtype == torch.float64 else []
+    if channels > _MOST_CHANNELS:
+        reasons.append(f"the Triton kernels take at most {_MOST_CHANNELS} channels in a head, x has {channels}")
+    return reasons
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.q, _KERNELS, triton=True), []
+    return device_reasons(a.q, _KERNELS, triton=True) + triton_reasons(a.q, a.q.shape[2]), []
 
 
 _op = FusedOp(

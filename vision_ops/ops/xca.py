@@ -1,7 +1,7 @@
 """Cross-covariance attention of XCiT and EdgeNeXt, whole: attention between channels and the projections around it."""
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
 from ._heads import by_head
 from ._registration import FusedOp, allocate_contiguous, device_reasons, without_autocast
-from .cross_covariance import Attention, attend, attend_backward, check_temperature, empty_matrices
+from .cross_covariance import Attention, attend, attend_backward, check_temperature, empty_matrices, triton_reasons
 
 
 class _Arguments(NamedTuple):
@@ -39,8 +39,8 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _takes_gram(x: Tensor) -> bool:
-    """Whether the Gram form is faster: its products are C x C and float32 at least, and small ones do not pay for the
-    longer way (measured, AVX-512). Graphs for more than one size keep to the qkv form, as they must not depend on it."""
+    """Whether the Gram form is taken: its products are C x C and float32 at least, and small ones do not pay for the
+    longer way (measured, AVX-512). Graphs for all sizes keep to the qkv form, as they must not depend on the size."""
     n, c = x.shape[1:]
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
     holds = statically_known_true if torch.compiler.is_compiling() else bool
@@ -51,7 +51,7 @@ def _takes_gram(x: Tensor) -> bool:
 
 
 def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, kernels: ModuleType) -> None:
-    (b, n, c), heads = a.x.shape, a.num_heads
+    (_, n, c), heads = a.x.shape, a.num_heads
     _linear(a.x.reshape(-1, c), a.qkv_weight, a.qkv_bias, qkv.view(-1, 3 * c))
     q, k, v = _split(qkv, heads)
     attention = attend(kernels, q, k, a.temperature)
@@ -65,9 +65,7 @@ def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, kernels: ModuleType) -> 
         _linear(_weighted(v, attention, kernels).view(-1, c), a.proj_weight, a.proj_bias, y.view(-1, c))
 
 
-def _backward_qkv(
-    grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType
-) -> None:
+def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType) -> None:
     dx, dqkv_weight, dqkv_bias, dtemperature, dproj_weight, dproj_bias = grads
     (b, n, c), heads = a.x.shape, a.num_heads
     q, k, v = _split(qkv, heads)
@@ -179,16 +177,31 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: 
     _backward(grads, grad, a, qkv, _heads)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+@without_autocast
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor]:
+    from ..kernels import cross_covariance
+
+    return _forward(a, cross_covariance)
+
+
+@without_autocast
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor) -> None:
+    from ..kernels import cross_covariance
+
+    _backward(grads, grad, a, qkv, cross_covariance)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.x, _KERNELS, triton=True), []
+    return device_reasons(a.x, _KERNELS, triton=True) + triton_reasons(a.x, a.x.shape[2] // a.num_heads), []
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
     form = "of the Gram form" if a.gram else "of q, k and v"
-    return {"attention": _native.kernel_name(a.x.device.type), "products over all channels": f"PyTorch's GEMMs, {form}"}
+    kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
+    return {"attention": kernel, "products over all channels": f"PyTorch's GEMMs, {form}"}
 
 
 _op = FusedOp(
