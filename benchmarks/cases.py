@@ -197,6 +197,27 @@ def build_split_cascade(shape: shapes.SplitCascadeShape, setting: Setting) -> Pr
     return Problem((x, weights, biases), levels * dwconv_flops(setting.batch, width, size, 3))
 
 
+def build_cross_covariance(shape: shapes.XcaShape, setting: Setting) -> Problem:
+    """Views of one tensor, as the projection of the tokens leaves them."""
+    tokens, channels, heads = shape.tokens, shape.channels, shape.heads
+    qkv = setting.normal(setting.batch, tokens, 3 * channels).view(setting.batch, tokens, 3, heads, channels // heads)
+    # Two products over the tokens.
+    flops = 2 * 2 * setting.batch * tokens * channels * (channels // heads)
+    q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind(0)
+    return Problem((q, k, v, setting.normal(heads).abs().view(heads, 1, 1)), flops)
+
+
+def build_xca(shape: shapes.XcaShape, setting: Setting) -> Problem:
+    tokens, channels, heads = shape.tokens, shape.channels, shape.heads
+    x = setting.normal(setting.batch, tokens, channels)
+    qkv, proj = (setting.normal(n * channels, channels) / channels**0.5 for n in (3, 1))
+    temperature = setting.normal(heads).abs().view(heads, 1, 1)
+    # The projections, and the products over the tokens.
+    flops = 2 * setting.batch * tokens * channels * (4 * channels + 2 * channels // heads)
+    parameters = qkv, setting.normal(3 * channels), temperature, proj, setting.normal(channels)
+    return Problem((x, *parameters), flops, {"num_heads": heads})
+
+
 OPS = {
     op.name: op
     for op in (
@@ -271,6 +292,21 @@ OPS = {
             reference.split_cascade,
             shapes.split_cascade_cases(),
             build_split_cascade,
+        ),
+        Op(
+            "xca",
+            vision_ops.fused_xca,
+            reference.xca,
+            shapes.xca_cases(),
+            build_xca,
+            quick=("EdgeNeXt-S.2", "EdgeNeXt-S.3"),
+        ),
+        Op(
+            "cross_covariance",
+            vision_ops.fused_cross_covariance,
+            reference.cross_covariance,
+            shapes.xca_cases(),
+            build_cross_covariance,
             quick=("EdgeNeXt-S.3",),
         ),
     )

@@ -239,3 +239,23 @@ def split_cascade_cases() -> dict[str, SplitCascadeShape]:
         for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256)
         if (scales := EDGENEXT_SCALES[stage]) is not None
     )
+
+
+@dataclass(frozen=True)
+class XcaShape:
+    tokens: int
+    channels: int
+    heads: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.channels} h{self.heads}"
+
+
+def xca_cases() -> dict[str, XcaShape]:
+    """EdgeNeXt-S: its stages 2 to 4 end in attention between channels."""
+    small = {"S": EDGENEXT_WIDTHS["S"]}
+    return {
+        label: XcaShape(size * size, width, 8)
+        for label, stage, width, size in stages(small, "EdgeNeXt", STAGES_256)
+        if EDGENEXT_SCALES[stage] is not None
+    }

@@ -125,6 +125,25 @@ PYBIND11_MODULE(_cpu, m) {
           run([&] { return cpu_kernels().split_cascade->backward(tdy, tx, p, grads); });
         });
 
+  m.def("gram", [](py::handle a, py::handle b, py::handle u, py::handle v, py::handle gram, py::handle norms) {
+    const Tensor4 ta = tensor(a), tb = tensor(b), tu = tensor(u), tv = tensor(v), tg = tensor(gram), tn = tensor(norms);
+    run([&] { return cpu_kernels().cross_covariance->gram(ta, tb, tu, tv, tg, tn); });
+  });
+  m.def("cosine_softmax", [](py::handle gram, py::handle norms, py::handle temperature, py::handle weights) {
+    const Tensor4 tg = tensor(gram), tn = tensor(norms), tt = tensor(temperature), tw = tensor(weights);
+    run([&] { return cpu_kernels().cross_covariance->softmax(tg, tn, tt, tw); });
+  });
+  m.def("cosine_softmax_backward", [](py::handle grad, py::handle weights, py::handle gram, py::handle norms,
+                                      py::handle temperature, py::handle scales, py::handle dtemperature) {
+    const Tensor4 td = tensor(grad), tw = tensor(weights), tg = tensor(gram), tn = tensor(norms);
+    const Tensor4 tt = tensor(temperature), ts = tensor(scales), tdt = tensor(dtemperature);
+    run([&] { return cpu_kernels().cross_covariance->softmax_backward(td, tw, tg, tn, tt, ts, tdt); });
+  });
+  m.def("apply_by_head",
+        [](py::handle matrix, bool transposed, py::handle x, py::handle scale, py::handle z, py::handle y) {
+          const Tensor4 tm = tensor(matrix), tx = tensor(x), ts = tensor(scale), tz = tensor(z), ty = tensor(y);
+          run([&] { return cpu_kernels().cross_covariance->apply(tm, transposed, tx, ts, tz, ty); });
+        });
   m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
     const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
     run([&] { return cpu_kernels().global_filter->forward(tx, tw, ty); });

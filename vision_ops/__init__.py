@@ -17,6 +17,7 @@ if find_spec("torch") is not None:
     from .dispatch import explain, use_backend
     from .ops import (
         fused_channel_aggregation_ffn,
+        fused_cross_covariance,
         fused_dwconv,
         fused_dwconv_layer_norm,
         fused_feature_decompose,
@@ -28,12 +29,14 @@ if find_spec("torch") is not None:
         fused_moga_gate,
         fused_multi_order_dwconv,
         fused_split_cascade,
+        fused_xca,
     )
 
     __all__ = [
         "__version__",
         "explain",
         "fused_channel_aggregation_ffn",
+        "fused_cross_covariance",
         "fused_dwconv",
         "fused_dwconv_layer_norm",
         "fused_feature_decompose",
@@ -45,6 +48,7 @@ if find_spec("torch") is not None:
         "fused_moga_gate",
         "fused_multi_order_dwconv",
         "fused_split_cascade",
+        "fused_xca",
         "models",
         "nn",
         "reference",

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "channel_aggregation_ffn.h"
+#include "cross_covariance.h"
 #include "dwconv.h"
 #include "dwconv_layer_norm.h"
 #include "feature_decompose.h"
@@ -27,6 +28,7 @@ extern const Error kOutOfMemory;
 // The ops, each with one table of functions per instruction set: <namespace>::<name>_ops.
 #define VOPS_CPU_OPS(X)                                \
   X(ChannelAggregationFfnOps, channel_aggregation_ffn) \
+  X(CrossCovarianceOps, cross_covariance)              \
   X(DwConvOps, dwconv)                                 \
   X(DwConvLayerNormOps, dwconv_layer_norm)             \
   X(FeatureDecomposeOps, feature_decompose)            \

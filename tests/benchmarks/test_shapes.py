@@ -58,8 +58,11 @@ def test_problems_have_their_layout_and_the_same_values_in_both(op):
     case = op.quick[-1]
     nhwc = op.problem(case, SETTING)
     nchw = op.problem(case, Setting("cpu", torch.float32, "contiguous", batch=2))
-    assert nhwc.inputs[0].is_contiguous(memory_format=torch.channels_last)
-    assert nchw.inputs[0].is_contiguous()
+    if op.name in ("xca", "cross_covariance"):  # of tokens, which have one layout
+        assert nhwc.inputs[0].stride() == nchw.inputs[0].stride()
+    else:
+        assert nhwc.inputs[0].is_contiguous(memory_format=torch.channels_last)
+        assert nchw.inputs[0].is_contiguous()
     assert all(map(torch.equal, nhwc.inputs, nchw.inputs))
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in nhwc.inputs)
 

@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 
 from vision_ops import nn, reference
+from vision_ops.nn import edgenext
 
 
 @pytest.mark.parametrize(("dim", "scales"), [(16, 5), (9, 4), (12, 7)])
@@ -66,3 +69,56 @@ def test_position_encoding_is_one_map_for_the_batch():
     y = encoding(3, 5, 4)
     assert y.shape == (3, 8, 5, 4) and y.stride(0) == 0
     torch.testing.assert_close(y[2:], encoding(1, 5, 4))
+
+
+def test_position_tables_are_kept():
+    encoding = nn.PositionalEncodingFourier(dim=8)
+    with torch.inference_mode():
+        first = encoding(1, 5, 4)
+    (table,) = encoding._tables.values()
+    encoding(2, 5, 4).sum().backward()  # a table of inference mode could not be saved for this
+    assert next(iter(encoding._tables.values())) is table and not table.is_inference()
+    torch.testing.assert_close(encoding(1, 5, 4), first)
+    assert encoding.double()(1, 5, 4).dtype == torch.float64 and len(encoding._tables) == 2
+    for size in range(1, 40):
+        encoding(1, size, 3)
+    assert len(encoding._tables) <= 16
+    assert not copy.deepcopy(encoding)._tables
+
+
+def test_compiled_position_encoding_keeps_nothing():
+    encoding = nn.PositionalEncodingFourier(dim=8)
+    compiled = torch.compile(encoding, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(2, 5, 4), nn.PositionalEncodingFourier.forward(encoding, 2, 5, 4))
+    encoding._tables.clear()
+    compiled(2, 5, 4)
+    assert not encoding._tables
+
+
+def test_attention_runs_the_fused_op_unless_dropout_is_active(monkeypatch):
+    calls = []
+    fused = edgenext.fused_xca
+
+    def counted(*args, **options):
+        calls.append(options["backend"])
+        return fused(*args, **options)
+
+    monkeypatch.setattr(edgenext, "fused_xca", counted)
+    x = torch.randn(1, 6, 16)
+    nn.XCA(16, num_heads=2)(x)
+    nn.XCA(16, num_heads=2, fused=False)(x)
+    module = nn.XCA(16, num_heads=2, attn_drop=0.5)
+    module(x)
+    assert calls == [None, "reference"]
+    module.eval()(x)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("act", [torch.nn.GELU, torch.nn.SiLU, lambda: torch.nn.GELU(approximate="tanh")])
+def test_local_patch_interaction_takes_any_activation(act):
+    """The erf GELU is the convolution's epilogue."""
+    module = nn.LPI(8, act_layer=act)
+    x = torch.randn(2, 12, 8)
+    y = module.act(module.conv1(x.unflatten(1, (3, 4)).permute(0, 3, 1, 2)))
+    expected = module.conv2(module.bn.eval()(y)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(module(x, 3, 4), expected)

@@ -6,14 +6,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
 
 from ..ops._checks import check_integer
 from ..ops.dwconv import fused_dwconv
 from ..ops.dwconv_layer_norm import fused_dwconv_layer_norm
 from ..ops.split_cascade import check_cascade, fused_split_cascade
+from ..ops.xca import fused_xca
 from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
 from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale, scaled
+
+_MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
 
 
 class PositionalEncodingFourier(nn.Module):
@@ -24,14 +28,18 @@ class PositionalEncodingFourier(nn.Module):
         dim: channels.
         temperature: the longest wavelength is about 2 pi times this.
 
-    The table is computed in float32, as the networks were trained, and cast to the type of the projection. The batch is
-    a view of one map. Keys: token_projection.
+    The table is computed in float32, as the networks were trained, and cast to the type of the projection; it is kept
+    for every size, but not by compiled and exported graphs. The batch is a view of one map. Keys: token_projection.
     """
 
     def __init__(self, hidden_dim: int = 32, dim: int = 768, temperature: float = 10000) -> None:
         super().__init__()
         self.token_projection = nn.Conv2d(2 * hidden_dim, dim, 1)
         self.hidden_dim, self.temperature = hidden_dim, temperature
+        self._tables: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_tables": {}}
 
     def _axis(self, n: int, device: torch.device) -> Tensor:
         """(n, hidden_dim): sines and cosines of one axis in turn."""
@@ -40,13 +48,30 @@ class PositionalEncodingFourier(nn.Module):
         angles = position[:, None] / self.temperature**exponent
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
-    def forward(self, B: int, H: int, W: int) -> Tensor:
+    def _table(self, H: int, W: int) -> Tensor:
+        """(1, 2 * hidden_dim, H, W)."""
         weight = self.token_projection.weight
         rows, columns = self._axis(H, weight.device), self._axis(W, weight.device)
         rows = rows[:, None, :].expand(-1, W, -1)
         columns = columns[None, :, :].expand(H, -1, -1)
-        encoding = torch.cat([rows, columns], dim=-1).permute(2, 0, 1)[None]
-        return self.token_projection(encoding.to(weight.dtype)).expand(B, -1, -1, -1)
+        return torch.cat([rows, columns], dim=-1).permute(2, 0, 1)[None].to(weight.dtype)
+
+    def _kept_table(self, H: int, W: int) -> Tensor:
+        weight = self.token_projection.weight
+        key = H, W, weight.dtype, weight.device
+        if key not in self._tables:
+            # Not as an inference tensor, which no later backward pass could save.
+            with torch.inference_mode(False), torch.no_grad():
+                if len(self._tables) >= _MOST_TABLES:
+                    self._tables.clear()
+                self._tables[key] = self._table(H, W)
+        return self._tables[key]
+
+    def forward(self, B: int, H: int, W: int) -> Tensor:
+        # Under a dispatch mode, such as that of fake tensors, tables are not what they seem.
+        plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not _len_torch_dispatch_stack()
+        table = self._kept_table(H, W) if plain else self._table(H, W)
+        return self.token_projection(table).expand(B, -1, -1, -1)
 
 
 class ConvEncoder(nn.Module):
@@ -116,7 +141,8 @@ class ConvEncoderBNHS(nn.Module):
 class XCA(nn.Module):
     """Cross-covariance attention: softmax(temperature * q k^T) v between the channels of each head.
 
-    q and k are normalised over the tokens; their norm is bounded at 1e-12 from below.
+    q and k are normalised over the tokens; their norm is bounded at 1e-12 from below. It runs as `fused_xca`, in plain
+    PyTorch while attention dropout is active.
 
     Args:
         dim: channels, a multiple of num_heads.
@@ -149,9 +175,14 @@ class XCA(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = split_heads(self.qkv(x), self.num_heads)
-        weights = self.attn_drop(cross_covariance_weights(q, k, self.temperature)).to(v.dtype)
-        return self.proj_drop(self.proj(merge_heads(weights @ v)))
+        if self.training and self.attn_drop.p > 0:
+            q, k, v = split_heads(self.qkv(x), self.num_heads)
+            weights = self.attn_drop(cross_covariance_weights(q, k, self.temperature)).to(v.dtype)
+            y = self.proj(merge_heads(weights @ v))
+        else:
+            projections = self.qkv.weight, self.qkv.bias, self.temperature, self.proj.weight, self.proj.bias
+            y = fused_xca(x, *projections, num_heads=self.num_heads, backend=backend(self))
+        return self.proj_drop(y)
 
     def no_weight_decay(self) -> set[str]:
         return {"temperature"}
@@ -193,7 +224,12 @@ class LPI(nn.Module):
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         y = x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
-        y = self.bn(self.act(fused_dwconv(y, self.conv1.weight, self.conv1.bias, backend=backend(self))))
+        if isinstance(self.act, nn.GELU) and self.act.approximate == "none":
+            conv = self.conv1
+            y = fused_dwconv(y, conv.weight, conv.bias, activation="gelu", backend=backend(self))
+        else:
+            y = self.act(fused_dwconv(y, self.conv1.weight, self.conv1.bias, backend=backend(self)))
+        y = self.bn(y)
         y = fused_dwconv(y, self.conv2.weight, self.conv2.bias, backend=backend(self))
         return y.flatten(2).transpose(1, 2)
 

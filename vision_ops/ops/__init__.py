@@ -1,4 +1,5 @@
 from .channel_aggregation_ffn import fused_channel_aggregation_ffn
+from .cross_covariance import fused_cross_covariance
 from .dwconv import fused_dwconv
 from .dwconv_layer_norm import fused_dwconv_layer_norm
 from .feature_decompose import fused_feature_decompose
@@ -10,9 +11,11 @@ from .moga_aggregation import fused_moga_aggregation
 from .moga_gate import fused_moga_gate
 from .multi_order_dwconv import fused_multi_order_dwconv
 from .split_cascade import fused_split_cascade
+from .xca import fused_xca
 
 __all__ = [
     "fused_channel_aggregation_ffn",
+    "fused_cross_covariance",
     "fused_dwconv",
     "fused_dwconv_layer_norm",
     "fused_feature_decompose",
@@ -24,4 +27,5 @@ __all__ = [
     "fused_moga_gate",
     "fused_multi_order_dwconv",
     "fused_split_cascade",
+    "fused_xca",
 ]

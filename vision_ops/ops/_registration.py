@@ -56,6 +56,10 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return allocate(shape, like, memory_format(like))
 
 
+def allocate_contiguous(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return allocate(shape, like, dtype=dtype)
+
+
 def channels_dense(t: Tensor) -> bool:
     """Whether neighbouring channels are neighbours in memory, as the march kernels of CUDA want."""
     return t.stride(1) == 1 or t.shape[1] == 1
@@ -63,10 +67,6 @@ def channels_dense(t: Tensor) -> bool:
 
 def to_channels_dense(t: Tensor) -> Tensor:
     return t if channels_dense(t) else t.contiguous(memory_format=torch.channels_last)
-
-
-def allocate_contiguous(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return allocate(shape, like, dtype=dtype)
 
 
 def allocate_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -16,6 +16,11 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).flatten(2)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the dtype of x."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def xca(
     x: Tensor,
     qkv_weight: Tensor,
@@ -27,5 +32,5 @@ def xca(
     num_heads: int,
 ) -> Tensor:
     """Cross-covariance attention of (B, N, C); arguments as in `fused_xca`."""
-    q, k, v = split_heads(F.linear(x, qkv_weight, qkv_bias), num_heads)
-    return F.linear(merge_heads(cross_covariance(q, k, v, temperature)), proj_weight, proj_bias)
+    q, k, v = split_heads(_linear(x, qkv_weight, qkv_bias), num_heads)
+    return _linear(merge_heads(cross_covariance(q, k, v, temperature)), proj_weight, proj_bias)

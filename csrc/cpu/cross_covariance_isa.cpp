@@ -1,0 +1,372 @@
+// A head has 12 to 96 channels, too few for a GEMM library to be fast. Tiles of a few tokens become panels, whatever
+// the strides, and one small product in registers serves all passes: over the tokens for grams, over the channels else.
+#include "cross_covariance.h"
+#include "parallel.h"
+
+namespace vops {
+namespace VOPS_ISA {
+namespace {
+
+constexpr int64_t kTile = 32;  // tokens: panels of 96 channels fit the first-level cache
+// A product in registers has 4 or kMostRows rows and kMostColumns vectors at most.
+constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostColumns = kLanes == 16 ? 3 : 2;
+constexpr int64_t kLeastTokens = 256;  // of a partial sum
+
+int64_t blocks_of(int64_t channels) { return ceil_div(channels, kLanes); }
+int64_t padded(int64_t channels) { return blocks_of(channels) * kLanes; }
+int64_t panel_size(int64_t channels) { return kTile * padded(channels); }
+int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+// Head h of sample b as an image of one row: its channels, its tokens.
+Tensor4 head(const Tensor4& t, int64_t b, int64_t h, int64_t token, int64_t tokens) {
+  const int64_t offset = b * t.stride[0] + h * t.stride[1] + token * t.stride[3];
+  return {
+      (char*)t.data + offset * size_of(t.dtype), t.dtype, {1, t.size[2], 1, tokens}, {0, t.stride[2], 0, t.stride[3]}};
+}
+
+// [block][token][lane], blocks kTile tokens apart; past the last token zeros, up to whole products.
+template <class A>
+void pack_tile(const Tensor4& t, int64_t b, int64_t h, int64_t token, int64_t tokens, A* panel) {
+  const Tensor4 part = head(t, b, h, token, tokens);
+  pack_rows(part, 0, {0, part.size[1]}, 0, 1, panel, kTile * kLanes);
+  const int64_t end = ceil_div(tokens, kMostRows) * kMostRows;
+  for (int64_t k = 0; k < blocks_of(part.size[1]) && tokens < end; k++) {
+    memset(panel + (k * kTile + tokens) * kLanes, 0, (end - tokens) * kLanes * sizeof(A));
+  }
+}
+
+// sum[r][j] += a[r * a_row + k * a_step] * (vector j of b at k), over k.
+template <class A, int rows, int columns>
+VOPS_INLINE void multiply_add(Vec<A> (&sum)[rows][columns], const A* a, int64_t a_row, int64_t a_step, const A* b,
+                              int64_t b_step, int64_t b_block, int64_t count) {
+  for (int64_t k = 0; k < count; k++, a += a_step, b += b_step) {
+    Vec<A> v[columns];
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; j++) v[j] = load(b + j * b_block);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < columns; j++) sum[r][j] += v[j] * a[r * a_row];
+    }
+  }
+}
+
+template <int value>
+struct Count {
+  static constexpr int kValue = value;
+};
+// Calls f(rows, columns, first row, first column) for the products that make up a matrix of rows x vectors.
+template <class A, class F>
+VOPS_INLINE void for_each_product(int64_t rows, int64_t vectors, const F& f) {
+  for (int64_t j = 0; j < vectors;) {
+    const int64_t columns = sizeof(A) == sizeof(double) ? 1 : min64(vectors - j, kMostColumns);
+    for (int64_t r = 0; r < rows;) {
+      const bool many = sizeof(A) == sizeof(float) && kMostRows == 8 && rows - r > 4;
+      if constexpr (sizeof(A) == sizeof(double)) {
+        f(Count<4>(), Count<1>(), r, j);
+      } else if (many) {
+        if (columns == 1) f(Count<kMostRows>(), Count<1>(), r, j);
+        if (columns == 2) f(Count<kMostRows>(), Count<2>(), r, j);
+        if (columns == 3) f(Count<kMostRows>(), Count<kMostColumns>(), r, j);
+      } else {
+        if (columns == 1) f(Count<4>(), Count<1>(), r, j);
+        if (columns == 2) f(Count<4>(), Count<2>(), r, j);
+        if (columns == 3) f(Count<4>(), Count<kMostColumns>(), r, j);
+      }
+      r += many ? 8 : 4;
+    }
+    j += columns;
+  }
+}
+int64_t whole_rows(int64_t channels) { return ceil_div(channels, 4) * 4; }
+
+// gram[i][j] += the sum over the tokens of a_i b_j. The rows of the gram are padded(d) long. Sums of a tile are added
+// as a whole: equal terms, one by one, would round all the same way.
+template <class A>
+void add_gram(const A* a, const A* b, int64_t tokens, int64_t d, A* gram) {
+  const int64_t width = padded(d), block = kTile * kLanes;
+  for_each_product<A>(whole_rows(d), blocks_of(d), [&](auto rows, auto columns, int64_t i, int64_t j) {
+    constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
+    A* at = gram + i * width + j * kLanes;
+    Vec<A> sum[kRows][kColumns] = {};
+    const A* from = a + i / kLanes * block + i % kLanes;
+    multiply_add<A>(sum, from, 1, kLanes, b + j * block, kLanes, block, tokens);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; c++) {
+        A* to = at + r * width + c * kLanes;
+        store(to, load(to) + sum[r][c]);
+      }
+    }
+  });
+}
+
+template <class A>
+void add_dots(const A* a, const A* b, int64_t tokens, int64_t d, A* dots) {
+  for (int64_t k = 0; k < blocks_of(d); k++, a += kTile * kLanes, b += kTile * kLanes, dots += kLanes) {
+    Vec<A> sum = {};
+    for (int64_t t = 0; t < tokens; t++) sum += load(a + t * kLanes) * load(b + t * kLanes);
+    store(dots, load(dots) + sum);
+  }
+}
+
+bool same_tokens(const Tensor4& a, const Tensor4& b) {
+  bool same = a.data == b.data;
+  for (int i = 0; i < 4; i++) same = same && a.stride[i] == b.stride[i];
+  return same;
+}
+
+template <class A>
+Error run_gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tensor4& v, const Tensor4& gram,
+               const Tensor4& norms) {
+  const int64_t batch = a.size[0], heads = a.size[1], d = a.size[2], tokens = a.size[3];
+  const int64_t chunks = clamp64(tokens / kLeastTokens, 1, ceil_div(kFixedTasks, max64(batch, 1)));
+  const int64_t width = padded(d), norms_at = whole_rows(d) * width, step = norms_at + 2 * width;
+  const int64_t bytes = batch * chunks * heads * step * sizeof(A);
+  A* sums = (A*)thread_scratch(kSums, max64(bytes, 1));
+  if (!sums) return kOutOfMemory;
+  memset(sums, 0, bytes);
+  auto part = [&](int64_t sample, int64_t chunk, int64_t h) {
+    return sums + ((sample * chunks + chunk) * heads + h) * step;
+  };
+
+  // Heads share cache lines, so a task takes several where there are tasks enough.
+  const int64_t groups = clamp64(ceil_div(tasks_for_threads(), max64(batch * chunks, 1)), 1, heads);
+  const int64_t size = panel_size(d), work = batch * heads * tokens * d * (d + 8);
+  Error error = for_each_task<A>(batch * chunks * groups, work, 3 * size, [&](int64_t task, A* scratch) {
+    const int64_t sample = task / groups / chunks, chunk = task / groups % chunks, group = task % groups;
+    A *pa = scratch, *pb = pa + size, *other = pb + size;
+    const int64_t end = (chunk + 1) * tokens / chunks;
+    for (int64_t n = chunk * tokens / chunks; n < end; n += kTile) {
+      const int64_t count = min64(kTile, end - n);
+      for (int64_t h = group * heads / groups; h < (group + 1) * heads / groups; h++) {
+        A* to = part(sample, chunk, h);
+        auto dots_with = [&](const A* panel, const Tensor4& own, const Tensor4& with, A* dots) {
+          const bool same = same_tokens(own, with);
+          if (!same) pack_tile(with, sample, h, n, count, other);
+          add_dots(panel, same ? panel : other, count, d, dots);
+        };
+        pack_tile(a, sample, h, n, count, pa);
+        pack_tile(b, sample, h, n, count, pb);
+        add_gram(pa, pb, count, d, to);
+        if (norms.data) {
+          dots_with(pa, a, u, to + norms_at);
+          dots_with(pb, b, v, to + norms_at + width);
+        }
+      }
+    }
+  });
+  if (error) return error;
+  return for_each_task<A>(batch * heads, batch * chunks * heads * d * d, 0, [&](int64_t task, A*) {
+    const int64_t sample = task / heads, h = task % heads;
+    A* total = part(sample, 0, h);
+    for (int64_t c = 1; c < chunks; c++) add_panel(total, part(sample, c, h), step / kLanes);
+    A* to = (A*)gram.data + task * d * d;
+    for (int64_t i = 0; i < d; i++) memcpy(to + i * d, total + i * width, d * sizeof(A));
+    for (int64_t side = 0; side < 2 && norms.data; side++) {
+      memcpy((A*)norms.data + ((sample * 2 + side) * heads + h) * d, total + norms_at + side * width, d * sizeof(A));
+    }
+  });
+}
+
+// Vectors of a row of d numbers: f(offset, load, store).
+template <class A, class F>
+VOPS_INLINE void for_each_vector(int64_t d, const F& f) {
+  for (int64_t j = 0; j < d; j += kLanes) {
+    const int n = (int)min64(kLanes, d - j);
+    f(
+        j, n, [n](const A* p) { return n == kLanes ? load(p) : load_n(p, n); },
+        [n](A* p, Vec<A> v) { n == kLanes ? store(p, v) : store_n(p, v, n); });
+  }
+}
+template <class A>
+VOPS_INLINE A sum_of_lanes(Vec<A> v) {
+  A sum = 0;
+  for (int k = 0; k < kLanes; k++) sum += v[k];
+  return sum;
+}
+
+VOPS_INLINE Float exponential(Float v) { return exp(v); }
+VOPS_INLINE Double exponential(Double v) {
+  for (int k = 0; k < kLanes; k++) v[k] = ::exp(v[k]);
+  return v;
+}
+
+VOPS_INLINE float square_root(float v) { return ::sqrtf(v); }
+VOPS_INLINE double square_root(double v) { return ::sqrt(v); }
+
+// What F.normalize divides by. The norms of a Gram form may come out below 0.
+template <class A>
+A norm_of(A square) {
+  const A norm = square_root(square < 0 ? 0 : square);
+  return norm < A(1e-12) ? A(1e-12) : norm;
+}
+template <class A>
+bool is_bounded(A square) {
+  return square < A(1e-24);
+}
+
+// A head's matrices, rows of d numbers, and its vectors.
+template <class A>
+struct Head {
+  int64_t heads, d, sample, h;
+  A* matrix(const Tensor4& t) const { return (A*)t.data + (sample * heads + h) * d * d; }
+  A* vector(const Tensor4& t, int64_t side) const { return (A*)t.data + ((sample * 2 + side) * heads + h) * d; }
+  A temperature(const Tensor4& t) const { return ((const A*)t.data)[h * t.stride[1]]; }
+};
+template <class A>
+void invert_norms(const A* squares, int64_t d, A* inverses) {
+  for (int64_t i = 0; i < d; i++) inverses[i] = 1 / norm_of(squares[i]);
+}
+
+template <class A>
+A largest_lane(Vec<A> v) {
+  A lanes[kLanes], most;
+  store(lanes, v);
+  most = lanes[0];
+  for (int k = 1; k < kLanes; k++) most = lanes[k] > most ? lanes[k] : most;
+  return most;
+}
+
+template <class A>
+Error run_softmax(const Tensor4& gram, const Tensor4& norms, const Tensor4& temperature, const Tensor4& weights) {
+  const int64_t heads = gram.size[1], d = gram.size[2], tasks = gram.size[0] * heads, width = padded(d);
+  return for_each_task<A>(tasks, tasks * d * d * 16, 2 * width, [&](int64_t task, A* scratch) {
+    const Head<A> head = {heads, d, task / heads, task % heads};
+    const A *g = head.matrix(gram), *q = head.vector(norms, 0), tau = head.temperature(temperature);
+    A *w = head.matrix(weights), *inverse_k = scratch, *row = scratch + width;
+    invert_norms(head.vector(norms, 1), d, inverse_k);
+    for (int64_t i = 0; i < d; i++, g += d, w += d) {
+      const A scale = tau / norm_of(q[i]);
+      for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto&) {
+        store(row + j, get(g + j) * get(inverse_k + j) * scale);
+      });
+      // Lanes past the end repeat a value, which leaves the maximum alone, until they are to add nothing.
+      for (int64_t j = d; j < width; j++) row[j] = row[0];
+      Vec<A> most = load(row), sums = {};
+      for (int64_t j = kLanes; j < width; j += kLanes) most = load(row + j) > most ? load(row + j) : most;
+      const A largest = largest_lane<A>(most);
+      for (int64_t j = 0; j < width; j += kLanes) {
+        store(row + j, exponential(load(row + j) - largest));
+      }
+      for (int64_t j = d; j < width; j++) row[j] = 0;
+      for (int64_t j = 0; j < width; j += kLanes) sums += load(row + j);
+      const A inverse = 1 / sum_of_lanes<A>(sums);
+      for_each_vector<A>(d, [&](int64_t j, int, const auto&, const auto& put) { put(w + j, load(row + j) * inverse); });
+    }
+  });
+}
+
+// With c = gram / |q| / |k| and t the gradient of c: the gram's gradient is t / |q| / |k|, and that of the squared norm
+// of q_i is -sum_j t_ij c_ij / (2 |q_i|^2), unless the norm is bounded.
+template <class A>
+Error run_softmax_backward(const Tensor4& grad, const Tensor4& weights, const Tensor4& gram, const Tensor4& norms,
+                           const Tensor4& temperature, const Tensor4& scales, const Tensor4& dtemperature) {
+  const int64_t heads = gram.size[1], d = gram.size[2], tasks = gram.size[0] * heads;
+  return for_each_task<A>(tasks, tasks * d * d * 16, 2 * padded(d), [&](int64_t task, A* inverse_k) {
+    const Head<A> head = {heads, d, task / heads, task % heads};
+    const A *w = head.matrix(weights), *g = head.matrix(gram), tau = head.temperature(temperature);
+    const A *q = head.vector(norms, 0), *k = head.vector(norms, 1);
+    A *t = head.matrix(grad), *scale_q = head.vector(scales, 0), *scale_k = head.vector(scales, 1);
+    A* of_k = inverse_k + padded(d);
+    memset(of_k, 0, padded(d) * sizeof(A));
+    invert_norms(k, d, inverse_k);
+    A of_temperature = 0;
+    for (int64_t i = 0; i < d; i++, w += d, g += d, t += d) {
+      const A inverse_q = 1 / norm_of(q[i]);
+      Vec<A> weighted = {}, products = {};
+      for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto&) { weighted += get(t + j) * get(w + j); });
+      const A mean = sum_of_lanes<A>(weighted);
+      for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto& put) {
+        const Vec<A> inverse = get(inverse_k + j) * inverse_q, logit = get(w + j) * (get(t + j) - mean);
+        const Vec<A> product = logit * (get(g + j) * inverse);
+        products += product;
+        put(of_k + j, get(of_k + j) + product);
+        put(t + j, logit * tau * inverse);
+      });
+      const A product = sum_of_lanes<A>(products);
+      of_temperature += product;
+      scale_q[i] = is_bounded(q[i]) ? 0 : -tau * product * inverse_q * inverse_q;
+    }
+    for (int64_t j = 0; j < d; j++) scale_k[j] = is_bounded(k[j]) ? 0 : -tau * of_k[j] * inverse_k[j] * inverse_k[j];
+    ((A*)dtemperature.data)[task] = of_temperature;
+  });
+}
+
+// y = the packed matrix, [block of y][channel of x][lane], times x, plus scale * z.
+template <class A>
+void multiply_tile(const A* matrix, const A* x, const A* scale, const A* z, int64_t tokens, int64_t d, A* y) {
+  const int64_t block = kTile * kLanes;
+  for_each_product<A>(whole_rows(tokens), blocks_of(d), [&](auto rows, auto columns, int64_t i, int64_t j) {
+    constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
+    Vec<A> sum[kRows][kColumns] = {};
+    for (int64_t k = 0; k < d; k += kLanes) {
+      const A *from = x + k * kTile + i * kLanes, *with = matrix + (j * d + k) * kLanes;
+      multiply_add<A>(sum, from, kLanes, 1, with, kLanes, d * kLanes, min64(kLanes, d - k));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; c++) {
+        const int64_t at = (j + c) * block + (i + r) * kLanes;
+        if (z) sum[r][c] += load(scale + (j + c) * kLanes) * load(z + at);
+        store(y + at, sum[r][c]);
+      }
+    }
+  });
+}
+
+template <class A>
+Error run_apply(const Tensor4& matrix, bool transposed, const Tensor4& x, const Tensor4& scale, const Tensor4& z,
+                const Tensor4& y) {
+  const int64_t batch = x.size[0], heads = x.size[1], d = x.size[2], tokens = x.size[3], size = panel_size(d);
+  // Enough tokens for the packing of the matrix not to matter, and all heads of them, which share cache lines.
+  const int64_t chunks = clamp64(ceil_div(tasks_for_threads(), max64(batch, 1)), 1, ceil_div(tokens, 2 * kTile));
+  const int64_t scratch_size = padded(d) * (d + 1) + 3 * size;
+  return for_each_task<A>(
+      batch * chunks, batch * heads * tokens * d * (d + 8), scratch_size, [&](int64_t task, A* scratch) {
+        const int64_t sample = task / chunks, chunk = task % chunks, end = (chunk + 1) * tokens / chunks;
+        A *packed = scratch, *factors = packed + padded(d) * d, *px = factors + padded(d), *py = px + size,
+          *pz = py + size;
+        for (int64_t h = 0; h < heads; h++) {
+          Tensor4 of_head = head(matrix, sample, h, 0, d);
+          if (transposed) of_head.stride[1] = 1, of_head.stride[3] = d;
+          pack_rows(of_head, 0, {0, d}, 0, 1, packed, d * kLanes);
+          if (z.data) pack_rows(head(scale, sample, h, 0, 1), 0, {0, d}, 0, 1, factors, kLanes);
+          for (int64_t n = chunk * tokens / chunks; n < end; n += kTile) {
+            const int64_t count = min64(kTile, end - n);
+            pack_tile(x, sample, h, n, count, px);
+            if (z.data) pack_tile(z, sample, h, n, count, pz);
+            multiply_tile(packed, px, factors, z.data ? pz : nullptr, count, d, py);
+            unpack_rows(py, kTile * kLanes, head(y, sample, h, n, count), 0, {0, d}, 0, 1);
+          }
+        }
+      });
+}
+
+Error gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tensor4& v, const Tensor4& gram,
+           const Tensor4& norms) {
+  return (gram.dtype == kFloat64 ? run_gram<double> : run_gram<float>)(a, b, u, v, gram, norms);
+}
+Error softmax(const Tensor4& gram, const Tensor4& norms, const Tensor4& temperature, const Tensor4& weights) {
+  return (gram.dtype == kFloat64 ? run_softmax<double> : run_softmax<float>)(gram, norms, temperature, weights);
+}
+Error softmax_backward(const Tensor4& grad, const Tensor4& weights, const Tensor4& gram, const Tensor4& norms,
+                       const Tensor4& temperature, const Tensor4& scales, const Tensor4& dtemperature) {
+  return (gram.dtype == kFloat64 ? run_softmax_backward<double> : run_softmax_backward<float>)(grad, weights, gram,
+                                                                                               norms, temperature,
+                                                                                               scales, dtemperature);
+}
+Error apply(const Tensor4& matrix, bool transposed, const Tensor4& x, const Tensor4& scale, const Tensor4& z,
+            const Tensor4& y) {
+  return (matrix.dtype == kFloat64 ? run_apply<double> : run_apply<float>)(matrix, transposed, x, scale, z, y);
+}
+
+}  // namespace
+
+extern const CrossCovarianceOps cross_covariance_ops;
+const CrossCovarianceOps cross_covariance_ops = {gram, softmax, softmax_backward, apply};
+
+}  // namespace VOPS_ISA
+}  // namespace vops

@@ -1,0 +1,249 @@
+import pytest
+import torch
+from harness import (
+    HALF,
+    Case,
+    check_against_reference,
+    check_bitwise_repeatable,
+    check_compiles,
+    check_gradients,
+    check_opcheck,
+    outputs,
+    relative_error,
+    saved_bytes,
+)
+
+from vision_ops import explain, fused_cross_covariance, reference
+
+
+def tokens(shape, layout, dtype):
+    """(B, heads, d, N): contiguous, a view of a (B, N, 3C) tensor, or with gaps everywhere."""
+    b, heads, d, n = shape
+    if layout == "contiguous":
+        return torch.randn(shape, dtype=dtype)
+    if layout == "token_major":
+        return torch.randn(b, n, 3, heads, d, dtype=dtype)[:, :, 1].permute(0, 2, 3, 1)
+    if layout == "strided":
+        return torch.randn(b, heads + 1, 2 * d, n + 3, dtype=dtype)[:, 1:, ::2, 2 : n + 2]
+    return torch.randn(1, heads, d, n, dtype=dtype).expand(shape)
+
+
+LAYOUTS = ("contiguous", "token_major", "strided", "expanded")
+
+
+def make(shape=(2, 4, 12, 50), layout="contiguous", dtype=torch.float32, scale=1.0):
+    def run(t, backend):
+        return fused_cross_covariance(*t, backend=backend)
+
+    q, k, v = (tokens(shape, layout, dtype) * scale if scale != 1 else tokens(shape, layout, dtype) for _ in range(3))
+    return Case(run, [q, k, v, torch.rand(shape[1], 1, 1, dtype=dtype) * 4 + 0.5])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 8, 12, 100),
+        (1, 1, 16, 33),
+        (2, 8, 20, 256),
+        (1, 4, 25, 49),
+        (2, 3, 38, 64),
+        (1, 4, 48, 31),
+        (1, 2, 73, 80),
+        (1, 2, 96, 130),
+        (1, 16, 4, 7),
+        (1, 2, 1, 40),
+        (1, 2, 30, 5),
+        (1, 2, 12, 1500),
+        (0, 2, 12, 9),
+    ],
+    ids=str,
+)
+def test_matches_reference(shape):
+    check_against_reference(make(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "token_major"])
+def test_dtypes(dtype, layout):
+    check_against_reference(make(layout=layout, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "transposed", "expanded"])
+def test_layouts(layout, grad_layout):
+    check_against_reference(make(layout=layout), grad_layout)
+
+
+def test_views_of_one_tensor():
+    """q, k and v as modules have them, without copies; their gradients meet in that tensor."""
+    qkv, temperature = torch.randn(2, 30, 3 * 48), torch.ones(4, 1, 1)
+
+    def run(t, backend):
+        return fused_cross_covariance(*reference_views(t[0]), t[1], backend=backend)
+
+    def reference_views(t):
+        return t.view(2, 30, 3, 4, 12).permute(2, 0, 3, 4, 1).unbind(0)
+
+    check_against_reference(Case(run, [qkv, temperature]))
+    y = run([qkv, temperature], "fused")
+    assert y.permute(0, 3, 1, 2).is_contiguous()  # merging the heads is a view
+
+
+def test_one_token():
+    """Cosines are 1 or -1 and gradients of q and k vanish, but for rounding."""
+    case = make((2, 2, 12, 1))
+    fused, grad = outputs(case, "fused")
+    exact, _ = outputs(case.to(torch.float64), "reference", grad.double())
+    for i in (0, 3, 4):
+        assert relative_error(fused[i], exact[i]) < 1e-5
+    smallest = min(t.abs().min() for t in case.tensors[:2])
+    assert max(fused[1].abs().max(), fused[2].abs().max()) * smallest < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_rows_of_zeros(dtype):
+    """Their cosines are 0. Gradients of such rows are divided by 1e-12, which float16 cannot hold, eager or fused."""
+    case = make((1, 2, 12, 20), dtype=dtype)
+    q, k, v, _ = case.tensors
+    q[:, 0, 3] = 0
+    k[:, 1, 5] = 0
+    v[:, 1] = 0
+    fused, grad = outputs(case, "fused")
+    eager, _ = outputs(case, "reference", grad)
+    for a, b in zip(fused, eager, strict=True):
+        assert not a.isnan().any() and torch.equal(a.isinf(), b.isinf())
+    if dtype not in HALF:
+        check_against_reference(case)
+    for t in (q, k, v):
+        t.zero_()
+    fused, _ = outputs(case, "fused")
+    assert all(t.isfinite().all() for t in fused) and not fused[0].any()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-6, 1e-11, 1e-14])
+def test_scale_of_the_inputs(scale):
+    """At 1e-14 norms are below their bound, and gradients do not go through them."""
+    check_against_reference(make((1, 2, 12, 40), scale=scale))
+
+
+def test_nan_stays_nan():
+    case = make((1, 2, 12, 20))
+    case.tensors[0][0, 1, 4, 7] = float("nan")
+    y = case.run(case.tensors, "fused")
+    assert y[0, 1, 4].isnan().all() and y[0, 0].isfinite().all() and y[0, 1, 3].isfinite().all()
+
+
+def test_flat_and_float32_temperature():
+    case = make(dtype=torch.bfloat16)
+    case.tensors[3] = case.tensors[3].float().flatten() * 1.01
+    check_against_reference(case)
+
+
+def test_autocast_leaves_the_temperature_alone():
+    case = make()
+    case.tensors[3] += 0.001
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = case.run(leaves, "fused")
+    half = [t.bfloat16() for t in case.tensors[:3]]
+    assert y.dtype == torch.bfloat16 and torch.equal(y, case.run([*half, case.tensors[3]], "fused"))
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+
+
+def test_gradcheck():
+    check_gradients(make((2, 2, 3, 4)))
+    check_gradients(make((1, 2, 5, 3), "token_major"), second=False)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (1, 3)])
+def test_only_some_gradients(needed):
+    case = make()
+    everything, grad = outputs(case, "fused")
+    leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(case.tensors)]
+    some = torch.autograd.grad(case.run(leaves, "fused"), [leaves[i] for i in needed], grad)
+    assert all(torch.equal(a, everything[1 + i]) for i, a in zip(needed, some, strict=True))
+
+
+def test_saves_its_arguments_only():
+    case = make((2, 4, 12, 300))
+    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
+
+
+def test_bitwise_repeatable():
+    check_bitwise_repeatable(make((2, 8, 12, 1024), "token_major"))
+    check_bitwise_repeatable(make((1, 2, 25, 3000)))
+
+
+def test_compiles():
+    check_compiles([make(), make((2, 4, 12, 70))])
+
+
+def test_opcheck():
+    check_opcheck("cross_covariance", make((2, 3, 5, 6)).tensors, tensors=4)
+    given = make((2, 3, 5, 6), "token_major").tensors
+    torch.library.opcheck(torch.ops.vision_ops.cross_covariance.default, given, test_utils="test_faketensor")
+
+
+def test_functorch():
+    case = make((2, 2, 4, 6))
+    vmapped = torch.func.vmap(fused_cross_covariance, in_dims=(0, 0, 0, None))(
+        *(t.unsqueeze(1) for t in case.tensors[:3]), case.tensors[3]
+    )
+    torch.testing.assert_close(vmapped[:, 0], case.run(case.tensors, "reference"))
+
+
+def test_explain():
+    assert "C++ kernel" in str(explain("cross_covariance", *make().tensors))
+    assert explain("cross_covariance", make().tensors[0], backend="reference").parts == {"cross_covariance": "PyTorch"}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.randn(2, 4, 12)}, ValueError, r"q must have the dimensions \(B, heads, d, N\)"),
+        ({0: torch.ones(2, 4, 12, 50, dtype=torch.long)}, TypeError, "q must be float32"),
+        ({1: torch.randn(2, 4, 12, 49)}, ValueError, r"k must have shape \(2, 4, 12, 50\) \(as q\)"),
+        ({2: torch.randn(2, 4, 11, 50)}, ValueError, r"v must have shape \(2, 4, 12, 50\) \(as q\)"),
+        ({2: torch.randn(2, 4, 12, 50).double()}, TypeError, "v must have the dtype of q"),
+        ({3: torch.ones(3)}, ValueError, r"temperature must have shape \(4,\)"),
+        ({3: torch.ones(4, 1)}, ValueError, r"temperature must have shape \(4, 1, 1\)"),
+    ],
+    ids=lambda value: "",
+)
+def test_refusals(change, error, message):
+    tensors = make().tensors
+    for i, t in change.items():
+        tensors[i] = t
+    with pytest.raises(error, match=message):
+        fused_cross_covariance(*tensors)
+
+
+def test_half_keys_beside_float32_queries_are_refused():
+    q, k, v, temperature = make().tensors
+    with pytest.raises(TypeError, match="k must have the dtype of q"):
+        fused_cross_covariance(q, k.bfloat16(), v, temperature)
+    q, k, v = (t.bfloat16() for t in (q, k, v))
+    with pytest.raises(TypeError, match=r"k must have the dtype of q, torch.bfloat16, got torch.float32"):
+        fused_cross_covariance(q, k.float(), v, temperature)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 3, 16])
+@pytest.mark.parametrize("d", [12, 24, 25, 48, 73, 96])
+@pytest.mark.parametrize("n", [1, 2, 7, 196, 1023, 16384])
+def test_sweep(heads, d, n):
+    case = make((1, heads, d, n), "token_major" if (d + n) % 2 else "contiguous")
+    if n == 1:
+        fused, eager = (case.run(case.tensors, backend) for backend in ("fused", "reference"))
+        torch.testing.assert_close(fused, eager)
+    else:
+        check_against_reference(case, slack=2)
+
+
+def test_matches_the_definition():
+    q, k, v, temperature = make((1, 2, 3, 5), dtype=torch.float64).tensors
+    normalized = [t / t.square().sum(-1, keepdim=True).sqrt() for t in (q, k)]
+    weights = torch.einsum("bhin,bhjn->bhij", *normalized).mul(temperature).softmax(-1)
+    torch.testing.assert_close(fused_cross_covariance(q, k, v, temperature), weights @ v)
+    torch.testing.assert_close(reference.cross_covariance(q, k, v, temperature), weights @ v)

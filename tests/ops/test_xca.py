@@ -1,0 +1,292 @@
+import pytest
+import torch
+from harness import (
+    HALF,
+    Case,
+    check_against_reference,
+    check_bitwise_repeatable,
+    check_compiles,
+    check_gradients,
+    outputs,
+    saved_bytes,
+)
+
+from vision_ops import explain, fused_xca
+from vision_ops.ops import xca as ops
+
+TAKES_GRAM = ops._takes_gram
+FORMS = {"qkv": lambda x: False, "gram": lambda x: True}
+EDGENEXT = {  # of XCA: channels and heads of stages 2, 3 and 4, at 32x32, 16x16 and 8x8 tokens
+    "XXS": ((48, 4), (88, 4), (168, 4)),
+    "XS": ((64, 4), (100, 4), (192, 4)),
+    "S": ((96, 8), (160, 8), (304, 8)),
+    "B": ((160, 8), (288, 8), (584, 8)),
+}
+XCIT = {"nano": (128, 4), "tiny": (192, 4), "small": (384, 8), "medium": (512, 8), "large": (768, 16)}
+
+
+@pytest.fixture(params=["qkv", "gram"])
+def form(request, monkeypatch):
+    monkeypatch.setattr(ops, "_takes_gram", FORMS[request.param])
+    return request.param
+
+
+def make(tokens=50, channels=24, heads=2, *, batch=2, bias=True, dtype=torch.float32, layout="contiguous", offset=0.0):
+    """Tokens with a common offset, for each channel another one."""
+
+    def run(t, backend):
+        return fused_xca(*t, num_heads=heads, backend=backend)
+
+    def parameter(*shape):
+        return torch.randn(shape, dtype=dtype) / (shape[1] ** 0.5 if len(shape) == 2 else 1)
+
+    shape = batch, tokens, channels
+    if layout == "contiguous":
+        x = torch.randn(shape, dtype=dtype)
+    elif layout == "channel_major":
+        x = torch.randn(batch, channels, tokens, dtype=dtype).transpose(1, 2)
+    elif layout == "slice":
+        x = torch.randn(batch, tokens + 1, channels + 3, dtype=dtype)[:, 1:, :channels]
+    else:
+        x = torch.randn(1, tokens, channels, dtype=dtype).expand(shape)
+    if offset:
+        x = x + offset * torch.randn(channels, dtype=dtype)
+    temperature = torch.rand(heads, 1, 1, dtype=dtype) * 4 + 0.5
+    qkv_bias, proj_bias = (parameter(3 * channels), parameter(channels)) if bias else (None, None)
+    weights = parameter(3 * channels, channels), parameter(channels, channels)
+    return Case(run, [x, weights[0], qkv_bias, temperature, weights[1], proj_bias])
+
+
+CASES = [
+    {},
+    {"bias": False},
+    {"tokens": 24},
+    {"tokens": 10},
+    {"tokens": 1},
+    {"tokens": 300, "channels": 50},
+    {"tokens": 33, "channels": 73, "heads": 1},
+    {"tokens": 20, "channels": 12, "heads": 12},
+    {"tokens": 7, "channels": 1, "heads": 1},
+    {"batch": 1, "tokens": 1100, "channels": 12, "heads": 1},
+    {"batch": 0},
+    {"layout": "channel_major"},
+    {"layout": "slice"},
+    {"layout": "expanded"},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_matches_reference(form, options):
+    check_against_reference(make(**options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("tokens", [12, 60])
+def test_dtypes(form, dtype, tokens):
+    check_against_reference(make(tokens, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("size", ["XXS", "S", *(pytest.param(size, marks=pytest.mark.slow) for size in ("XS", "B"))])
+def test_stages_of_edgenext(form, size, stage, dtype):
+    if form == "gram" and stage == 2 and size == "S":
+        pytest.skip("64 tokens of 304 channels never take this form, and it takes its time; XXS has 64 tokens, too")
+    channels, heads = EDGENEXT[size][stage]
+    check_against_reference(make((1024, 256, 64)[stage], channels, heads, batch=1, dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("tokens", [196, 784])
+@pytest.mark.parametrize("size", XCIT)
+def test_xcit(form, size, tokens, dtype):
+    check_against_reference(make(tokens, *XCIT[size], batch=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("offset", [100.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_common_offset(form, dtype, offset):
+    """In second moments that are not centred it would cancel: the error at 1000 would be 6e-3 in float32."""
+    check_against_reference(make(256, 48, 4, dtype=dtype, offset=offset))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_channels_of_zeros(form, dtype):
+    case = make(40, dtype=dtype, bias=False)
+    case.tensors[1][3] = 0  # of q
+    case.tensors[1][24 + 17] = 0  # of k
+    fused, grad = outputs(case, "fused")
+    eager, _ = outputs(case, "reference", grad)
+    assert all(not a.isnan().any() or b.isnan().any() for a, b in zip(fused, eager, strict=True))
+    case.tensors[0].zero_()
+    fused, _ = outputs(case, "fused")
+    assert all(t.isfinite().all() for t in fused) and not fused[0].any()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-6])
+def test_scale_of_the_inputs(form, scale):
+    case = make(64)
+    case.tensors[0] *= scale
+    check_against_reference(case)
+    case = make(64, bias=False)
+    case.tensors[0] *= scale
+    check_against_reference(case)
+
+
+def test_float32_parameters_beside_half_input(form):
+    case = make(dtype=torch.bfloat16)
+    case.tensors[1:] = [t.float() * 1.001 for t in case.tensors[1:]]
+    check_against_reference(case)
+
+
+@pytest.mark.parametrize("tokens", [12, 60])
+def test_autocast_leaves_the_temperature_alone(form, tokens):
+    case = make(tokens)
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = case.run(leaves, "fused")
+    half = [t if i == 3 else t.bfloat16() for i, t in enumerate(case.tensors)]
+    assert y.dtype == torch.bfloat16 and torch.equal(y, case.run(half, "fused"))
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+
+
+def test_autocast_leaves_a_float32_backward_alone(form):
+    case = make()
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    y = case.run(leaves, "fused")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    torch.testing.assert_close(inside, torch.autograd.grad(y.sum(), leaves), rtol=0, atol=0)
+
+
+def test_gradcheck(form):
+    check_gradients(make(5, 4, 2, batch=1))
+    check_gradients(make(3, 4, 1, layout="channel_major"), second=False)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (5,), (0, 3)])
+def test_only_some_gradients(form, needed):
+    for tokens in (12, 60):
+        case = make(tokens)
+        everything, grad = outputs(case, "fused")
+        leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(case.tensors)]
+        some = torch.autograd.grad(case.run(leaves, "fused"), [leaves[i] for i in needed], grad)
+        assert all(torch.equal(a, everything[1 + i]) for i, a in zip(needed, some, strict=True))
+
+
+def test_saved_bytes(form):
+    """x and [q | k | v], 4C numbers a token; x alone in the Gram form."""
+    case = make(600, 48, 4)
+    x, *parameters = case.tensors
+    kept = saved_bytes(case, "fused") - sum(t.nbytes for t in parameters)
+    assert kept == x.nbytes * (1 if form == "gram" else 4)
+    assert kept < 0.6 * (saved_bytes(case, "reference") - sum(t.nbytes for t in parameters))
+
+
+def test_saved_tensors_survive_a_second_backward(form):
+    case = make()
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    y = case.run(leaves, "fused").square().sum()
+    first = torch.autograd.grad(y, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(y, leaves), strict=True))
+
+
+def test_bitwise_repeatable(form):
+    check_bitwise_repeatable(make(300, 48, 4), other_threads=())
+    check_bitwise_repeatable(make(20, 48, 4), other_threads=())
+
+
+def test_compiles(form):
+    check_compiles([make(), make(70)])
+    check_compiles([make(12, layout="channel_major")], dynamic=False)
+
+
+def test_form_in_graphs():
+    """A graph for one size takes the form of its size, one for all sizes that of q, k and v."""
+    large, larger = make(1024, 48, 4), make(1040, 48, 4)
+    eager = large.run(large.tensors, "fused")
+    found = []
+
+    def backend(graph, inputs):
+        found.extend(node.args[-1] for node in graph.graph.nodes if "xca" in str(node.target))
+        return graph
+
+    for dynamic, gram in ((False, True), (True, False)):
+        torch._dynamo.reset()
+        found.clear()
+        run = torch.compile(large.run, fullgraph=True, dynamic=dynamic, backend=backend)
+        torch.testing.assert_close(run(large.tensors, "fused"), eager)
+        run(larger.tensors, "fused")
+        assert found == ([gram] if dynamic else [gram] * 2)
+
+
+def test_opcheck():
+    for gram in (False, True):
+        for tokens in (4, 10):
+            t = make(tokens, 6, 2).tensors
+            for given in (t, [*t[:2], None, *t[3:5], None]):
+                _opcheck(*given, 2, gram)
+
+
+def _opcheck(*given):
+    """The harness' own lays out four dimensions."""
+    forward, backward = torch.ops.vision_ops.xca.default, torch.ops.vision_ops.xca_backward.default
+    y, *saved = forward(*given)
+    torch.library.opcheck(forward, given)
+    torch.library.opcheck(backward, (torch.randn_like(y), *given, saved, [t is not None for t in given[:6]]))
+    torch.library.opcheck(forward, (given[0].clone().requires_grad_(), *given[1:]))
+
+
+def test_export_and_functorch():
+    case = make()
+    module = torch.nn.Module()
+    module.forward = lambda x: case.run([x, *case.tensors[1:]], "fused")
+    exported = torch.export.export(module, (case.tensors[0],))
+    torch.testing.assert_close(exported.module()(case.tensors[0]), case.run(case.tensors, "fused"))
+    y = torch.func.vmap(lambda x: case.run([x[None], *case.tensors[1:]], "auto")[0])(case.tensors[0])
+    torch.testing.assert_close(y, case.run(case.tensors, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "channels", "dtype", "gram"),
+    [
+        (1024, 96, torch.float32, True),
+        (1024, 96, torch.float64, True),
+        (1024, 96, torch.bfloat16, False),  # whose GEMMs are faster than float32's
+        (784, 384, torch.float32, True),
+        (256, 160, torch.float32, False),
+        (64, 304, torch.float32, False),
+        (196, 64, torch.float32, False),  # enough tokens, but little work
+    ],
+)
+def test_rule_of_the_forms(tokens, channels, dtype, gram):
+    x = torch.empty(1, tokens, channels, dtype=dtype)
+    assert TAKES_GRAM(x) == gram
+    found = explain("xca", x)
+    assert "C++ kernel" in found.parts["attention"] and ("Gram form" in str(found)) == gram
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert TAKES_GRAM(x) == (gram and dtype == torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(2, 24)}, ValueError, r"x must have the dimensions \(B, N, C\)"),
+        ({"num_heads": 5}, ValueError, "x must have a multiple of num_heads=5 channels, got 24"),
+        ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 2.0}, TypeError, "num_heads must be an int"),
+        ({"qkv_weight": torch.randn(24, 24)}, ValueError, r"qkv_weight must have shape \(72, 24\) \(3C, C\)"),
+        ({"qkv_bias": torch.randn(24)}, ValueError, r"qkv_bias must have shape \(72,\)"),
+        ({"temperature": torch.ones(3, 1, 1)}, ValueError, r"temperature must have shape \(2, 1, 1\)"),
+        ({"proj_weight": torch.randn(24, 24, 1)}, ValueError, r"proj_weight must have shape \(24, 24\)"),
+        ({"proj_bias": torch.randn(24).double()}, TypeError, "proj_bias must have the dtype of x"),
+    ],
+    ids=lambda value: "",
+)
+def test_refusals(change, error, message):
+    names = "x", "qkv_weight", "qkv_bias", "temperature", "proj_weight", "proj_bias"
+    arguments = {**dict(zip(names, make().tensors, strict=True)), "num_heads": 2, **change}
+    with pytest.raises(error, match=message):
+        fused_xca(**arguments)

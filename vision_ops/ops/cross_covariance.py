@@ -1,0 +1,220 @@
+"""XCiT's attention between the channels of each head, without its projections."""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import Explanation, explainers
+from . import _heads
+from ._checks import autocast_enabled, check_parameter, check_tensor
+from ._heads import wide
+from ._registration import FusedOp, allocate_contiguous, device_reasons, without_autocast
+
+
+class _Arguments(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    temperature: Tensor
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.cross_covariance(*a)
+
+
+def _output(a: _Arguments) -> Tensor:
+    """In the order of v: its channels stay neighbours where they are, so that merging the heads is a view."""
+    b, heads, d, n = a.v.shape
+    if a.v.stride(2) == 1 and a.v.stride(3) != 1:
+        return allocate_contiguous((b, n, heads, d), a.v).permute(0, 2, 3, 1)
+    return allocate_contiguous(a.v.shape, a.v)
+
+
+# --- The attention of q and k, for this op and for those that contain it. `kernels` are `_heads` or Triton's.
+
+
+class Attention(NamedTuple):
+    gram: Tensor
+    norms: Tensor  # squared, of q and of k
+    weights: Tensor
+    temperature: Tensor  # (heads,)
+
+
+def attend(kernels: ModuleType, q: Tensor, k: Tensor, temperature: Tensor) -> Attention:
+    attention = empty_attention(q, temperature)
+    kernels.gram(q, k, attention.gram, attention.norms, q, k)
+    kernels.softmax(attention.gram, attention.norms, attention.temperature, attention.weights)
+    return attention
+
+
+def empty_attention(q: Tensor, temperature: Tensor) -> Attention:
+    b, heads, d, _ = q.shape
+    dtype = wide(q.dtype)
+    gram, weights = (allocate_contiguous((b, heads, d, d), q, dtype) for _ in range(2))
+    norms = allocate_contiguous((b, 2, heads, d), q, dtype)
+    return Attention(gram, norms, weights, temperature.to(dtype).flatten().contiguous())
+
+
+def empty_matrices(attention: Attention) -> Tensor:
+    return allocate_contiguous(attention.weights.shape, attention.weights)
+
+
+def gram_gradient(
+    kernels: ModuleType, grad: Tensor, attention: Attention, dtemperature: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Turns the gradient of the weights into that of the gram, in place, and returns the factors by which q and k, each
+    (B, heads, d, 1), add to their own gradients through their norms."""
+    gram, norms, weights, temperature = attention
+    scales = allocate_contiguous(norms.shape, norms)
+    each = allocate_contiguous((*gram.shape[:2], 1, 1), gram)
+    kernels.softmax_backward(grad, weights, gram, norms, temperature, scales, each)
+    if dtemperature is not None:
+        dtemperature.copy_(each.sum(0).view_as(dtemperature))
+    of_q, of_k = scales.unsqueeze(-1).unbind(1)
+    return of_q, of_k
+
+
+def attend_backward(
+    kernels: ModuleType,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    attention: Attention,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dtemperature: Tensor | None,
+) -> None:
+    """grad, that of the weights, is overwritten."""
+    of_q, of_k = gram_gradient(kernels, grad, attention, dtemperature)
+    if dq is not None:
+        kernels.apply(grad, k, dq, scale=of_q, z=q)
+    if dk is not None:
+        kernels.apply(grad, q, dk, transposed=True, scale=of_k, z=k)
+
+
+# --- The op
+
+
+def _forward(a: _Arguments, kernels: ModuleType) -> Tensor:
+    y = _output(a)
+    kernels.apply(attend(kernels, a.q, a.k, a.temperature).weights, a.v, y)
+    return y
+
+
+def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, kernels: ModuleType) -> None:
+    dq, dk, dv, dtemperature = grads
+    attention = attend(kernels, a.q, a.k, a.temperature)
+    if dv is not None:
+        kernels.apply(attention.weights, grad, dv, transposed=True)
+    if dq is not None or dk is not None or dtemperature is not None:
+        dweights = empty_matrices(attention)
+        kernels.gram(grad, a.v, dweights)
+        attend_backward(kernels, dweights, a.q, a.k, attention, dq, dk, dtemperature)
+
+
+@without_autocast
+def _forward_cpu(a: _Arguments) -> Tensor:
+    return _forward(a, _heads)
+
+
+@without_autocast
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    _backward(grads, grad, a, _heads)
+
+
+def _forward_cuda(a: _Arguments) -> Tensor:
+    from ..kernels import cross_covariance
+
+    return _forward(a, cross_covariance)
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    from ..kernels import cross_covariance
+
+    _backward(grads, grad, a, cross_covariance)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+_MOST_CHANNELS = 128  # of a head, that a Triton program holds in registers
+
+
+def triton_reasons(x: Tensor, channels: int) -> list[str]:
+    """Why the Triton kernels cannot take x with so many channels in a head."""
+    if x.device.type != "cuda":
+        return []
+    reasons = ["the Triton kernels do not take float64"] if x.dtype == torch.float64 else []
+    if channels > _MOST_CHANNELS:
+        reasons.append(f"the Triton kernels take at most {_MOST_CHANNELS} channels in a head, x has {channels}")
+    return reasons
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.q, _KERNELS, triton=True) + triton_reasons(a.q, a.q.shape[2]), []
+
+
+_op = FusedOp(
+    "cross_covariance",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    uncast=("temperature",),
+)
+
+
+def _explain(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    temperature: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Explanation:
+    check_tensor("q", q, "B, heads, d, N")
+    return _op.explain(q, k, v, temperature, backend=backend)
+
+
+explainers["cross_covariance"] = _explain
+
+
+def check_temperature(temperature: Any, heads: int, x: Tensor, of: str) -> None:
+    """As many as there are heads, (heads, 1, 1) as the modules have them or (heads,)."""
+    flat = isinstance(temperature, Tensor) and temperature.ndim == 1
+    shape, why = ((heads,), "heads") if flat else ((heads, 1, 1), "heads, 1, 1")
+    check_parameter("temperature", temperature, shape, why, x, of)
+
+
+def fused_cross_covariance(
+    q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """A v, A = softmax(temperature * normalize(q) normalize(k)^T), d x d in every head; normalize: over the tokens.
+
+    Args:
+        q: (B, heads, d, N), any strides, views of a (B, N, 3C) tensor included; float32, bfloat16, float16 or float64.
+        k, v: as q, in its dtype. The output has the shape, dtype and order of v.
+        temperature: (heads, 1, 1) or (heads,), in the dtype of q, or float32 beside a half q. Autocast leaves it alone.
+        backend: as in `vision_ops.use_backend`.
+
+    Norms are F.normalize's, 1e-12 at least; a row of zeros gives cosines of 0, in every dtype. Grams, norms and softmax
+    are float32 (float64 for float64). Backward keeps the arguments only and computes the attention again. Gradients
+    come in each argument's own dtype and are bitwise repeatable. Without a kernel for the device,
+    `reference.cross_covariance` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    XCiT (arXiv 2106.09681), XCA in xcit.py of facebookresearch/xcit.
+    """
+    check_tensor("q", q, "B, heads, d, N")
+    for name, t in (("k", k), ("v", v)):
+        check_tensor(name, t, "B, heads, d, N")
+        check_parameter(name, t, tuple(q.shape), "as q", q, "q")
+        if t.dtype != q.dtype and not autocast_enabled(q):
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
+    check_temperature(temperature, q.shape[1], q, "q")
+    return _op(q, k, v, temperature, backend=backend)

@@ -1,0 +1,287 @@
+"""Cross-covariance attention of XCiT and EdgeNeXt, whole: attention between channels and the projections around it."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from . import _gram_xca, _heads
+from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
+from ._heads import by_head
+from ._registration import FusedOp, allocate_contiguous, device_reasons, without_autocast
+from .cross_covariance import Attention, attend, attend_backward, check_temperature, empty_matrices, triton_reasons
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    temperature: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor | None
+    num_heads: int
+    gram: bool  # which of two forms computes it; they differ in what they save
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.xca(*a[:6], num_heads=a.num_heads)
+
+
+def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
+    """y and, unless the Gram form computes it from x, [q | k | v]."""
+    b, n, c = a.x.shape
+    saved = (0,) if a.gram else (b, n, 3 * c)
+    return allocate_contiguous((b, n, c), a.x), allocate_contiguous(saved, a.x)
+
+
+def _takes_gram(x: Tensor) -> bool:
+    """Whether the Gram form is taken: its products are C x C and float32 at least, and small ones do not pay for the
+    longer way (measured, AVX-512). Graphs for all sizes keep to the qkv form, as they must not depend on the size."""
+    n, c = x.shape[1:]
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
+    holds = statically_known_true if torch.compiler.is_compiling() else bool
+    return dtype in (torch.float32, torch.float64) and holds(n >= 2 * c) and holds(n * c >= 32768)
+
+
+# --- The qkv form: q, k and v of every token.
+
+
+def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, kernels: ModuleType) -> None:
+    (_, n, c), heads = a.x.shape, a.num_heads
+    _linear(a.x.reshape(-1, c), a.qkv_weight, a.qkv_bias, qkv.view(-1, 3 * c))
+    q, k, v = _split(qkv, heads)
+    attention = attend(kernels, q, k, a.temperature)
+    if n >= c:
+        folded, v = _folded(a, attention, kernels).transpose(1, 2), qkv[:, :, 2 * c :]
+        if a.proj_bias is None:
+            torch.bmm(v, folded, out=y)
+        else:
+            torch.baddbmm(a.proj_bias.to(y.dtype), v, folded, out=y)
+    else:
+        _linear(_weighted(v, attention, kernels).view(-1, c), a.proj_weight, a.proj_bias, y.view(-1, c))
+
+
+def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType) -> None:
+    dx, dqkv_weight, dqkv_bias, dtemperature, dproj_weight, dproj_bias = grads
+    (b, n, c), heads = a.x.shape, a.num_heads
+    q, k, v = _split(qkv, heads)
+    attention = attend(kernels, q, k, a.temperature)
+    grad = grad.contiguous()
+    rows = grad.view(-1, c)
+    if dproj_bias is not None:
+        torch.sum(rows, 0, out=dproj_bias) if dproj_bias.dtype == grad.dtype else dproj_bias.copy_(rows.sum(0))
+
+    dqkv, dweights = allocate_contiguous(qkv.shape, qkv), empty_matrices(attention)
+    dq, dk, dv = _split(dqkv, heads)
+    if n >= c:
+        torch.bmm(grad, _folded(a, attention, kernels), out=dqkv[:, :, 2 * c :])
+        dfolded = by_head(torch.bmm(grad.transpose(1, 2), qkv[:, :, 2 * c :]), heads)
+        kernels.gram(_proj_heads(a), dfolded, dweights)
+        if dproj_weight is not None:
+            each = allocate_contiguous((b, c, c), dweights)
+            kernels.apply(attention.weights, dfolded, by_head(each, heads))
+            dproj_weight.copy_(each.sum(0))
+    else:
+        if dproj_weight is not None:
+            _weight_gradient(rows, _weighted(v, attention, kernels).view(-1, c), dproj_weight)
+        dweighted = by_head(torch.mm(rows, a.proj_weight.to(grad.dtype)).view(b, n, c), heads)
+        kernels.gram(dweighted, v, dweights)
+        kernels.apply(attention.weights, dweighted, dv, transposed=True)
+    attend_backward(kernels, dweights, q, k, attention, dq, dk, dtemperature)
+
+    rows = dqkv.view(-1, 3 * c)
+    if dqkv_bias is not None:
+        dqkv_bias.copy_(rows.sum(0))
+    if dqkv_weight is not None:
+        _weight_gradient(rows, a.x.reshape(-1, c), dqkv_weight)
+    if dx is not None:
+        torch.mm(rows, a.qkv_weight.to(rows.dtype), out=dx.view(-1, c))
+
+
+def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    b, n, width = qkv.shape
+    return qkv.view(b, n, 3, heads, width // (3 * heads)).permute(2, 0, 3, 4, 1).unbind(0)
+
+
+def _proj_heads(a: _Arguments) -> Tensor:
+    return by_head(a.proj_weight.expand(len(a.x), -1, -1), a.num_heads)
+
+
+def _folded(a: _Arguments, attention: Attention, kernels: ModuleType) -> Tensor:
+    """The attention and the projection in one matrix for every sample, (B, C, C): fewer products from N = C on."""
+    b, _, c = a.x.shape
+    folded = allocate_contiguous((b, c, c), a.x)
+    kernels.apply(attention.weights, _proj_heads(a), by_head(folded, a.num_heads), transposed=True)
+    return folded
+
+
+def _weighted(v: Tensor, attention: Attention, kernels: ModuleType) -> Tensor:
+    """A v, (B, N, C)."""
+    b, heads, d, n = v.shape
+    weighted = allocate_contiguous((b, n, heads * d), v)
+    kernels.apply(attention.weights, v, by_head(weighted, heads))
+    return weighted
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    weight = weight.to(x.dtype).t()
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight, out=out)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    if out.dtype == x.dtype:
+        torch.mm(grad.t(), x, out=out)
+    else:
+        out.copy_(torch.mm(grad.t(), x))
+
+
+# --- The op
+
+
+def _forward(a: _Arguments, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+    y, qkv = _output(a)
+    if y.numel() == 0:
+        return y, qkv
+    if a.gram:
+        _gram_xca.forward(a, y, kernels)
+    else:
+        _forward_qkv(a, y, qkv, kernels)
+    return y, qkv
+
+
+def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType) -> None:
+    if grad.numel() == 0:
+        for t in grads:
+            if t is not None:
+                t.zero_()
+    elif a.gram:
+        _gram_xca.backward(grads, grad, a, kernels)
+    else:
+        _backward_qkv(grads, grad, a, qkv, kernels)
+
+
+@without_autocast
+def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor]:
+    return _forward(a, _heads)
+
+
+@without_autocast
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor) -> None:
+    _backward(grads, grad, a, qkv, _heads)
+
+
+@without_autocast
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor]:
+    from ..kernels import cross_covariance
+
+    return _forward(a, cross_covariance)
+
+
+@without_autocast
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor) -> None:
+    from ..kernels import cross_covariance
+
+    _backward(grads, grad, a, qkv, cross_covariance)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS, triton=True) + triton_reasons(a.x, a.x.shape[2] // a.num_heads), []
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    form = "of the Gram form" if a.gram else "of q, k and v"
+    kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
+    return {"attention": kernel, "products over all channels": f"PyTorch's GEMMs, {form}"}
+
+
+_op = FusedOp(
+    "xca",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    uncast=("temperature",),
+    saved=1,
+    parts=_parts,
+)
+
+
+def _explain(
+    x: Tensor,
+    qkv_weight: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
+    temperature: Tensor | None = None,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    *,
+    num_heads: int = 8,
+    backend: str | None = None,
+) -> Explanation:
+    check_tensor("x", x, "B, N, C")
+    given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
+    return _op.explain(*given, num_heads, _takes_gram(x), backend=backend)
+
+
+explainers["xca"] = _explain
+
+
+def fused_xca(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    num_heads: int,
+    backend: str | None = None,
+) -> Tensor:
+    """proj(A v), [q | k | v] = qkv(x), A = softmax(temperature * normalize(q) normalize(k)^T), d x d in each head.
+
+    Args:
+        x: (B, N, C), any strides; float32, bfloat16, float16 or float64. The output has its shape and dtype and is
+            contiguous.
+        qkv_weight, qkv_bias: (3C, C), and (3C,) or None.
+        temperature: (num_heads, 1, 1) or (num_heads,). Autocast leaves it alone.
+        proj_weight, proj_bias: (C, C), and (C,) or None.
+        num_heads: a divisor of C.
+        backend: as in `vision_ops.use_backend`.
+
+    Parameters have the dtype of x, or float32 beside a half x. The attention is that of `fused_cross_covariance`, and
+    is merged into the projection where that means less work. With many tokens for its channels (`explain` tells), a
+    float32 or float64 x takes the Gram form instead, which has no q, k and v: everything follows from the second
+    moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's. Backward keeps, besides the
+    arguments, [q | k | v], or in the Gram form nothing. Gradients come in each argument's own dtype and are bitwise
+    repeatable with the same number of threads. Without a kernel for the device, `reference.xca` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    XCiT (arXiv 2106.09681), XCA in xcit.py of facebookresearch/xcit.
+    """
+    check_tensor("x", x, "B, N, C")
+    check_integer("num_heads", num_heads, 1)
+    c = x.shape[2]
+    if c % num_heads:
+        raise ValueError(f"x must have a multiple of num_heads={num_heads} channels, got {c}")
+    check_parameter("qkv_weight", qkv_weight, (3 * c, c), "3C, C", x)
+    if qkv_bias is not None:
+        check_parameter("qkv_bias", qkv_bias, (3 * c,), "3C", x)
+    check_temperature(temperature, num_heads, x, "x")
+    check_parameter("proj_weight", proj_weight, (c, c), "C, C", x)
+    if proj_bias is not None:
+        check_parameter("proj_bias", proj_bias, (c,), "C", x)
+    given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
+    return _op(*given, num_heads, _takes_gram(x), backend=backend)
