@@ -132,45 +132,46 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw) {
     const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
     run([&] { return cpu_kernels().global_filter->backward(tdy, tx, tw, tdx, tdw); });
+  });
 
-    m.def("moga_gate", [](py::handle g, py::handle v, py::handle y, bool doubled) {
-      const Tensor4 tg = tensor(g), tv = tensor(v), ty = tensor(y);
-      run([&] { return cpu_kernels().moga_gate->forward(tg, tv, ty, doubled); });
+  m.def("moga_gate", [](py::handle g, py::handle v, py::handle y, bool doubled) {
+    const Tensor4 tg = tensor(g), tv = tensor(v), ty = tensor(y);
+    run([&] { return cpu_kernels().moga_gate->forward(tg, tv, ty, doubled); });
+  });
+  m.def("moga_gate_backward",
+        [](py::handle dy, py::handle g, py::handle v, py::handle dg, py::handle dv, bool doubled) {
+          const Tensor4 tdy = tensor(dy), tg = tensor(g), tv = tensor(v), tdg = tensor(dg), tdv = tensor(dv);
+          run([&] { return cpu_kernels().moga_gate->backward(tdy, tg, tv, tdg, tdv, doubled); });
+        });
+  m.def("image_means", [](py::handle x, py::handle mean) {
+    const Tensor4 tx = tensor(x), tmean = tensor(mean);
+    run([&] { return cpu_kernels().feature_decompose->means(tx, tmean); });
+  });
+  m.def("feature_decompose", [](py::handle x, py::handle mean, py::handle sigma, py::handle y, int activation) {
+    const Tensor4 tx = tensor(x), tmean = tensor(mean), tsigma = tensor(sigma), ty = tensor(y);
+    run([&] { return cpu_kernels().feature_decompose->forward(tx, tmean, tsigma, ty, Activation(activation)); });
+  });
+  m.def("feature_decompose_backward", [](py::handle dy, py::handle x, py::handle mean, py::handle sigma, py::handle dx,
+                                         py::handle dsigma, int activation) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tmean = tensor(mean), tsigma = tensor(sigma), tdx = tensor(dx),
+                  tdsigma = tensor(dsigma);
+    run([&] {
+      const FeatureDecomposeOps& ops = *cpu_kernels().feature_decompose;
+      return ops.backward(tdy, tx, tmean, tsigma, tdx, tdsigma, Activation(activation));
     });
-    m.def("moga_gate_backward",
-          [](py::handle dy, py::handle g, py::handle v, py::handle dg, py::handle dv, bool doubled) {
-            const Tensor4 tdy = tensor(dy), tg = tensor(g), tv = tensor(v), tdg = tensor(dg), tdv = tensor(dv);
-            run([&] { return cpu_kernels().moga_gate->backward(tdy, tg, tv, tdg, tdv, doubled); });
-          });
-    m.def("image_means", [](py::handle x, py::handle mean) {
-      const Tensor4 tx = tensor(x), tmean = tensor(mean);
-      run([&] { return cpu_kernels().feature_decompose->means(tx, tmean); });
-    });
-    m.def("feature_decompose", [](py::handle x, py::handle mean, py::handle sigma, py::handle y, int activation) {
-      const Tensor4 tx = tensor(x), tmean = tensor(mean), tsigma = tensor(sigma), ty = tensor(y);
-      run([&] { return cpu_kernels().feature_decompose->forward(tx, tmean, tsigma, ty, Activation(activation)); });
-    });
-    m.def("feature_decompose_backward", [](py::handle dy, py::handle x, py::handle mean, py::handle sigma,
-                                           py::handle dx, py::handle dsigma, int activation) {
-      const Tensor4 tdy = tensor(dy), tx = tensor(x), tmean = tensor(mean), tsigma = tensor(sigma), tdx = tensor(dx),
-                    tdsigma = tensor(dsigma);
-      run([&] {
-        const FeatureDecomposeOps& ops = *cpu_kernels().feature_decompose;
-        return ops.backward(tdy, tx, tmean, tsigma, tdx, tdsigma, Activation(activation));
-      });
-    });
-    m.def("channel_aggregation", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle h,
-                                    py::handle scores, const py::tuple& size) {
-      const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), th = tensor(h);
-      const Tensor4 tscores = tensor(scores);
-      const DwConv c = conv(size);
-      run([&] { return cpu_kernels().channel_aggregation_ffn->forward(tf, tw, tb, tv, th, tscores, c); });
-    });
-    m.def("channel_aggregation_backward", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle dscores,
-                                             py::handle dh, py::handle h, py::handle dv, const py::tuple& size) {
-      const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), tdscores = tensor(dscores);
-      const Tensor4 tdh = tensor(dh), th = tensor(h), tdv = tensor(dv);
-      const DwConv c = conv(size);
-      run([&] { return cpu_kernels().channel_aggregation_ffn->backward(tf, tw, tb, tv, tdscores, tdh, th, tdv, c); });
-    });
+  });
+  m.def("channel_aggregation", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle h,
+                                  py::handle scores, const py::tuple& size) {
+    const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), th = tensor(h);
+    const Tensor4 tscores = tensor(scores);
+    const DwConv c = conv(size);
+    run([&] { return cpu_kernels().channel_aggregation_ffn->forward(tf, tw, tb, tv, th, tscores, c); });
+  });
+  m.def("channel_aggregation_backward", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle dscores,
+                                           py::handle dh, py::handle h, py::handle dv, const py::tuple& size) {
+    const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), tdscores = tensor(dscores);
+    const Tensor4 tdh = tensor(dh), th = tensor(h), tdv = tensor(dv);
+    const DwConv c = conv(size);
+    run([&] { return cpu_kernels().channel_aggregation_ffn->backward(tf, tw, tb, tv, tdscores, tdh, th, tdv, c); });
+  });
 }
