@@ -8,7 +8,16 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_eps, check_kernel, check_parameter, check_tensor
-from ._registration import FusedOp, allocate, device_reasons
+from ._registration import (
+    FusedOp,
+    allocate,
+    allocate_channels_last,
+    channels_dense,
+    device_reasons,
+    to_channels_dense,
+)
+from .dwconv import convolve_backward_cuda, convolve_cuda
+from .layer_norm_2d import MOST_CHANNELS
 
 
 class _Arguments(NamedTuple):
@@ -26,13 +35,17 @@ def _reference(a: _Arguments) -> Tensor:
 
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """y; the output u of the convolution as (N, H, W, C); all means, then all 1 / deviations of its pixels."""
+    """y; the output u of the convolution as (N, H, W, C); all means, then all 1 / deviations of its pixels, which the
+    Triton kernel of the norm computes again instead."""
     n, c, h, w = a.x.shape
     y = allocate((n, h, w, c), a.x)
     if not a.keep:
         return y, a.x.new_empty(0), a.x.new_empty(0)
+    u = allocate((n, h, w, c), a.x)
+    if a.x.device.type == "cuda":
+        return y, u, a.x.new_empty(0)
     wide = torch.promote_types(a.x.dtype, torch.float32)
-    return y, allocate((n, h, w, c), a.x), allocate((2, n, h, w), a.x, dtype=wide)
+    return y, u, allocate((2, n, h, w), a.x, dtype=wide)
 
 
 def _channels_first(t: Tensor) -> Tensor:
@@ -64,11 +77,51 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Te
     _native.kernels().dwconv_layer_norm_backward(*inputs, *kept, *outputs, _native_conv(a))
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import layer_norm_2d
+
+    y, u, statistics = _output(a)
+    convolved = _channels_first(u) if a.keep else allocate_channels_last(a.x.shape, a.x)
+    weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
+    convolve_cuda(to_channels_dense(a.x), weight, bias, convolved)
+    layer_norm_2d.forward(convolved, a.ln_weight, a.ln_bias, _channels_first(y), a.eps)
+    return y, u, statistics
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Tensor, statistics: Tensor) -> None:
+    from ..kernels import layer_norm_2d
+
+    if not a.keep:
+        _, u, _ = _forward_cuda(a._replace(keep=True))
+    dx, dweight, dbias, dln_weight, dln_bias = grads
+    of_conv = any(t is not None for t in (dx, dweight, dbias))
+    du = allocate_channels_last(a.x.shape, a.x) if of_conv else None
+    layer_norm_2d.backward(_channels_first(grad), _channels_first(u), a.ln_weight, du, dln_weight, dln_bias, a.eps)
+    if du is None:
+        return
+    out = dx if dx is not None and channels_dense(dx) else allocate_channels_last(a.x.shape, a.x)
+    convolve_backward_cuda(du, to_channels_dense(a.x), a.weight.contiguous(), out, dweight, dbias)
+    if dx is not None and out is not dx:
+        dx.copy_(out)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.x, _KERNELS), []
+    cannot = device_reasons(a.x, _KERNELS)
+    if a.x.device.type == "cuda":
+        cannot += device_reasons(a.x, _KERNELS, triton=True)
+        if a.x.shape[1] > MOST_CHANNELS:
+            cannot.append(f"the Triton kernel takes at most {MOST_CHANNELS} channels, x has {a.x.shape[1]}")
+    return cannot, []
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    if a.x.device.type == "cuda":
+        return {"depthwise convolution": kernel, "layer norm": "Triton kernel"}
+    return {"dwconv_layer_norm": kernel}
 
 
 _op = FusedOp(
@@ -79,6 +132,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     saved=2,
+    parts=_parts,
     uncast=("ln_weight", "ln_bias"),
 )
 
@@ -124,7 +178,8 @@ def fused_dwconv_layer_norm(
     Returns (N, H, W, C), contiguous, in the dtype of x. Parameters have the dtype of x, or float32 beside a half x;
     under autocast those of the norm stay as they are. Sums and statistics are float32 (float64 for float64), and u is
     not rounded before the norm. Where a gradient is needed, u and two numbers a pixel are kept for the backward pass
-    besides the arguments. Gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for
+    besides the arguments; on a GPU, where the convolution and the norm are two kernels, u is rounded and alone is kept.
+    Gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for
     the device, `reference.dwconv_layer_norm` runs.
 
     Raises:

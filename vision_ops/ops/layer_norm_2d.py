@@ -10,7 +10,7 @@ from ..dispatch import Explanation, explainers
 from ._checks import check_eps, check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, memory_format
 
-_MOST_CHANNELS = 2048  # that the registers of a Triton program hold
+MOST_CHANNELS = 2048  # that the registers of a Triton program hold
 
 
 class _Arguments(NamedTuple):
@@ -73,8 +73,8 @@ def _torch_is_faster(a: _Arguments) -> bool:
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.x, _KERNELS, triton=True)
-    if a.x.device.type == "cuda" and a.x.shape[1] > _MOST_CHANNELS:
-        cannot.append(f"the Triton kernel takes at most {_MOST_CHANNELS} channels, x has {a.x.shape[1]}")
+    if a.x.device.type == "cuda" and a.x.shape[1] > MOST_CHANNELS:
+        cannot.append(f"the Triton kernel takes at most {MOST_CHANNELS} channels, x has {a.x.shape[1]}")
     # A compiled graph must not depend on the size.
     if cannot or torch.compiler.is_compiling() or not _torch_is_faster(a):
         return cannot, []

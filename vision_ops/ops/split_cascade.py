@@ -3,13 +3,22 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.split_cascade import cascade_widths
 from ._checks import check_parameter, check_sequence, check_tensor
-from ._registration import FusedOp, device_reasons, empty
+from ._registration import (
+    FusedOp,
+    allocate_channels_last,
+    channels_dense,
+    device_reasons,
+    empty,
+    to_channels_dense,
+)
+from .dwconv import convolve_backward_cuda, convolve_cuda
 
 
 class _Arguments(NamedTuple):
@@ -51,11 +60,62 @@ def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     _native.kernels().split_cascade_backward(_native.view(grad), _native.view(a.x), *p.views, *outputs, _CONV)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+# On a GPU the depthwise engine runs level by level, on channels_last tensors and channel slices of them.
+def _splits(t: Tensor, a: _Arguments) -> list[Tensor]:
+    width, levels = a.weights[0].shape[0], len(a.weights)
+    return list(t.split([width] * levels + [t.shape[1] - levels * width], dim=1))
+
+
+def _convolved(t: Tensor, a: _Arguments, level: int, y: Tensor) -> None:
+    bias = a.biases[level]
+    convolve_cuda(t, a.weights[level].contiguous(), None if bias is None else bias.contiguous(), y)
+
+
+def _sum(s: Tensor, t: Tensor) -> Tensor:
+    return torch.add(s, t, out=allocate_channels_last(s.shape, s))
+
+
+def _forward_cuda(a: _Arguments) -> Tensor:
+    y, x = _output(a), to_channels_dense(a.x)
+    out = y if channels_dense(y) else allocate_channels_last(y.shape, y)
+    *s, last = _splits(x, a)
+    *outs, out_last = _splits(out, a)
+    for i, split in enumerate(s):
+        _convolved(split if i == 0 else _sum(split, outs[i - 1]), a, i, outs[i])
+    out_last.copy_(last)
+    return y if out is y else y.copy_(out)
+
+
+def _backward_cuda(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+    dx, dweights, dbiases = grads
+    out = dx if dx is not None and channels_dense(dx) else allocate_channels_last(grad.shape, grad)
+    s, outs, dy = (_splits(t, a) for t in (to_channels_dense(a.x), out, to_channels_dense(grad)))
+    inputs = s[:1]
+    for i in range(1, len(a.weights)):
+        y = allocate_channels_last(s[i].shape, out)
+        _convolved(inputs[-1], a, i - 1, y)
+        inputs.append(_sum(s[i], y))
+    for i in reversed(range(len(a.weights))):
+        du = dy[i] if i == len(a.weights) - 1 else _sum(dy[i], outs[i + 1])
+        convolve_backward_cuda(du, inputs[i], a.weights[i].contiguous(), outs[i], dweights[i], dbiases[i])
+    if dx is not None:
+        outs[-1].copy_(dy[-1])
+    if dx is not None and out is not dx:
+        dx.copy_(out)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     return device_reasons(a.x, _KERNELS), []
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    if a.x.device.type == "cuda":
+        return {"depthwise convolutions": f"{kernel}, level by level", "sums": "PyTorch"}
+    return {"split_cascade": kernel}
 
 
 _op = FusedOp(
@@ -65,6 +125,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    parts=_parts,
 )
 
 
@@ -101,8 +162,8 @@ def fused_split_cascade(
         backend: as in `vision_ops.use_backend`.
 
     Every convolution keeps the size; what it adds up is zero outside of the image. Sums are float32 (float64 for
-    float64), and no y_i is rounded before the next level. Backward keeps the arguments only and computes every y_i
-    again; gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for the device,
+    float64), and on CPUs no y_i is rounded before the next level. Backward keeps the arguments only and computes every
+    y_i again; gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for the device,
     `reference.split_cascade` runs.
 
     Raises:
