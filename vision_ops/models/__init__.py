@@ -6,6 +6,7 @@ from typing import Any
 
 from . import edgenext, hornet, moat, moganet, s2mlpv2
 from ._backbone import Backbone, FeatureInfo, Variant
+from .checkpoint import LoadedCheckpoint, load_checkpoint
 from .edgenext import EdgeNeXt
 from .hornet import HorNet
 from .moat import MOAT
@@ -18,10 +19,12 @@ __all__ = [
     "EdgeNeXt",
     "FeatureInfo",
     "HorNet",
+    "LoadedCheckpoint",
     "MogaNet",
     "S2MLPv2",
     "create_model",
     "list_models",
+    "load_checkpoint",
 ]
 
 _VARIANTS: dict[str, Variant] = {

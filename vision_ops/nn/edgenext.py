@@ -222,7 +222,7 @@ class _SDTA(nn.Module):
             raise ValueError(
                 f"scales must leave channels for the last split: {scales - 1} splits of {width} use up all {dim}"
             )
-        self.fused = fused
+        self.width, self.fused = width, fused
         self.gamma_xca, self.gamma = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(scales - 1))
         self.pos_embd = PositionalEncodingFourier(dim=dim) if use_pos_emb else None
@@ -234,12 +234,13 @@ class _SDTA(nn.Module):
 
     def cascade(self, x: Tensor) -> Tensor:
         """`reference.split_cascade` with the depthwise convolutions of this module."""
-        *splits, last = x.split(cascade_widths(x.shape[1], len(self.convs) + 1), dim=1)
+        width = self.width
         outputs: list[Tensor] = []
-        for split, conv in zip(splits, self.convs, strict=True):
+        for i, conv in enumerate(self.convs):
+            split = x[:, i * width : (i + 1) * width]
             y = outputs[-1] + split if outputs else split
             outputs.append(fused_dwconv(y, conv.weight, conv.bias, backend=backend(self)))
-        return torch.cat([*outputs, last], dim=1)
+        return torch.cat([*outputs, x[:, len(self.convs) * width :]], dim=1)
 
     def with_position(self, x: Tensor) -> Tensor:
         """Adds the encoding of the position to (N, H, W, C)."""

@@ -17,9 +17,9 @@ def spatial_shift(x: Tensor, dims: tuple[int, int]) -> Tensor:
     Out of place. The article's in-place slices overwrite what they still read: wrong in eager mode on the CPU,
     undefined on a GPU, and something else again once compiled or exported.
     """
-    c = x.shape[-1]
-    first, second, third, fourth = x.tensor_split([c // 4, c // 2, c * 3 // 4], dim=-1)
-    a, b = dims
+    c, (a, b) = x.shape[-1], dims
+    first, second = x[..., : c // 4], x[..., c // 4 : c // 2]
+    third, fourth = x[..., c // 2 : c * 3 // 4], x[..., c * 3 // 4 :]
     return torch.cat(
         [_moved(first, a, True), _moved(second, a, False), _moved(third, b, True), _moved(fourth, b, False)], -1
     )

@@ -14,8 +14,9 @@ def cascade_widths(channels: int, scales: int) -> list[int]:
 
 def split_cascade(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None) -> Tensor:
     """y_0 = dw_0(s_0), y_i = dw_i(y_{i-1} + s_i), cat(y..., last split); arguments as in `fused_split_cascade`."""
-    *splits, last = x.split(cascade_widths(x.shape[1], len(weights) + 1), dim=1)
+    width = weights[0].shape[0]
     outputs: list[Tensor] = []
-    for split, weight, bias in zip(splits, weights, biases or [None] * len(weights), strict=True):
+    for i, (weight, bias) in enumerate(zip(weights, biases or [None] * len(weights), strict=True)):
+        split = x[:, i * width : (i + 1) * width]
         outputs.append(dwconv(outputs[-1] + split if outputs else split, weight, bias))
-    return torch.cat([*outputs, last], dim=1)
+    return torch.cat([*outputs, x[:, len(weights) * width :]], dim=1)
