@@ -79,9 +79,7 @@ def test_explain_says_what_runs_and_why_not(monkeypatch):
         explain("multi_order_dwconv", X, bogus=1)
     with pytest.raises(ValueError, match="x must have the dimensions"):
         explain("dwconv", X[0])
-    with pytest.raises(
-        ValueError, match=r"op must be one of \['dwconv', 'layer_norm_2d', 'multi_order_dwconv'\], got 'conv'"
-    ):
+    with pytest.raises(ValueError, match=r"op must be one of \['dwconv', .*'multi_order_dwconv'.*\], got 'conv'"):
         explain("conv", X)
 
 

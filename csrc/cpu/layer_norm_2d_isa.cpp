@@ -2,7 +2,6 @@
 // else, and one with pixels in the lanes, for planes of contiguous NCHW. Both read a pixel's channels up to three times
 // and from memory once: what they work on at a time stays in the caches.
 #include "layer_norm_2d.h"
-
 #include "parallel.h"
 
 namespace vops {
@@ -402,9 +401,7 @@ Way way_of(const Tensor4& a, const Tensor4& b, const Tensor4& c) {
 }
 
 // Images that follow each other without a gap are one tall image.
-bool stacks(const Tensor4& t) {
-  return !t.data || (is_channels_last(t) && t.stride[0] == t.size[2] * t.stride[2]);
-}
+bool stacks(const Tensor4& t) { return !t.data || (is_channels_last(t) && t.stride[0] == t.size[2] * t.stride[2]); }
 void stack(Tensor4& t) {
   t.size[2] *= t.size[0];
   t.size[0] = 1;

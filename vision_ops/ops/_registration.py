@@ -100,7 +100,7 @@ class FusedOp:
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self._triton, self._autocasts, self._saved, self._parts = triton, autocast, saved, parts
+        self.kernels, self._triton, self._autocasts, self._saved, self._parts = kernels, triton, autocast, saved, parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self._options = len(types) - count

@@ -1,0 +1,72 @@
+"""What is compiled for GPUs that are not here: launchers with tensors that have no memory, at the networks' shapes.
+
+To add an op: a function that calls its launchers once, and LAUNCHES. Every kernel in the KERNELS of a file of kernels/
+has to come up.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vision_ops import kernels
+from vision_ops.kernels import layer_norm_2d
+
+ARCHS = (80, 90, 100)
+
+
+def kernel_modules() -> list[ModuleType]:
+    return [
+        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
+    ]
+
+
+@dataclass(frozen=True)
+class Launch:
+    op: str
+    case: str
+    run: Callable[[], None]
+    archs: Sequence[int] = ARCHS  # the others are left to `make test-all`
+
+
+def absent(*shape: int, dtype: torch.dtype = torch.bfloat16, channels_last: bool = False) -> Tensor:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=form)
+
+
+def norm(channels: int, size: int, dtype: torch.dtype, channels_last: bool) -> None:
+    x, y, grad, dx = (absent(128, channels, size, size, dtype=dtype, channels_last=channels_last) for _ in range(4))
+    weight, bias, dweight, dbias = (absent(channels, dtype=dtype) for _ in range(4))
+    layer_norm_2d.forward(x, weight, bias, y, 1e-6)
+    layer_norm_2d.backward(grad, x, weight, dx, dweight, dbias, 1e-6)
+
+
+def norm_without(what: str) -> None:
+    x, grad, dx = (absent(128, 96, 56, 56, channels_last=True) for _ in range(3))
+    weight, dweight, dbias = (absent(96) for _ in range(3))
+    sums = (None, None) if what == "sums" else (dweight, dbias)
+    layer_norm_2d.backward(grad, x, weight, None if what == "dx" else dx, *sums, 1e-6)
+
+
+def norms() -> Iterator[Launch]:
+    for what in ("dx", "sums"):
+        yield Launch("layer_norm_2d", f"without {what}", lambda what=what: norm_without(what), (90,))
+    hornet = ((64, 56), (128, 28), (256, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
+    edgenext = ((24, 64), (48, 32), (88, 16), (100, 16), (584, 8))
+    for channels, size in (*hornet, *edgenext, (2048, 7)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for last in (True, False):
+                named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
+                narrow, widest = channels == 64, channels in (768, 2048)
+                if dtype == torch.bfloat16:
+                    archs = ARCHS if narrow or widest else (90,) if (channels, size) in hornet[:4] else ()
+                else:
+                    archs = (90,) if widest else ()
+                yield Launch("layer_norm_2d", named, lambda a=(channels, size, dtype, last): norm(*a), archs)
+
+
+LAUNCHES = (*norms(),)
