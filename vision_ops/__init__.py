@@ -21,6 +21,8 @@ if find_spec("torch") is not None:
         fused_gnconv,
         fused_layer_norm_2d,
         fused_multi_order_dwconv,
+        fused_s2_attention,
+        fused_shift_split_attention,
     )
 
     __all__ = [
@@ -31,6 +33,8 @@ if find_spec("torch") is not None:
         "fused_gnconv",
         "fused_layer_norm_2d",
         "fused_multi_order_dwconv",
+        "fused_s2_attention",
+        "fused_shift_split_attention",
         "models",
         "nn",
         "reference",

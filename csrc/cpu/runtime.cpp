@@ -10,6 +10,7 @@ extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
+extern const ShiftSplitAttentionOps shift_split_attention_ops;
 }  // namespace baseline
 #ifdef VOPS_X86
 namespace avx2 {
@@ -17,12 +18,14 @@ extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
+extern const ShiftSplitAttentionOps shift_split_attention_ops;
 }  // namespace avx2
 namespace avx512 {
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
+extern const ShiftSplitAttentionOps shift_split_attention_ops;
 }  // namespace avx512
 #endif
 
@@ -46,10 +49,10 @@ struct ThreadScratch {
 };
 
 const CpuKernels kKernels[] = {
-    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops, &baseline::gated_recursion_ops},
+    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops, &baseline::gated_recursion_ops, &baseline::shift_split_attention_ops},
 #ifdef VOPS_X86
-    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops},
-    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops, &avx512::gated_recursion_ops},
+    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops, &avx2::shift_split_attention_ops},
+    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops, &avx512::gated_recursion_ops, &avx512::shift_split_attention_ops},
 #endif
 };
 

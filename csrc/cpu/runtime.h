@@ -7,6 +7,7 @@
 #include "gated_recursion.h"
 #include "layer_norm_2d.h"
 #include "multi_order_dwconv.h"
+#include "shift_split_attention.h"
 
 namespace vops {
 
@@ -24,6 +25,7 @@ struct CpuKernels {
   const MultiOrderDwConvOps* multi_order_dwconv;
   const LayerNorm2dOps* layer_norm_2d;
   const GatedRecursionOps* gated_recursion;
+  const ShiftSplitAttentionOps* shift_split_attention;
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
 const CpuKernels& cpu_kernels();

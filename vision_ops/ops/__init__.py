@@ -3,6 +3,8 @@ from .gated_recursion import fused_gated_recursion
 from .gnconv import fused_gnconv
 from .layer_norm_2d import fused_layer_norm_2d
 from .multi_order_dwconv import fused_multi_order_dwconv
+from .s2_attention import fused_s2_attention
+from .shift_split_attention import fused_shift_split_attention
 
 __all__ = [
     "fused_dwconv",
@@ -10,4 +12,6 @@ __all__ = [
     "fused_gnconv",
     "fused_layer_norm_2d",
     "fused_multi_order_dwconv",
+    "fused_s2_attention",
+    "fused_shift_split_attention",
 ]
