@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vision_ops
-from benchmarks.cases import MEMORY_FORMATS, Op, Setting
+from benchmarks.cases import Op, Setting
 from benchmarks.machine import Rates
 from benchmarks.measure import (
     Quartiles,
@@ -42,6 +42,8 @@ class Plan:
 
 class Race:
     def __init__(self, op: Op, case: str, peers: Sequence[str], plan: Plan) -> None:
+        # Pixels whose channels are apart are a layout that no network has.
+        plan = replace(plan, layouts=("channels_last",)) if op.pixels else plan
         self.op, self.case, self.plan = op, case, plan
         self.fused, self.peers = line_up(("fused",), plan.layouts), line_up(peers, plan.layouts)
         self.problems = {layout: op.problem(case, replace(plan.setting, layout=layout)) for layout in plan.layouts}
@@ -76,10 +78,7 @@ class Race:
         problem = self.problems[self.plan.layouts[0]]
         with torch.no_grad():
             values = torch.randn_like(self.op.reference(*problem.args, **problem.options))
-        return {
-            layout: values.contiguous(memory_format=MEMORY_FORMATS[layout]) if values.dim() == 4 else values
-            for layout in self.plan.layouts
-        }
+        return {layout: self.op.laid_out(values, layout) for layout in self.plan.layouts}
 
     def _blank_result(self, mode: str) -> CaseResult:
         layout = self.plan.layouts[0]

@@ -129,6 +129,10 @@ PYBIND11_MODULE(_cpu, m) {
     const Tensor4 tmap = tensor(map), tsums = tensor(sums);
     run([&] { return cpu_kernels().shift_split_attention->edge_sums(tmap, tsums); });
   });
+  m.def("pool", [](py::handle sums, py::handle pooled) {
+    const Tensor4 tsums = tensor(sums), tpooled = tensor(pooled);
+    run([&] { return cpu_kernels().shift_split_attention->pool(tsums, tpooled); });
+  });
   m.def("weigh", [](py::handle x, py::handle weights, py::handle offset, py::handle y) {
     const Tensor4 tx = tensor(x), tweights = tensor(weights), toffset = tensor(offset), ty = tensor(y);
     run([&] { return cpu_kernels().shift_split_attention->weigh(tx, tweights, toffset, ty); });

@@ -157,6 +157,28 @@ Error edge_sums(const Tensor4& map, const Tensor4& sums) {
   });
 }
 
+Error pool(const Tensor4& sums, const Tensor4& pooled) {
+  return with_types(sums.dtype, [&](auto, auto sum_type) {
+    typedef decltype(sum_type) A;
+    const int64_t channels = pooled.size[3];
+    for (int64_t n = 0; n < pooled.size[0]; n++) {
+      A* to = small<A>(pooled, n);
+      const A* total = small<A>(sums, n);
+      for (int64_t k = 0; k < 4; k++) {
+        const Quarter q = quarter(channels, k);
+        const A* along = total + (q.vertical[0] ? 1 : 2) * 3 * channels;
+        const A* across = total + (q.vertical[1] ? 1 : 2) * 3 * channels + channels;
+        const A sign = -(A)q.step;
+        for_each_vector(q.begin, q.end, [&](int64_t c, const auto& get, const auto& put) {
+          const Vec<A> all = get(total + c) + get(total + channels + c) + get(total + 2 * channels + c);
+          put(to + c, all + (get(along + c) + get(across + c)) * sign);
+        });
+      }
+    }
+    return Error();
+  });
+}
+
 Error weigh(const Tensor4& x, const Tensor4& weights, const Tensor4& offset, const Tensor4& y) {
   return with_types(x.dtype, [&](auto type, auto sum_type) {
     typedef decltype(type) T;
@@ -164,8 +186,9 @@ Error weigh(const Tensor4& x, const Tensor4& weights, const Tensor4& offset, con
     const Map<const T> from(x);
     const Map<T> to(y);
     const int64_t channels = y.size[1];
-    return for_each_row<A>(y, 1, [&](int64_t n, int64_t i, A*) {
-      const A *w = small<A>(weights, n), *b = small<A>(offset, n);
+    return for_each_row<A>(y, channels, [&](int64_t n, int64_t i, A* zeros) {
+      const A* w = small<A>(weights, n);
+      const A* b = offset.data ? small<A>(offset, n) : (A*)memset(zeros, 0, channels * sizeof(A));
       for (int64_t j = 0; j < y.size[3]; j++) {
         const T* p3 = from.at(n, i, j) + 2 * channels;
         T* py = to.at(n, i, j);
@@ -229,7 +252,7 @@ Error run_backward_weights(const Tensor4& dy, const Tensor4& x, const Tensor4& w
             p[0][m] = source(from, x, q, 0, n, i, j + m);
             p[1][m] = source(from, x, q, 1, n, i, j + m) + channels;
           }
-          add_products<with_y>(g, p, small<A>(weights, n), small<A>(offset, n), channels, q, own, py);
+          add_products<with_y>(g, p, small<A>(weights, n), with_y ? small<A>(offset, n) : nullptr, channels, q, own, py);
         }
       });
     });
@@ -321,7 +344,7 @@ Error weigh_backward_input(const Tensor4& dy, const Tensor4& weights, const Tens
 }  // namespace
 
 extern const ShiftSplitAttentionOps shift_split_attention_ops;
-const ShiftSplitAttentionOps shift_split_attention_ops = {edge_sums, weigh, weigh_backward_weights,
+const ShiftSplitAttentionOps shift_split_attention_ops = {edge_sums, pool, weigh, weigh_backward_weights,
                                                           weigh_backward_input};
 
 }  // namespace VOPS_ISA

@@ -11,12 +11,15 @@ namespace vops {
 // Per image there are small tensors, contiguous (N, K, 1, C) in the type of sums: float64 for float64, else float32.
 // All sums are bitwise repeatable, whatever the threads.
 struct ShiftSplitAttentionOps {
-  // sums (K = 3) of any map: over all pixels; of the first row less the last; of the first column less the last. The sum
-  // of a moved map follows from them.
+  // sums (K = 3) of any map: over all pixels; of the first row less the last; of the first column less the last.
   Error (*edge_sums)(const Tensor4& map, const Tensor4& sums);
-  // y = offset + sum_k weights_k * moved(x)_k; weights: K = 3, offset: K = 1.
+  // pooled (K = 1) = sum of all moved(x)_k over the pixels, from the edge_sums of x: moving forward drops what is last
+  // and doubles what is first, moving back does the opposite.
+  Error (*pool)(const Tensor4& sums, const Tensor4& pooled);
+  // y = offset + sum_k weights_k * moved(x)_k; weights: K = 3, offset: K = 1, may be absent.
   Error (*weigh)(const Tensor4& x, const Tensor4& weights, const Tensor4& offset, const Tensor4& y);
-  // sums (K = 4): sum dy * moved(x)_k over the pixels, and sum dy. If y is not absent, it is computed again.
+  // sums (K = 4): sum dy * moved(x)_k over the pixels, and sum dy. If y is not absent, it is computed again,
+  // and only then is there an offset.
   Error (*weigh_backward_weights)(const Tensor4& dy, const Tensor4& x, const Tensor4& weights, const Tensor4& offset,
                                   const Tensor4& sums, const Tensor4& y);
   // dx = the gradient of sum(dy * y) + sum(dpooled * sum of all moved(x)_k over the pixels); dpooled: K = 1.

@@ -58,8 +58,10 @@ def test_problems_have_their_layout_and_the_same_values_in_both(op):
     case = op.quick[-1]
     nhwc = op.problem(case, SETTING)
     nchw = op.problem(case, Setting("cpu", torch.float32, "contiguous", batch=2))
-    assert nhwc.inputs[0].is_contiguous(memory_format=torch.channels_last)
-    assert nchw.inputs[0].is_contiguous()
+    maps = [x.permute(0, 3, 1, 2) if op.pixels else x for x in (nhwc.inputs[0], nchw.inputs[0])]
+    assert maps[0].is_contiguous(memory_format=torch.channels_last)
+    assert maps[1].is_contiguous()
+    assert op.laid_out(nchw.inputs[0], "channels_last").stride() == nhwc.inputs[0].stride()
     assert all(map(torch.equal, nhwc.inputs, nchw.inputs))
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in nhwc.inputs)
 
@@ -90,3 +92,14 @@ def test_layer_norm_runs_where_hornet_and_edgenext_have_it():
     assert cases["HorNet-T.4"] == (512, 7) and cases["HorNet-S.1"] == (96, 56)
     assert cases["EdgeNeXt-S.1"] == (48, 64) and cases["EdgeNeXt-B.3"] == (288, 16)
     assert not any(label.startswith("EdgeNeXt") and label.endswith(".4") for label in cases)
+
+
+def test_shift_split_attention_runs_at_the_stages_of_s2mlpv2():
+    cases = {label: (shape.channels, shape.size) for label, shape in shapes.s2_cases().items()}
+    assert cases == {
+        "S2-MLPv2-S.1": (192, 32), "S2-MLPv2-S.2": (384, 16), "S2-MLPv2-M.1": (256, 32), "S2-MLPv2-M.2": (512, 16),
+    }  # fmt: skip
+    problem = OPS["s2_attention"].problem("S2-MLPv2-S.2", SETTING)
+    assert [tuple(t.shape) for t in problem.inputs] == [
+        (2, 16, 16, 384), (1152, 384), (1152,), (384, 384), (384,), (96, 384), (1152, 96),
+    ]  # fmt: skip

@@ -17,7 +17,6 @@ from .shift_split_attention import (
     check_split_mlps,
     multiply,
     parts,
-    pool,
     small,
     sum_dtype,
     triton_passes,
@@ -42,11 +41,11 @@ def _reference(a: _Arguments) -> Tensor:
     return reference.s2_attention(*a[:7])
 
 
-def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the branches without their bias, the pooled vectors (B, C) and the weights of the branches (B, 3, C)."""
+def _output(a: _Arguments) -> tuple[Tensor, ...]:
+    """y, the branches without their bias, and per image what `shift_split_attention` saves."""
     b, h, w, c = a.x.shape
     branches = allocate((b if a.keep else 0, h, w, 3 * c), a.x)
-    return allocate(a.x.shape, a.x), branches, small(a.x, c), small(a.x, 3, c)
+    return allocate(a.x.shape, a.x), branches, small(a.x, c), small(a.x, len(a.split_mlp1_weight)), small(a.x, 3, c)
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -60,20 +59,21 @@ def _branch_biases(a: _Arguments) -> Tensor:
     return a.x.new_zeros((3, c), dtype=dtype) if bias is None else bias.to(dtype).unflatten(0, (3, c))
 
 
-def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, kept, *_ = _output(a)
+def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
     x, biases, (_, h, w, c) = a.x.contiguous(), _branch_biases(a), a.x.shape
     mlp1_weight, mlp2_weight = a.mlp1_weight.to(x.dtype).t(), a.mlp2_weight.to(x.dtype).t()
     mlp2_bias = None if a.mlp2_bias is None else a.mlp2_bias.to(x.dtype)
     # Sums over pixels go through a linear layer as pixels do: those of x take a third of the reads.
-    sums = small(x, 3, c)
+    sums, pooled = small(x, 3, c), small(x, c)
     passes.edge_sums(x, sums)
-    pooled = pool(sums @ a.mlp1_weight.to(sums.dtype).t()).add_(biases.sum(0), alpha=h * w)
-    weights = branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight)
+    passes.pool(sums @ a.mlp1_weight.to(sums.dtype).t(), pooled)
+    pooled.add_(biases.sum(0), alpha=h * w)
+    weights, hidden = branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight)
     offset = (weights * biases).sum(1)
 
-    branches = kept if a.keep else allocate((min(at_a_time, len(x)), h, w, 3 * c), x)
-    weighed = allocate((min(at_a_time, len(x)), h, w, c), x)
+    at_a_time = min(at_a_time, len(x)) or 1
+    y, weighed = allocate(x.shape, x), allocate((at_a_time, h, w, c), x)
+    branches = allocate((len(x) if a.keep else at_a_time, h, w, 3 * c), x)
     for first in range(0, len(x), at_a_time):
         images = slice(first, first + at_a_time)
         count = len(x[images])
@@ -84,13 +84,11 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, Tensor
             torch.mm(_matrix(mixed), mlp2_weight, out=_matrix(y[images]))
         else:
             torch.addmm(mlp2_bias, _matrix(mixed), mlp2_weight, out=_matrix(y[images]))
-    return y, kept, pooled, weights
+    return y, branches if a.keep else branches.new_empty((0, h, w, 3 * c)), pooled, hidden, weights
 
 
-def _backward(
-    grads: list[Any], grad: Tensor, a: _Arguments, branches: Tensor, pooled: Tensor, weights: Tensor, passes: Any
-) -> None:
-    dx, dmlp1, dmlp1_bias, dmlp2, dmlp2_bias, dsplit1, dsplit2 = grads
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, passes: Any) -> None:
+    (dx, dmlp1, dmlp1_bias, dmlp2, dmlp2_bias, *dsplit), (branches, pooled, hidden, weights) = grads, saved
     x, grad, biases, (_, h, w, c) = a.x.contiguous(), grad.contiguous(), _branch_biases(a), a.x.shape
     mlp1_weight = a.mlp1_weight.to(x.dtype)
     if not a.keep:
@@ -107,9 +105,8 @@ def _backward(
     passes.weigh_backward_weights(dweighed, branches, weights, (weights * biases).sum(1), sums, weighed)
     if weighed is not None:
         multiply(_matrix(grad).t(), _matrix(weighed), dmlp2)
-    dweights, total = sums[:, :3], sums[:, 3:]
-    mlps = a.split_mlp1_weight, a.split_mlp2_weight
-    dpooled = branch_weights_backward(dweights + biases * total, pooled, weights, *mlps, dsplit1, dsplit2)
+    total, mlps = sums[:, 3:], (a.split_mlp1_weight, a.split_mlp2_weight)
+    dpooled = branch_weights_backward(sums[:, :3] + biases * total, weights, hidden, pooled, mlps, dsplit)
     if dmlp1_bias is not None:
         # No pixel of dweighed goes to two pixels of a branch, none is lost.
         dmlp1_bias.copy_((weights * total).add_(dpooled[:, None], alpha=h * w).sum(0).flatten())
@@ -117,8 +114,7 @@ def _backward(
         return
     dbranches = allocate(branches.shape, x)
     passes.weigh_backward_input(dweighed, weights, dpooled, dbranches)
-    if dmlp1 is not None:
-        multiply(_matrix(dbranches).t(), _matrix(x), dmlp1)
+    multiply(_matrix(dbranches).t(), _matrix(x), dmlp1)
     if dx is not None:
         found = dx if dx.is_contiguous() else dweighed
         torch.mm(_matrix(dbranches), mlp1_weight, out=_matrix(found))
@@ -138,7 +134,7 @@ def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor)
 
 @without_autocast
 def _forward_cuda(a: _Arguments) -> tuple[Tensor, ...]:
-    return _forward(a, triton_passes(), max(1, len(a.x)))
+    return _forward(a, triton_passes(), len(a.x))
 
 
 @without_autocast
@@ -161,7 +157,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    saved=3,
+    saved=4,
     parts=lambda a: parts(a.x, "mlp1 and mlp2", "split_mlp1 and split_mlp2"),
 )
 

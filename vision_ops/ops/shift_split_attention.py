@@ -23,10 +23,10 @@ def _reference(a: _Arguments) -> Tensor:
     return reference.shift_split_attention(*a)
 
 
-def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the pooled vectors (B, C) and the weights of the branches (B, 3, C)."""
-    b, h, w, triple = a.x.shape
-    return allocate((b, h, w, triple // 3), a.x), small(a.x, triple // 3), small(a.x, 3, triple // 3)
+def _output(a: _Arguments) -> tuple[Tensor, ...]:
+    """y, and per image what backward reads again: the pooled vector, the hidden values, the weights of the branches."""
+    *pixels, c = *a.x.shape[:3], a.x.shape[3] // 3
+    return allocate((*pixels, c), a.x), small(a.x, c), small(a.x, len(a.split_mlp1_weight)), small(a.x, 3, c)
 
 
 def small(x: Tensor, *sizes: int) -> Tensor:
@@ -49,17 +49,22 @@ class CPUPasses:
         _native.kernels().edge_sums(_map_view(t), _small_view(sums))
 
     @staticmethod
-    def weigh(x: Tensor, weights: Tensor, offset: Tensor, y: Tensor) -> None:
+    def pool(sums: Tensor, pooled: Tensor) -> None:
+        """(B, C), the sum of all moved branches over the pixels, from the edge sums (B, 3, 3C) of the branches."""
+        _native.kernels().pool(_small_view(sums), _small_view(pooled))
+
+    @staticmethod
+    def weigh(x: Tensor, weights: Tensor, offset: Tensor | None, y: Tensor) -> None:
         """y = offset + the sum of the moved branches of x times their weights."""
         _native.kernels().weigh(_map_view(x), _small_view(weights), _small_view(offset), _map_view(y))
 
     @staticmethod
     def weigh_backward_weights(
-        dy: Tensor, x: Tensor, weights: Tensor, offset: Tensor, sums: Tensor, y: Tensor | None
+        dy: Tensor, x: Tensor, weights: Tensor, offset: Tensor | None, sums: Tensor, y: Tensor | None
     ) -> None:
-        """(B, 4, C): sums of dy times each moved branch of x, and of dy; also y, once more, if there is one."""
+        """(B, 4, C): sums of dy times each moved branch of x, and of dy; also y, once more, if it and offset are given."""
         inputs = _map_view(dy), _map_view(x), _small_view(weights), _small_view(offset)
-        _native.kernels().weigh_backward_weights(*inputs, _small_view(sums), None if y is None else _map_view(y))
+        _native.kernels().weigh_backward_weights(*inputs, _small_view(sums), _map_view(y))
 
     @staticmethod
     def weigh_backward_input(dy: Tensor, weights: Tensor, dpooled: Tensor, dx: Tensor) -> None:
@@ -74,12 +79,16 @@ def triton_passes() -> ModuleType:
     return shift_split_attention
 
 
-def _map_view(t: Tensor) -> tuple[int, ...]:
+def _map_view(t: Tensor | None) -> tuple[int, ...] | None:
+    if t is None:
+        return None
     (b, h, w, c), (image, row, column, channel) = t.shape, t.stride()
     return t.data_ptr(), _native.DTYPES[t.dtype], b, c, h, w, image, channel, row, column
 
 
-def _small_view(t: Tensor) -> tuple[int, ...]:
+def _small_view(t: Tensor | None) -> tuple[int, ...] | None:
+    if t is None:
+        return None
     b, k, c = t.shape if t.ndim == 3 else (len(t), 1, t.shape[1])
     return t.data_ptr(), _native.DTYPES[t.dtype], b, k, 1, c, k * c, c, c, 1
 
@@ -91,77 +100,60 @@ def adjacent(t: Tensor) -> Tensor:
 # --- Between the passes: a few numbers per image
 
 
-def pool(sums: Tensor) -> Tensor:
-    """(B, C), the sum of all moved branches over the pixels, from the edge sums (B, 3, 3C) of the branches.
-
-    Moving forward drops what is last and doubles what is first; moving back does the opposite.
-    """
-    total, vertical, horizontal = sums.unflatten(2, (3, -1)).unbind(1)
-    c = total.shape[2]
-    first, second = slice(c // 2), slice(c // 2, c)
-    edges = torch.cat(
-        [vertical[:, 0, first] + horizontal[:, 1, first], horizontal[:, 0, second] + vertical[:, 1, second]], 1
-    )
-    for back in (slice(c // 4, c // 2), slice(c * 3 // 4, c)):
-        edges[:, back].neg_()
-    return total.sum(1).add_(edges)
-
-
-def branch_weights(pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor) -> Tensor:
-    """(B, 3, C)."""
-    hidden = F.gelu(pooled @ mlp1_weight.to(pooled.dtype).t())
-    return (hidden @ mlp2_weight.to(pooled.dtype).t()).unflatten(1, (3, -1)).softmax(1)
+def branch_weights(pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, C), and the hidden values before their GELU, which backward needs, too."""
+    hidden = pooled @ mlp1_weight.to(pooled.dtype).t()
+    logits = F.gelu(hidden) @ mlp2_weight.to(pooled.dtype).t()
+    return logits.unflatten(1, (3, -1)).softmax(1), hidden
 
 
 def branch_weights_backward(
     dweights: Tensor,
-    pooled: Tensor,
     weights: Tensor,
-    mlp1_weight: Tensor,
-    mlp2_weight: Tensor,
-    dmlp1: Tensor | None,
-    dmlp2: Tensor | None,
+    hidden: Tensor,
+    pooled: Tensor,
+    mlps: tuple[Tensor, Tensor],
+    dmlps: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """The gradient of pooled; writes those of the parameters."""
-    mlp1_weight, mlp2_weight = mlp1_weight.to(pooled.dtype), mlp2_weight.to(pooled.dtype)
-    products = weights * dweights
-    dlogits = (products - weights * products.sum(1, keepdim=True)).flatten(1)
-    hidden = pooled @ mlp1_weight.t()
-    if dmlp2 is not None:
-        multiply(dlogits.t(), F.gelu(hidden), dmlp2)
+    mlp1_weight, mlp2_weight = (weight.to(pooled.dtype) for weight in mlps)
+    dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, 1, weights.dtype).flatten(1)
     dhidden = torch.ops.aten.gelu_backward(dlogits @ mlp2_weight, hidden)
-    if dmlp1 is not None:
-        multiply(dhidden.t(), pooled, dmlp1)
+    multiply(dhidden.t(), pooled, dmlps[0])
+    if dmlps[1] is not None:
+        multiply(dlogits.t(), F.gelu(hidden), dmlps[1])
     return dhidden @ mlp1_weight
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor | None) -> None:
     """out = a b, in whatever dtype out has."""
-    if out.dtype == a.dtype:
+    if out is not None and out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    else:
+    elif out is not None:
         out.copy_(a @ b)
 
 
 # --- The op
 
 
-def _forward(a: _Arguments, passes: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, (y, pooled, weights) = adjacent(a.x), _output(a)
-    sums = small(x, 3, x.shape[3])
+def _forward(a: _Arguments, passes: Any) -> tuple[Tensor, ...]:
+    x, c = adjacent(a.x), a.x.shape[3] // 3
+    sums, pooled = small(x, 3, 3 * c), small(x, c)
     passes.edge_sums(x, sums)
-    pooled = pool(sums)
-    weights = branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight)
-    passes.weigh(x, weights, torch.zeros_like(pooled), y)
-    return y, pooled, weights
+    passes.pool(sums, pooled)
+    weights, hidden = branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight)
+    y = allocate((*x.shape[:3], c), x)
+    passes.weigh(x, weights, None, y)
+    return y, pooled, hidden, weights
 
 
-def _backward(grads: list[Any], grad: Tensor, a: _Arguments, pooled: Tensor, weights: Tensor, passes: Any) -> None:
-    (dx, dmlp1, dmlp2), x, dy = grads, adjacent(a.x), adjacent(grad)
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, passes: Any) -> None:
+    (dx, *dmlps), (pooled, hidden, weights) = grads, saved
+    x, dy = adjacent(a.x), adjacent(grad)
     sums = small(x, 4, dy.shape[3])
-    passes.weigh_backward_weights(dy, x, weights, pooled, sums, None)
+    passes.weigh_backward_weights(dy, x, weights, None, sums, None)
     mlps = a.split_mlp1_weight, a.split_mlp2_weight
-    dpooled = branch_weights_backward(sums[:, :3], pooled, weights, *mlps, dmlp1, dmlp2)
+    dpooled = branch_weights_backward(sums[:, :3], weights, hidden, pooled, mlps, dmlps)
     if dx is None:
         return
     found = dx if dx.stride(3) == 1 else allocate(dx.shape, dx)
@@ -171,23 +163,23 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, pooled: Tensor, wei
 
 
 @without_autocast
-def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
     return _forward(a, CPUPasses)
 
 
 @without_autocast
-def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, pooled: Tensor, weights: Tensor) -> None:
-    _backward(grads, grad, a, pooled, weights, CPUPasses)
+def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
+    _backward(grads, grad, a, *saved, passes=CPUPasses)
 
 
 @without_autocast
-def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, ...]:
     return _forward(a, triton_passes())
 
 
 @without_autocast
-def _backward_cuda(grads: list[Any], grad: Tensor, a: _Arguments, pooled: Tensor, weights: Tensor) -> None:
-    _backward(grads, grad, a, pooled, weights, triton_passes())
+def _backward_cuda(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
+    _backward(grads, grad, a, *saved, passes=triton_passes())
 
 
 _KERNELS: dict[str, Kernels] = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
@@ -211,7 +203,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    saved=2,
+    saved=3,
     parts=lambda a: parts(a.x, "split_mlp1 and split_mlp2"),
 )
 
