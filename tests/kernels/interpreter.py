@@ -48,15 +48,17 @@ class _OnCPU(torch.autograd.Function):
         ctx.op = op
         ctx.count = sum(g is None or isinstance(g, Tensor) for g in given)
         ctx.options = given[ctx.count :]
-        ctx.save_for_backward(*given[: ctx.count])
-        return op.kernels["CUDA"][0](op.arguments(*given))
+        result = op.kernels["CUDA"][0](op.arguments(*given))
+        y, *saved = result if isinstance(result, tuple) else (result,)
+        ctx.save_for_backward(*given[: ctx.count], *saved)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         needs = ctx.needs_input_grad[1:]
         grads = [_registration._gradient_like(t) if n else None for t, n in zip(tensors, needs, strict=False)]
-        ctx.op.kernels["CUDA"][1](grads, grad, ctx.op.arguments(*tensors, *ctx.options))
+        ctx.op.kernels["CUDA"][1](grads, grad, ctx.op.arguments(*tensors, *ctx.options), *saved)
         return (None, *grads, *(None for _ in ctx.options))
 
 
