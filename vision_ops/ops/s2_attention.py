@@ -13,7 +13,6 @@ from .shift_split_attention import (
     CPUPasses,
     branch_weights,
     branch_weights_backward,
-    check_not_empty,
     check_split_mlps,
     multiply,
     parts,
@@ -202,7 +201,6 @@ def fused_s2_attention(
     S2-MLPv2 (arXiv 2108.01072); after s2_mlp_v2.py of liuruiyang98/Jittor-MLP, its authors published no code.
     """
     check_tensor("x", x, "B, H, W, C")
-    check_not_empty(x)
     c = x.shape[3]
     check_parameter("mlp1_weight", mlp1_weight, (3 * c, c), "3C, C", x)
     if mlp1_bias is not None:

@@ -255,14 +255,8 @@ def fused_shift_split_attention(
     check_tensor("x", x, "B, H, W, 3C")
     if x.shape[3] % 3:
         raise ValueError(f"x must have a multiple of 3 channels, got shape {tuple(x.shape)}")
-    check_not_empty(x)
     check_split_mlps(x.shape[3] // 3, split_mlp1_weight, split_mlp2_weight, x)
     return _op(x, split_mlp1_weight, split_mlp2_weight, backend=backend)
-
-
-def check_not_empty(x: Tensor) -> None:
-    if 0 in x.shape[1:]:
-        raise ValueError(f"x must have at least one row, column and channel, got shape {tuple(x.shape)}")
 
 
 def check_split_mlps(channels: int, split_mlp1_weight: Tensor, split_mlp2_weight: Tensor, x: Tensor) -> None:
