@@ -49,10 +49,13 @@ struct ThreadScratch {
 };
 
 const CpuKernels kKernels[] = {
-    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops, &baseline::gated_recursion_ops, &baseline::shift_split_attention_ops},
+    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops,
+     &baseline::gated_recursion_ops, &baseline::shift_split_attention_ops},
 #ifdef VOPS_X86
-    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops, &avx2::shift_split_attention_ops},
-    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops, &avx512::gated_recursion_ops, &avx512::shift_split_attention_ops},
+    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops,
+     &avx2::shift_split_attention_ops},
+    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops,
+     &avx512::gated_recursion_ops, &avx512::shift_split_attention_ops},
 #endif
 };
 

@@ -1,8 +1,7 @@
-// Passes over pixels, whose channels are neighbours in memory: a moved map is read where it comes from. A quarter of the
-// channels has one such place in each branch.
-#include "shift_split_attention.h"
-
+// Passes over pixels, whose channels are neighbours in memory: a moved map is read where it comes from. A quarter of
+// the channels has one such place in each branch.
 #include "parallel.h"
+#include "shift_split_attention.h"
 
 namespace vops {
 namespace VOPS_ISA {
@@ -110,7 +109,8 @@ VOPS_INLINE Error sum_images(const Tensor4& map, const Tensor4& sums, const Body
   });
 }
 
-// Calls f(number of pixels, first of them) for the pixels of a row: several share the trip of their sums through memory.
+// Calls f(number of pixels, first of them) for the pixels of a row: several share the trip of their sums through
+// memory.
 template <int n>
 struct Count {
   static constexpr int value = n;
@@ -252,7 +252,8 @@ Error run_backward_weights(const Tensor4& dy, const Tensor4& x, const Tensor4& w
             p[0][m] = source(from, x, q, 0, n, i, j + m);
             p[1][m] = source(from, x, q, 1, n, i, j + m) + channels;
           }
-          add_products<with_y>(g, p, small<A>(weights, n), with_y ? small<A>(offset, n) : nullptr, channels, q, own, py);
+          add_products<with_y>(g, p, small<A>(weights, n), with_y ? small<A>(offset, n) : nullptr, channels, q, own,
+                               py);
         }
       });
     });

@@ -5,8 +5,8 @@
 namespace vops {
 
 // Maps have adjacent channels. x is three branches of C channels. Branches 1 and 2 are moved by one pixel, forward and
-// back along one axis and then along the other, a quarter of the channels each: first along the height in branch 1, along
-// the width in branch 2. What is at the border stays there, too.
+// back along one axis and then along the other, a quarter of the channels each: first along the height in branch 1,
+// along the width in branch 2. What is at the border stays there, too.
 //
 // Per image there are small tensors, contiguous (N, K, 1, C) in the type of sums: float64 for float64, else float32.
 // All sums are bitwise repeatable, whatever the threads.

@@ -62,9 +62,7 @@ def test_layouts_and_odd_sizes(interpreter, shape, layout, grad_layout):
 
 
 def test_float32_parameters_beside_half_input(interpreter):
-    check_against_reference(
-        make_shift(interpreter, (1, 5, 5, 24), dtype=torch.bfloat16, parameter_dtype=torch.float32)
-    )
+    check_against_reference(make_shift(interpreter, (1, 5, 5, 24), dtype=torch.bfloat16, parameter_dtype=torch.float32))
 
 
 def test_shares_of_an_image(interpreter, monkeypatch):

@@ -62,7 +62,7 @@ class CPUPasses:
     def weigh_backward_weights(
         dy: Tensor, x: Tensor, weights: Tensor, offset: Tensor | None, sums: Tensor, y: Tensor | None
     ) -> None:
-        """(B, 4, C): sums of dy times each moved branch of x, and of dy; also y, once more, if it and offset are given."""
+        """(B, 4, C): sums of dy times each moved branch of x, and of dy; also y, if it and offset are given."""
         inputs = _map_view(dy), _map_view(x), _small_view(weights), _small_view(offset)
         _native.kernels().weigh_backward_weights(*inputs, _small_view(sums), _map_view(y))
 
