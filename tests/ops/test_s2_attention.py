@@ -40,11 +40,19 @@ def make(
     return Case(lambda t, backend: fused_s2_attention(*t, backend=backend), tensors)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 8, 9, 64), (3, 7, 7, 20), (1, 33, 14, 48), (2, 1, 5, 10), (2, 5, 1, 10), (1, 1, 1, 7), (1, 5, 4, 1), (0, 5, 5, 8)],
-    ids=str,
-)  # fmt: skip
+SHAPES = [
+    (2, 8, 9, 64),
+    (3, 7, 7, 20),
+    (1, 33, 14, 48),
+    (2, 1, 5, 10),
+    (2, 5, 1, 10),
+    (1, 1, 1, 7),
+    (1, 5, 4, 1),
+    (0, 5, 5, 8),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, device):
     check_against_reference(make(shape, device=device))
 

@@ -44,7 +44,8 @@ def _output(a: _Arguments) -> tuple[Tensor, ...]:
     """y, the branches without their bias, and per image what `shift_split_attention` saves."""
     b, h, w, c = a.x.shape
     branches = allocate((b if a.keep else 0, h, w, 3 * c), a.x)
-    return allocate(a.x.shape, a.x), branches, small(a.x, c), small(a.x, len(a.split_mlp1_weight)), small(a.x, 3, c)
+    hidden = small(a.x, a.split_mlp1_weight.shape[0])
+    return allocate(a.x.shape, a.x), branches, small(a.x, c), hidden, small(a.x, 3, c)
 
 
 def _matrix(t: Tensor) -> Tensor:
@@ -190,10 +191,10 @@ def fused_s2_attention(
         backend: as in `vision_ops.use_backend`.
 
     Returns (B, H, W, C), contiguous, in the dtype of x; parameters have that dtype, or float32 beside a half x. The
-    GEMMs are PyTorch's. Where a gradient is needed, the output of mlp1, 3C numbers a pixel, is kept with x: computing it
-    again would cost a third of what the fusion saves. Where none is, CPUs have it for some images at a time. Gradients
-    come in each argument's own dtype and are bitwise repeatable with the same number of threads. Without a kernel for
-    the device, `reference.s2_attention` runs.
+    GEMMs are PyTorch's. Where a gradient is needed, the output of mlp1, 3C numbers a pixel, is kept with x: computing
+    it again would cost more time than the fusion saves. Where none is, CPUs have it for some images at a time.
+    Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads. Without a
+    kernel for the device, `reference.s2_attention` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -1,5 +1,6 @@
 """S2-MLPv2's spatial shifts and split attention: three branches, two of them moved by a pixel, weighed by channel."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,13 +26,14 @@ def _reference(a: _Arguments) -> Tensor:
 
 def _output(a: _Arguments) -> tuple[Tensor, ...]:
     """y, and per image what backward reads again: the pooled vector, the hidden values, the weights of the branches."""
-    *pixels, c = *a.x.shape[:3], a.x.shape[3] // 3
-    return allocate((*pixels, c), a.x), small(a.x, c), small(a.x, len(a.split_mlp1_weight)), small(a.x, 3, c)
+    (b, h, w, triple), hidden = a.x.shape, a.split_mlp1_weight.shape[0]
+    c = triple // 3
+    return allocate((b, h, w, c), a.x), small(a.x, c), small(a.x, hidden), small(a.x, 3, c)
 
 
 def small(x: Tensor, *sizes: int) -> Tensor:
     """For what is summed over the pixels of every image: float32 for half types."""
-    return x.new_empty((len(x), *sizes), dtype=sum_dtype(x))
+    return x.new_empty((x.shape[0], *sizes), dtype=sum_dtype(x))
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -113,7 +115,7 @@ def branch_weights_backward(
     hidden: Tensor,
     pooled: Tensor,
     mlps: tuple[Tensor, Tensor],
-    dmlps: tuple[Tensor | None, Tensor | None],
+    dmlps: Sequence[Tensor | None],
 ) -> Tensor:
     """The gradient of pooled; writes those of the parameters."""
     mlp1_weight, mlp2_weight = (weight.to(pooled.dtype) for weight in mlps)
