@@ -5,8 +5,10 @@ To register an op: its shapes go into shapes.py, a function here turns one of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,8 +82,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run. `pixels`: x and y are
-    (N, H, W, C)."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those that there
+    are kernels for. `pixels`: x and y are (N, H, W, C)."""
 
     name: str
     fused: Callable[..., Tensor]
@@ -90,6 +92,7 @@ class Op:
     build: Callable[[Any, Setting], Problem]
     quick: tuple[str, ...]
     compile_in_quick: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
     pixels: bool = False
 
     def laid_out(self, values: Tensor, layout: str) -> Tensor:
@@ -154,6 +157,41 @@ def build_layer_norm(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
     return Problem((x, weight, bias), 8 * x.numel())
 
 
+def chain_parameters(shape: shapes.GnConvShape, setting: Setting) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Weights and biases of the recursion, scaled so that its products keep their size."""
+    pairs = list(pairwise(shape.widths))
+    return tuple(setting.normal(o, i, 1, 1) / i**0.5 for i, o in pairs), tuple(setting.normal(o) for _, o in pairs)
+
+
+def build_gated_recursion(shape: shapes.GnConvShape, setting: Setting) -> Problem:
+    images, size = setting.batch, shape.size
+    pwa = setting.normal(images, shape.widths[0], size, size)
+    dw = setting.normal(images, sum(shape.widths), size, size)
+    pixels = images * size * size
+    flops = pixels * (sum(2 * i * o for i, o in pairwise(shape.widths)) + sum(shape.widths))
+    return Problem((pwa, dw, *chain_parameters(shape, setting)), flops)
+
+
+def build_gnconv(shape: shapes.GnConvShape, setting: Setting) -> Problem:
+    channels, size, total = shape.channels, shape.size, sum(shape.widths)
+    x = setting.normal(setting.batch, channels, size, size)
+    into = setting.normal(2 * channels, channels, 1, 1) / channels**0.5, setting.normal(2 * channels)
+    depthwise = setting.normal(total, 1, 7, 7) / 7, setting.normal(total)
+    out = setting.normal(channels, channels, 1, 1) / channels**0.5, setting.normal(channels)
+    products = 3 * channels**2 + sum(i * o for i, o in pairwise(shape.widths))
+    flops = 2 * setting.batch * size * size * products + dwconv_flops(setting.batch, total, size, 7)
+    return Problem((x, *into, *depthwise, *chain_parameters(shape, setting), *out), flops, {"scale": 1 / 3})
+
+
+def build_global_filter(shape: shapes.GlobalFilterShape, setting: Setting) -> Problem:
+    channels, size = shape.channels, shape.size
+    x = setting.normal(setting.batch, channels, size, size)
+    weight = torch.randn(channels, size, size // 2 + 1, 2, device=setting.device, dtype=setting.dtype)
+    # As of an FFT there and back: 2.5 n log2 n each, and 6 for a product of complex numbers, of which there are n / 2.
+    pixels = size * size
+    return Problem((x, weight), round(setting.batch * channels * pixels * (5 * math.log2(pixels) + 3)))
+
+
 def split_mlps(channels: int, setting: Setting) -> tuple[Tensor, Tensor]:
     """Scaled as for features that the layer before has normalised: the pooled vector is a sum over all pixels."""
     hidden = channels // shapes.S2MLPV2_REDUCTION
@@ -210,6 +248,31 @@ OPS = {
             quick=("HorNet-T.1", "HorNet-T.3"),
         ),
         Op(
+            "gnconv",
+            vision_ops.fused_gnconv,
+            reference.gnconv,
+            shapes.gnconv_cases(),
+            build_gnconv,
+            quick=("HorNet-T.1", "HorNet-T.3"),
+        ),
+        Op(
+            "gated_recursion",
+            vision_ops.fused_gated_recursion,
+            reference.gated_recursion,
+            shapes.gnconv_cases(),
+            build_gated_recursion,
+            quick=("HorNet-T.2",),
+        ),
+        Op(
+            "global_filter",
+            vision_ops.fused_global_filter,
+            reference.global_filter,
+            shapes.global_filter_cases(),
+            build_global_filter,
+            quick=("HorNet-T.3", "HorNet-T.4"),
+            devices=("cpu",),
+        ),
+        Op(
             "shift_split_attention",
             vision_ops.fused_shift_split_attention,
             reference.shift_split_attention,
@@ -229,3 +292,7 @@ OPS = {
         ),
     )
 }
+
+
+def ops_for(device: str, ops: Mapping[str, Op]) -> dict[str, Op]:
+    return {name: op for name, op in ops.items() if device in op.devices}

@@ -26,7 +26,7 @@ import torch
 
 import vision_ops
 from benchmarks import calibration, machine, networks
-from benchmarks.cases import OPS, Setting
+from benchmarks.cases import OPS, Setting, ops_for
 from benchmarks.measure import Rule, Stopwatch
 from benchmarks.race import Plan, Race
 from benchmarks.report import Report, replace_file
@@ -39,6 +39,7 @@ FIRST_CASES = (
     *(("dwconv", f"HorNet-T.{stage}") for stage in (1, 2)),
     *(("dwconv", case) for case in ("EdgeNeXt-S.4", "MOAT-0.2 entry", "MogaNet-S.1 ffn gelu")),
     *(("layer_norm_2d", f"HorNet-T.{stage}") for stage in (1, 4)),
+    *(("gnconv", f"HorNet-T.{stage}") for stage in (1, 2, 3, 4)),
 )
 
 
@@ -156,13 +157,13 @@ def all_steps(folder: Path, device: str) -> Iterator[Step]:
 
 def build_steps(device: str, until: float) -> Iterator[Step]:
     yield Step("build", "import and build info", lambda left: build_info(device), until)
-    for name in OPS:
+    for name in ops_for(device, OPS):
         yield Step("build", f"calls of {name}", lambda left, name=name: small_calls(name, device, left), until)
 
 
 def build_info(device: str) -> dict[str, Any]:
     explained = {}
-    for op in OPS.values():
+    for op in ops_for(device, OPS).values():
         problem = op.problem(op.quick[0], Setting(device, torch.float32, "channels_last", 2))
         found = vision_ops.explain(op.name, *problem.args, **problem.options)
         explained[op.name] = str(found)
@@ -286,7 +287,8 @@ class Races:
         )
 
         self.first = [(op, case) for op, case in FIRST_CASES if op in OPS and case in OPS[op].cases]
-        self.rest = [(name, case) for name, op in OPS.items() for case in op.cases if (name, case) not in self.first]
+        known = [(name, case) for name, op in ops_for(device, OPS).items() for case in op.cases]
+        self.rest = [pair for pair in known if pair not in self.first]
 
     def steps(self, cases: Sequence[tuple[str, str]], peers: Sequence[str], until: float = 1.0) -> Iterator[Step]:
         for op, case in cases:

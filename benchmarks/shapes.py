@@ -166,6 +166,46 @@ def layer_norm_cases() -> dict[str, LayerNormShape]:
 
 
 @dataclass(frozen=True)
+class GnConvShape:
+    channels: int
+    order: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} order {self.order}"
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.channels >> k for k in reversed(range(self.order))]
+
+
+def gnconv_cases() -> dict[str, GnConvShape]:
+    """Of fused_gnconv and of fused_gated_recursion, which is its inside."""
+    return {
+        label: GnConvShape(width, HORNET_ORDERS[stage], size)
+        for label, stage, width, size in stages(HORNET_WIDTHS, "HorNet", STAGES_224)
+    }
+
+
+@dataclass(frozen=True)
+class GlobalFilterShape:
+    channels: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size}"
+
+
+def global_filter_cases() -> dict[str, GlobalFilterShape]:
+    """Half of the channels of the gates, in the last two stages of HorNet's *_gf variants."""
+    return {
+        label: GlobalFilterShape(hornet_width(width, HORNET_ORDERS[stage]) // 2, size)
+        for label, stage, width, size in stages(HORNET_WIDTHS, "HorNet", STAGES_224)
+        if stage >= 2
+    }
+
+
+@dataclass(frozen=True)
 class S2Shape:
     channels: int
     size: int

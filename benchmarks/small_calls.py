@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import LAYOUTS
-from benchmarks.cases import OPS, Op, Problem, Setting
+from benchmarks.cases import OPS, Op, Problem, Setting, ops_for
 from benchmarks.providers import make_step
 from benchmarks.verify import complaints
 from vision_ops import use_backend
@@ -30,32 +30,35 @@ def problems(op: Op, device: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[t
                 yield name, op.problem(case, Setting(device, dtype, layout, BATCH))
 
 
-def call(op: Op, problem: Problem, device: str, bare: bool) -> str | None:
-    """What is wrong with the fused op, told to be fused. bare: it is only run, with nothing of PyTorch beside it."""
+def call(op: Op, problem: Problem) -> str | None:
+    """What is wrong with the fused op, told to be fused."""
     with torch.no_grad():
-        output = op.reference(*problem.args, **problem.options) if not bare else None
+        grad = torch.randn_like(op.reference(*problem.args, **problem.options))
     with use_backend("fused"):
-        if bare:
-            output = op.fused(*problem.args, **problem.options)
-            torch.autograd.grad(output, problem.inputs, torch.empty_like(output).fill_(0.5))
-            return None
-        grad = torch.randn_like(output)
         fused = make_step("fused", op, problem, grad, "train")()
     eager = make_step("eager", op, problem, grad, "train")()
     exact = make_step("eager", op, problem.to(torch.float64), grad.double(), "train")()
     return "; ".join(complaints(fused, eager, exact)) or None
 
 
+def bare_call(op: Op, problem: Problem) -> None:
+    """The same with as little of PyTorch as possible, whose kernels a sanitizer would slow down, too."""
+    with use_backend("fused"):
+        output = op.fused(*problem.args, **problem.options)
+        torch.autograd.grad(output, problem.inputs, torch.full_like(output, 0.5))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_calls")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS))
+    parser.add_argument("--op", nargs="+", choices=tuple(OPS), help="default: those with kernels for the device")
     parser.add_argument("--bare", action="store_true", help="without a comparison, in float32 and bfloat16")
     args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # its errors would be allowed to ours
     status = 0
-    for name in args.op:
+    for name in args.op or ops_for(args.device, OPS):
         for what, problem in problems(OPS[name], args.device, DTYPES[:2] if args.bare else DTYPES):
-            wrong = call(OPS[name], problem, args.device, args.bare)
+            wrong = (bare_call if args.bare else call)(OPS[name], problem)
             if args.device == "cuda":
                 torch.cuda.synchronize()
             print(json.dumps({"call": what, "wrong": wrong}), flush=True)

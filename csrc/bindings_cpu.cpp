@@ -1,54 +1,15 @@
-#include <pybind11/pybind11.h>
-
 #include <new>
-#include <stdexcept>
 
+#include "bindings.h"
 #include "runtime.h"
 
-namespace py = pybind11;
 using namespace vops;
 
 namespace {
 
-// (address, dtype, N, C, H, W, and their strides), or None.
-Tensor4 tensor(py::handle h) {
-  Tensor4 t = {};
-  if (h.is_none()) return t;
-  const py::tuple v = py::cast<py::tuple>(h);
-  if (v.size() != 10) throw std::invalid_argument("a tensor is a tuple of 10 integers");
-  t.data = reinterpret_cast<void*>(py::cast<uintptr_t>(v[0]));
-  t.dtype = py::cast<int>(v[1]);
-  for (int i = 0; i < 4; i++) {
-    t.size[i] = py::cast<int64_t>(v[2 + i]);
-    t.stride[i] = py::cast<int64_t>(v[6 + i]);
-  }
-  return t;
-}
-
-DwConv conv(const py::tuple& v) {  // (kernel, stride, dilation, pad_top, pad_left)
-  if (v.size() != 5) throw std::invalid_argument("a convolution is a tuple of 5 integers");
-  int64_t n[5];
-  for (int i = 0; i < 5; i++) n[i] = py::cast<int64_t>(v[i]);
-  return {n[0], n[1], n[2], n[3], n[4]};
-}
-
-MultiOrderDwConv multi_order(const py::tuple& convs, const py::tuple& weights, const py::tuple& biases) {
-  MultiOrderDwConv p;
-  for (int i = 0; i < 3; i++) {
-    p.conv[i] = conv(convs[i]);
-    p.weight[i] = tensor(weights[i]);
-    p.bias[i] = tensor(biases[i]);
-  }
-  return p;
-}
-
 template <class F>
 void run(const F& f) {
-  Error error;
-  {
-    py::gil_scoped_release released;
-    error = f();
-  }
+  const Error error = without_gil(f);
   if (error == kOutOfMemory) throw std::bad_alloc();
   if (error) throw std::runtime_error(error);
 }
@@ -91,11 +52,7 @@ PYBIND11_MODULE(_cpu, m) {
            const py::tuple& dweights, const py::tuple& dbiases, const py::tuple& convs) {
           const Tensor4 tdy = tensor(dy), tx = tensor(x);
           const MultiOrderDwConv p = multi_order(convs, weights, biases);
-          MultiOrderDwConvGrads grads = {tensor(dx), {}, {}};
-          for (int i = 0; i < 3; i++) {
-            grads.weight[i] = tensor(dweights[i]);
-            grads.bias[i] = tensor(dbiases[i]);
-          }
+          const MultiOrderDwConvGrads grads = multi_order_grads(dx, dweights, dbiases);
           run([&] { return cpu_kernels().multi_order_dwconv->backward(tdy, tx, p, grads); });
         });
 
@@ -123,6 +80,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("channel_sums", [](py::handle t, py::handle sums) {
     const Tensor4 tt = tensor(t), tsums = tensor(sums);
     run([&] { return cpu_kernels().gated_recursion->channel_sums(tt, tsums); });
+  });
+
+  m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
+    run([&] { return cpu_kernels().global_filter->forward(tx, tw, ty); });
+  });
+  m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
+    run([&] { return cpu_kernels().global_filter->backward(tdy, tx, tw, tdx, tdw); });
   });
 
   m.def("edge_sums", [](py::handle map, py::handle sums) {

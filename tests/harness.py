@@ -98,10 +98,11 @@ def check_gradients(case: Case, second: bool = True) -> None:
         assert torch.autograd.gradgradcheck(run, present)
 
 
-def check_bitwise_repeatable(case: Case) -> None:
+def check_bitwise_repeatable(case: Case, other_threads: Sequence[int] = (1, 3)) -> None:
+    """other_threads: none where GEMMs of PyTorch take part, which depend on their number."""
     first, grad = outputs(case, "fused")
     before = torch.get_num_threads()
-    for threads in (before, 1, 3):
+    for threads in (before, *other_threads):
         torch.set_num_threads(threads)
         try:
             again, _ = outputs(case, "fused", grad)
@@ -132,10 +133,12 @@ def check_opcheck(name: str, arguments: Sequence[object], tensors: int) -> None:
     x, *rest = arguments
     for layout in ("contiguous", "channels_last"):
         given = laid_out(x, layout), *rest
-        grad = torch.randn_like(forward(*given))
-        needs = [t is not None for t in given[:tensors]]
+        result = forward(*given)
+        y, saved = (result, ()) if isinstance(result, Tensor) else (result[0], (list(result[1:]),))
+        lists = [t if isinstance(t, list) else [t] for t in given[:tensors]]
+        needs = [t is not None for one in lists for t in one]
         torch.library.opcheck(forward, given)
-        torch.library.opcheck(backward, (grad, *given, needs))
+        torch.library.opcheck(backward, (torch.randn_like(y), *given, *saved, needs))
         torch.library.opcheck(forward, (given[0].clone().requires_grad_(), *rest))
 
 

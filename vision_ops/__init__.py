@@ -18,6 +18,7 @@ if find_spec("torch") is not None:
     from .ops import (
         fused_dwconv,
         fused_gated_recursion,
+        fused_global_filter,
         fused_gnconv,
         fused_layer_norm_2d,
         fused_multi_order_dwconv,
@@ -30,6 +31,7 @@ if find_spec("torch") is not None:
         "explain",
         "fused_dwconv",
         "fused_gated_recursion",
+        "fused_global_filter",
         "fused_gnconv",
         "fused_layer_norm_2d",
         "fused_multi_order_dwconv",

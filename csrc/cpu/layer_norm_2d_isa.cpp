@@ -91,9 +91,11 @@ VOPS_INLINE void sum_blocks(const Norm<A>& norm, Vec<A> (&sums)[count], const F&
 }
 
 template <class T, class A>
-struct Group {  // of at most kLanes pixels
-  Pixel<T, A> pixel[kLanes];
+struct Group {  // of at most kLanes pixels of a row
+  T* data;
+  int64_t pixel_step, block_step;
   int count;
+  Pixel<T, A> pixel(int p) const { return {data + p * pixel_step, block_step}; }
 };
 
 template <class A>
@@ -107,7 +109,7 @@ VOPS_INLINE void means(const Norm<A>& norm, const Group<T, A>& x, A* mean) {
   for (int p = 0; p < kLanes; p++) {
     Vec<A> sum[1] = {};
     if (p < x.count) {
-      const Pixel<T, A> in = x.pixel[p];
+      const Pixel<T, A> in = x.pixel(p);
       sum_blocks<A, 1>(norm, sum, [&](int64_t i, bool ragged, Vec<A>(&to)[1]) {
         to[0] += ragged ? in.last(i, norm.tail()) : in.block(i);
       });
@@ -130,7 +132,7 @@ VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, 
   for (int p = 0; p < kLanes; p++) {
     Vec<A> sum[1] = {};
     if (p < x.count) {
-      const Pixel<const T, A> in = x.pixel[p];
+      const Pixel<const T, A> in = x.pixel(p);
       const A mean = s.mean[p];
       sum_blocks<A, 1>(norm, sum, [&](int64_t i, bool ragged, Vec<A>(&to)[1]) {
         const Vec<A> d = ragged ? first_lanes<A>(in.last(i, norm.tail()) - mean, norm.tail()) : in.block(i) - mean;
@@ -141,8 +143,8 @@ VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, 
   }
   inverse_deviations(norm, lane_sums(squares), s.rstd);
   for (int p = 0; p < x.count; p++) {
-    const Pixel<const T, A> in = x.pixel[p];
-    const Pixel<T, A> out = y.pixel[p];
+    const Pixel<const T, A> in = x.pixel(p);
+    const Pixel<T, A> out = y.pixel(p);
     const A mean = s.mean[p], rstd = s.rstd[p];
     auto normalized = [&](Vec<A> v, int64_t i) {
       return (v - mean) * rstd * load(norm.weight + i * kLanes) + load(norm.bias + i * kLanes);
@@ -164,7 +166,7 @@ VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy
   for (int p = 0; p < kLanes; p++) {
     Vec<A> sum[3] = {};
     if (p < x.count) {
-      const Pixel<const T, A> in = x.pixel[p], grad = dy.pixel[p];
+      const Pixel<const T, A> in = x.pixel(p), grad = dy.pixel(p);
       const A mean = s.mean[p];
       sum_blocks<A, 3>(norm, sum, [&](int64_t i, bool ragged, Vec<A>(&to)[3]) {
         const Vec<A> d = ragged ? first_lanes<A>(in.last(i, norm.tail()) - mean, norm.tail()) : in.block(i) - mean;
@@ -188,16 +190,16 @@ VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy
     const Vec<A> weight = load(norm.weight + i * kLanes);
     Vec<A> dw = {}, db = {};
     for (int p = 0; p < x.count; p++) {
-      const Vec<A> d = (ragged ? x.pixel[p].last(i, norm.tail()) : x.pixel[p].block(i)) - s.mean[p];
-      const Vec<A> grad = ragged ? dy.pixel[p].last(i, norm.tail()) : dy.pixel[p].block(i);
+      const Vec<A> d = (ragged ? x.pixel(p).last(i, norm.tail()) : x.pixel(p).block(i)) - s.mean[p];
+      const Vec<A> grad = ragged ? dy.pixel(p).last(i, norm.tail()) : dy.pixel(p).block(i);
       dw += grad * (d * s.rstd[p]);
       db += grad;
       if (!dx) continue;
       const Vec<A> v = (grad * weight - mean_g[p] - d * slope[p]) * s.rstd[p];
       if (ragged) {
-        dx->pixel[p].set_last(i, norm.tail(), v);
+        dx->pixel(p).set_last(i, norm.tail(), v);
       } else {
-        dx->pixel[p].set_block(i, v);
+        dx->pixel(p).set_block(i, v);
       }
     }
     if (!sums) continue;
@@ -209,11 +211,7 @@ VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy
 
 template <class A, class T>
 VOPS_INLINE Group<T, A> group_of(const Panel<T>& t, int64_t row, int64_t column, int count) {
-  Group<T, A> group;
-  group.count = count;
-  T* data = t.at(row, column);
-  for (int p = 0; p < count; p++, data += t.column_step) group.pixel[p] = {data, t.block_step};
-  return group;
+  return {t.at(row, column), t.column_step, t.block_step, count};
 }
 
 // Rows without a gap between them are one long row.

@@ -8,6 +8,7 @@ namespace vops {
 namespace baseline {
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
+extern const GlobalFilterOps global_filter_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 extern const ShiftSplitAttentionOps shift_split_attention_ops;
@@ -16,6 +17,7 @@ extern const ShiftSplitAttentionOps shift_split_attention_ops;
 namespace avx2 {
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
+extern const GlobalFilterOps global_filter_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 extern const ShiftSplitAttentionOps shift_split_attention_ops;
@@ -23,6 +25,7 @@ extern const ShiftSplitAttentionOps shift_split_attention_ops;
 namespace avx512 {
 extern const DwConvOps dwconv_ops;
 extern const GatedRecursionOps gated_recursion_ops;
+extern const GlobalFilterOps global_filter_ops;
 extern const LayerNorm2dOps layer_norm_2d_ops;
 extern const MultiOrderDwConvOps multi_order_dwconv_ops;
 extern const ShiftSplitAttentionOps shift_split_attention_ops;
@@ -50,12 +53,12 @@ struct ThreadScratch {
 
 const CpuKernels kKernels[] = {
     {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops,
-     &baseline::gated_recursion_ops, &baseline::shift_split_attention_ops},
+     &baseline::gated_recursion_ops, &baseline::global_filter_ops, &baseline::shift_split_attention_ops},
 #ifdef VOPS_X86
     {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops,
-     &avx2::shift_split_attention_ops},
+     &avx2::global_filter_ops, &avx2::shift_split_attention_ops},
     {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops,
-     &avx512::gated_recursion_ops, &avx512::shift_split_attention_ops},
+     &avx512::gated_recursion_ops, &avx512::global_filter_ops, &avx512::shift_split_attention_ops},
 #endif
 };
 

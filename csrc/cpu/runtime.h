@@ -5,6 +5,7 @@
 
 #include "dwconv.h"
 #include "gated_recursion.h"
+#include "global_filter.h"
 #include "layer_norm_2d.h"
 #include "multi_order_dwconv.h"
 #include "shift_split_attention.h"
@@ -25,6 +26,7 @@ struct CpuKernels {
   const MultiOrderDwConvOps* multi_order_dwconv;
   const LayerNorm2dOps* layer_norm_2d;
   const GatedRecursionOps* gated_recursion;
+  const GlobalFilterOps* global_filter;
   const ShiftSplitAttentionOps* shift_split_attention;
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.

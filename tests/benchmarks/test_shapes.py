@@ -94,6 +94,23 @@ def test_layer_norm_runs_where_hornet_and_edgenext_have_it():
     assert not any(label.startswith("EdgeNeXt") and label.endswith(".4") for label in cases)
 
 
+def test_gnconv_has_the_orders_and_widths_of_hornet():
+    cases = shapes.gnconv_cases()
+    assert cases["HorNet-T.4"] == shapes.GnConvShape(512, 5, 7) and cases["HorNet-T.4"].widths == [
+        32,
+        64,
+        128,
+        256,
+        512,
+    ]
+    assert sum(cases["HorNet-S.1"].widths) == 144 and len(cases) == 8
+
+
+def test_global_filters_are_in_the_last_two_stages():
+    cases = {label: (shape.channels, shape.size) for label, shape in shapes.global_filter_cases().items()}
+    assert cases == {"HorNet-T.3": (240, 14), "HorNet-T.4": (496, 7), "HorNet-S.3": (360, 14), "HorNet-S.4": (744, 7)}
+
+
 def test_shift_split_attention_runs_at_the_stages_of_s2mlpv2():
     cases = {label: (shape.channels, shape.size) for label, shape in shapes.s2_cases().items()}
     assert cases == {

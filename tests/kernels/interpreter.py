@@ -44,24 +44,27 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class _OnCPU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: _registration.FusedOp, *given: Any) -> Tensor:
-        ctx.op = op
-        ctx.count = sum(g is None or isinstance(g, Tensor) for g in given)
-        ctx.options = given[ctx.count :]
-        result = op.kernels["CUDA"][0](op.arguments(*given))
-        y, *saved = result if isinstance(result, tuple) else (result,)
-        ctx.save_for_backward(*given[: ctx.count], *saved)
+    def forward(ctx: Any, op: _registration.FusedOp, lengths: Any, *given: Any) -> Tensor:
+        count = len(given) - op._options
+        ctx.op, ctx.lengths, ctx.options = op, lengths, given[count:]
+        result = op.kernels["CUDA"][0](op.arguments(*op.nested(given[:count], lengths), *ctx.options))
+        y, *saved = result if op._saved else (result,)
+        ctx.save_for_backward(*given[:count], *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        needs = ctx.needs_input_grad[1:]
-        grads = [_registration._gradient_like(t) if n else None for t, n in zip(tensors, needs, strict=False)]
-        ctx.op.kernels["CUDA"][1](grads, grad, ctx.op.arguments(*tensors, *ctx.options), *saved)
-        return (None, *grads, *(None for _ in ctx.options))
+        op, kept = ctx.op, ctx.saved_tensors
+        count = len(kept) - op._saved
+        needs = ctx.needs_input_grad[2 : 2 + count]
+        flat = [_registration._gradient_like(t) if n else None for t, n in zip(kept[:count], needs, strict=True)]
+        arguments = op.arguments(*op.nested(kept[:count], ctx.lengths), *ctx.options)
+        op.kernels["CUDA"][1](op.nested(flat, ctx.lengths), grad, arguments, *kept[count:])
+        return (None, None, *flat, *(None for _ in ctx.options))
 
 
 def run(op: _registration.FusedOp, *given: Any) -> Tensor:
     """The op's CUDA implementation, forward and backward, on CPU tensors. `given` is all its arguments in order."""
-    return _OnCPU.apply(op, *given)
+    tensors = given[: op._tensors]
+    lengths = tuple(len(t) if isinstance(t, list) else None for t in tensors)
+    return _OnCPU.apply(op, lengths, *_registration._flat(tensors), *given[op._tensors :])

@@ -4,7 +4,9 @@ To add an op: a function that calls its launchers once, and LAUNCHES. Every kern
 has to come up.
 """
 
+import functools
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vision_ops import kernels
-from vision_ops.kernels import layer_norm_2d, shift_split_attention
+from vision_ops.kernels import gated_recursion, layer_norm_2d, shift_split_attention
 
 ARCHS = (80, 90, 100)
 
@@ -69,6 +71,46 @@ def norms() -> Iterator[Launch]:
                 yield Launch("layer_norm_2d", named, lambda a=(channels, size, dtype, last): norm(*a), archs)
 
 
+def slices(channels: int, widths: Sequence[int], size: int, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
+    """pwa, a slice of proj_in's output, and dw, as fused_gnconv has them."""
+    projected = absent(128, 2 * channels, size, size, dtype=dtype, channels_last=last)
+    return projected[:, : widths[0]], absent(128, sum(widths), size, size, dtype=dtype, channels_last=last)
+
+
+def gates(channels: int, size: int, dtype: torch.dtype, last: bool, bias: bool) -> None:
+    u, dw = slices(channels, (channels // 2, channels), size, dtype, last)
+    q = dw[:, : u.shape[1]]
+    b, db = (absent(u.shape[1], dtype=dtype) if bias else None for _ in range(2))
+    gated_recursion.gate(u, b, q, q)
+    gated_recursion.gate_backward(q, u, b, q, u, q, db)
+
+
+def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) -> None:
+    widths = [channels >> k for k in reversed(range(order))]
+    weights = [absent(o, i, 1, 1, dtype=dtype) for i, o in itertools.pairwise(widths)]
+    biases = [absent(o, dtype=dtype) for o in widths[1:]]
+    out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
+    expected = channels <= 256 and dtype != torch.float32
+    assert gated_recursion.chain(*slices(channels, widths, size, dtype, last), weights, biases, out) == expected
+
+
+HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))
+
+
+def recursions() -> Iterator[Launch]:
+    for channels, order, size in HORNET:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for last in (True, False):
+                named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
+                usual = dtype == torch.bfloat16 and last
+                run = functools.partial(chain, channels, order, size, dtype, last)
+                yield Launch("gated_recursion", f"chain {named}", run, ARCHS if usual else ())
+                for bias in (True, False):
+                    run = functools.partial(gates, channels, size, dtype, last, bias)
+                    archs = ARCHS if usual and bias and channels == 64 else (90,) if channels == 768 and bias else ()
+                    yield Launch("gated_recursion", f"gates {named}{' bias' if bias else ''}", run, archs)
+
+
 def s2_passes(channels: int, size: int, dtype: torch.dtype, with_y: bool) -> None:
     """As `shift_split_attention` calls them or, with_y, as `s2_attention` does."""
     x, dx = (absent(128, size, size, 3 * channels, dtype=dtype) for _ in range(2))
@@ -94,4 +136,4 @@ def s2() -> Iterator[Launch]:
                 yield Launch(op, named, lambda given=given: s2_passes(*given), archs)
 
 
-LAUNCHES = (*norms(), *s2())
+LAUNCHES = (*norms(), *recursions(), *s2())

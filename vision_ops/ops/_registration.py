@@ -53,8 +53,21 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return allocate(shape, like, memory_format(like))
 
 
+def channels_dense(t: Tensor) -> bool:
+    """Whether neighbouring channels are neighbours in memory, as the march kernels of CUDA want."""
+    return t.stride(1) == 1 or t.shape[1] == 1
+
+
+def to_channels_dense(t: Tensor) -> Tensor:
+    return t if channels_dense(t) else t.contiguous(memory_format=torch.channels_last)
+
+
 def allocate_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
     return allocate(shape, like, torch.channels_last)
+
+
+def workspace(size: int, like: Tensor) -> Tensor:
+    return allocate((size // like.element_size(),), like)
 
 
 def _gradient_like(t: Tensor) -> Tensor:
@@ -100,7 +113,8 @@ class FusedOp:
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self.kernels, self._triton, self._autocasts, self._saved, self._parts = kernels, triton, autocast, saved, parts
+        self.kernels, self._triton, self._autocasts = kernels, triton, autocast
+        self._saved, self._parts = saved, parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self._options = len(types) - count
@@ -159,7 +173,8 @@ class FusedOp:
         """Runs the op on checked arguments."""
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
-        if backend == "reference" or _needs_reference():
+        # torch.jit.trace knows no lists of optional tensors.
+        if backend == "reference" or _needs_reference() or (self._lists and torch.jit.is_tracing()):
             return self.reference(arguments)
         cannot, slower = self.predicate(arguments)
         if cannot and backend == "fused":
@@ -293,7 +308,7 @@ def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = 
     kind = x.device.type
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
-    missing = _native.triton_missing if triton else _native.cuda_missing
-    if kind == "cuda" and missing:
-        return [missing]
+    if kind == "cuda":
+        missing = _native.triton_missing if triton else _native.gpu_missing(x.device.index)
+        return [missing] if missing else []
     return [] if kind.upper() in kernels else [f"there is no kernel for device {kind!r}"]
