@@ -38,6 +38,10 @@ class Setting:
         values = torch.randn(size, device=self.device, dtype=self.dtype)
         return values.to(memory_format=MEMORY_FORMATS[self.layout]) if values.dim() == 4 else values
 
+    def pixels(self, batch: int, height: int, width: int, channels: int) -> Tensor:
+        """(N, H, W, C), the same memory as (N, C, H, W) in this layout."""
+        return self.normal(batch, channels, height, width).permute(0, 2, 3, 1)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -78,8 +82,10 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run; `devices` have
-    kernels for it."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run; `devices` have kernels.
+
+    pixels: x and y are (N, H, W, C).
+    """
 
     name: str
     fused: Callable[..., Tensor]
@@ -89,6 +95,14 @@ class Op:
     quick: tuple[str, ...]
     compile_in_quick: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    pixels: bool = False
+
+    def laid_out(self, values: Tensor, layout: str) -> Tensor:
+        """An x or y in this layout."""
+        form = MEMORY_FORMATS[layout]
+        if self.pixels:
+            return values.permute(0, 3, 1, 2).contiguous(memory_format=form).permute(0, 2, 3, 1)
+        return values.contiguous(memory_format=form) if values.dim() == 4 else values
 
     def problem(self, case: str, setting: Setting) -> Problem:
         """The same values for every layout, so that one exact result judges them all."""
@@ -218,6 +232,26 @@ def build_xca(shape: shapes.XcaShape, setting: Setting) -> Problem:
     return Problem((x, *parameters), flops, {"num_heads": heads})
 
 
+def split_mlps(channels: int, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Scaled as for features that the layer before has normalised: the pooled vector is a sum over all pixels."""
+    hidden = channels // shapes.S2MLPV2_REDUCTION
+    return setting.normal(hidden, channels) * 1e-3, setting.normal(3 * channels, hidden) * hidden**-0.5
+
+
+def build_shift_split_attention(shape: shapes.S2Shape, setting: Setting) -> Problem:
+    c, size = shape.channels, shape.size
+    x = setting.pixels(setting.batch, size, size, 3 * c)
+    # Three products and their sum, and the sum over the pixels.
+    return Problem((x, *split_mlps(c, setting)), 3 * x.numel())
+
+
+def build_s2_attention(shape: shapes.S2Shape, setting: Setting) -> Problem:
+    c, size = shape.channels, shape.size
+    x = setting.pixels(setting.batch, size, size, c)
+    mlp1, mlp2 = ((setting.normal(n, c) * c**-0.5, setting.normal(n)) for n in (3 * c, c))
+    return Problem((x, *mlp1, *mlp2, *split_mlps(c, setting)), (2 * (3 * c + c) + 9) * x.numel())
+
+
 OPS = {
     op.name: op
     for op in (
@@ -308,6 +342,24 @@ OPS = {
             shapes.xca_cases(),
             build_cross_covariance,
             quick=("EdgeNeXt-S.3",),
+        ),
+        Op(
+            "shift_split_attention",
+            vision_ops.fused_shift_split_attention,
+            reference.shift_split_attention,
+            shapes.s2_cases(),
+            build_shift_split_attention,
+            quick=("S2-MLPv2-S.1",),
+            pixels=True,
+        ),
+        Op(
+            "s2_attention",
+            vision_ops.fused_s2_attention,
+            reference.s2_attention,
+            shapes.s2_cases(),
+            build_s2_attention,
+            quick=("S2-MLPv2-S.2",),
+            pixels=True,
         ),
     )
 }

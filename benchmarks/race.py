@@ -42,6 +42,8 @@ class Plan:
 
 class Race:
     def __init__(self, op: Op, case: str, peers: Sequence[str], plan: Plan) -> None:
+        # Pixels whose channels are apart are a layout that no network has.
+        plan = replace(plan, layouts=("channels_last",)) if op.pixels else plan
         self.op, self.case, self.plan = op, case, plan
         self.fused, self.peers = line_up(("fused",), plan.layouts), line_up(peers, plan.layouts)
         self.problems = {layout: op.problem(case, replace(plan.setting, layout=layout)) for layout in plan.layouts}

@@ -38,6 +38,10 @@ CONVNEXT_WIDTHS = {"T": (96, 192, 384, 768)}
 MOAT_WIDTHS = {"tiny0": (32, 64, 128, 256), "0": (96, 192, 384, 768)}
 MOAT_EXPANSION = 4
 
+S2MLPV2_WIDTHS = {"S": (192, 384), "M": (256, 512)}
+S2MLPV2_STAGES_224 = (32, 16)
+S2MLPV2_REDUCTION = 4  # of the hidden width in split attention
+
 
 def stages(
     widths: Mapping[str, tuple[int, ...]], model: str, sizes: tuple[int, ...]
@@ -259,3 +263,17 @@ def xca_cases() -> dict[str, XcaShape]:
         for label, stage, width, size in stages(small, "EdgeNeXt", STAGES_256)
         if EDGENEXT_SCALES[stage] is not None
     }
+
+
+@dataclass(frozen=True)
+class S2Shape:
+    channels: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size}"
+
+
+def s2_cases() -> dict[str, S2Shape]:
+    named = stages(S2MLPV2_WIDTHS, "S2-MLPv2", S2MLPV2_STAGES_224)
+    return distinct((label, S2Shape(width, size)) for label, _, width, size in named)

@@ -193,4 +193,29 @@ PYBIND11_MODULE(_cpu, m) {
     const DwConv c = conv(size);
     run([&] { return cpu_kernels().channel_aggregation_ffn->backward(tf, tw, tb, tv, tdscores, tdh, th, tdv, c); });
   });
+
+  m.def("edge_sums", [](py::handle map, py::handle sums) {
+    const Tensor4 tmap = tensor(map), tsums = tensor(sums);
+    run([&] { return cpu_kernels().shift_split_attention->edge_sums(tmap, tsums); });
+  });
+  m.def("pool", [](py::handle sums, py::handle pooled) {
+    const Tensor4 tsums = tensor(sums), tpooled = tensor(pooled);
+    run([&] { return cpu_kernels().shift_split_attention->pool(tsums, tpooled); });
+  });
+  m.def("weigh", [](py::handle x, py::handle weights, py::handle offset, py::handle y) {
+    const Tensor4 tx = tensor(x), tweights = tensor(weights), toffset = tensor(offset), ty = tensor(y);
+    run([&] { return cpu_kernels().shift_split_attention->weigh(tx, tweights, toffset, ty); });
+  });
+  m.def("weigh_backward_weights",
+        [](py::handle dy, py::handle x, py::handle weights, py::handle offset, py::handle sums, py::handle y) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x), tweights = tensor(weights), toffset = tensor(offset);
+          const Tensor4 tsums = tensor(sums), ty = tensor(y);
+          run([&] {
+            return cpu_kernels().shift_split_attention->weigh_backward_weights(tdy, tx, tweights, toffset, tsums, ty);
+          });
+        });
+  m.def("weigh_backward_input", [](py::handle dy, py::handle weights, py::handle dpooled, py::handle dx) {
+    const Tensor4 tdy = tensor(dy), tweights = tensor(weights), tdpooled = tensor(dpooled), tdx = tensor(dx);
+    run([&] { return cpu_kernels().shift_split_attention->weigh_backward_input(tdy, tweights, tdpooled, tdx); });
+  });
 }

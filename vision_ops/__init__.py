@@ -28,6 +28,8 @@ if find_spec("torch") is not None:
         fused_moga_aggregation,
         fused_moga_gate,
         fused_multi_order_dwconv,
+        fused_s2_attention,
+        fused_shift_split_attention,
         fused_split_cascade,
         fused_xca,
     )
@@ -47,6 +49,8 @@ if find_spec("torch") is not None:
         "fused_moga_aggregation",
         "fused_moga_gate",
         "fused_multi_order_dwconv",
+        "fused_s2_attention",
+        "fused_shift_split_attention",
         "fused_split_cascade",
         "fused_xca",
         "models",

@@ -13,6 +13,7 @@
 #include "layer_norm_2d.h"
 #include "moga_gate.h"
 #include "multi_order_dwconv.h"
+#include "shift_split_attention.h"
 #include "split_cascade.h"
 
 namespace vops {
@@ -37,6 +38,7 @@ extern const Error kOutOfMemory;
   X(LayerNorm2dOps, layer_norm_2d)                     \
   X(MogaGateOps, moga_gate)                            \
   X(MultiOrderDwConvOps, multi_order_dwconv)           \
+  X(ShiftSplitAttentionOps, shift_split_attention)     \
   X(SplitCascadeOps, split_cascade)
 
 struct CpuKernels {

@@ -61,8 +61,10 @@ def test_problems_have_their_layout_and_the_same_values_in_both(op):
     if op.name in ("xca", "cross_covariance"):  # of tokens, which have one layout
         assert nhwc.inputs[0].stride() == nchw.inputs[0].stride()
     else:
-        assert nhwc.inputs[0].is_contiguous(memory_format=torch.channels_last)
-        assert nchw.inputs[0].is_contiguous()
+        maps = [x.permute(0, 3, 1, 2) if op.pixels else x for x in (nhwc.inputs[0], nchw.inputs[0])]
+        assert maps[0].is_contiguous(memory_format=torch.channels_last)
+        assert maps[1].is_contiguous()
+        assert op.laid_out(nchw.inputs[0], "channels_last").stride() == nhwc.inputs[0].stride()
     assert all(map(torch.equal, nhwc.inputs, nchw.inputs))
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in nhwc.inputs)
 
@@ -126,3 +128,14 @@ def test_cascades_have_the_splits_of_edgenext():
     assert not any(label.endswith(".1") for label in cases)
     x, weights, _ = OPS["split_cascade"].problem("EdgeNeXt-S.3", SETTING).args
     assert x.shape == (2, 160, 16, 16) and [w.shape[0] for w in weights] == [54, 54]
+
+
+def test_shift_split_attention_runs_at_the_stages_of_s2mlpv2():
+    cases = {label: (shape.channels, shape.size) for label, shape in shapes.s2_cases().items()}
+    assert cases == {
+        "S2-MLPv2-S.1": (192, 32), "S2-MLPv2-S.2": (384, 16), "S2-MLPv2-M.1": (256, 32), "S2-MLPv2-M.2": (512, 16),
+    }  # fmt: skip
+    problem = OPS["s2_attention"].problem("S2-MLPv2-S.2", SETTING)
+    assert [tuple(t.shape) for t in problem.inputs] == [
+        (2, 16, 16, 384), (1152, 384), (1152,), (384, 384), (384,), (96, 384), (1152, 96),
+    ]  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vision_ops import kernels
-from vision_ops.kernels import gated_recursion, layer_norm_2d
+from vision_ops.kernels import gated_recursion, layer_norm_2d, shift_split_attention
 
 ARCHS = (80, 90, 100)
 
@@ -111,4 +111,29 @@ def recursions() -> Iterator[Launch]:
                     yield Launch("gated_recursion", f"gates {named}{' bias' if bias else ''}", run, archs)
 
 
-LAUNCHES = (*norms(), *recursions())
+def s2_passes(channels: int, size: int, dtype: torch.dtype, with_y: bool) -> None:
+    """As `shift_split_attention` calls them or, with_y, as `s2_attention` does."""
+    x, dx = (absent(128, size, size, 3 * channels, dtype=dtype) for _ in range(2))
+    y, dy = (absent(128, size, size, channels, dtype=dtype) for _ in range(2))
+    sums_type = torch.promote_types(dtype, torch.float32)
+    pooled, dpooled, offset = (absent(128, channels, dtype=sums_type) for _ in range(3))
+    edge_sums, weights, sums = (absent(128, k, channels, dtype=sums_type) for k in (9, 3, 4))
+    shift_split_attention.edge_sums(y if with_y else x, edge_sums)
+    shift_split_attention.pool(edge_sums, pooled)
+    shift_split_attention.weigh(x, weights, offset if with_y else None, y)
+    given = (offset, sums, y) if with_y else (None, sums, None)
+    shift_split_attention.weigh_backward_weights(dy, x, weights, *given)
+    shift_split_attention.weigh_backward_input(dy, weights, dpooled, dx)
+
+
+def s2() -> Iterator[Launch]:
+    for channels, size in ((192, 32), (384, 16), (256, 32), (512, 16), (100, 15), (10, 7)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for with_y in (False, True):
+                op = "s2_attention" if with_y else "shift_split_attention"
+                archs = ARCHS if channels == 192 and dtype == torch.bfloat16 else (90,) if channels == 192 else ()
+                named, given = f"{channels}x{size}x{size} {str(dtype)[6:]}", (channels, size, dtype, with_y)
+                yield Launch(op, named, lambda given=given: s2_passes(*given), archs)
+
+
+LAUNCHES = (*norms(), *recursions(), *s2())

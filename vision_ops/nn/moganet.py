@@ -194,9 +194,19 @@ class ChannelAggregationFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_type != "GELU" or (self.training and self.drop.p > 0):
             return self._composed(x)
-        layers = self.fc1, self.dwconv, self.fc2, self.decompose
-        parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
-        return fused_channel_aggregation_ffn(x, *parameters, sigma=self.sigma.scale, backend=backend(self))
+        return fused_channel_aggregation_ffn(
+            x,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.dwconv.weight,
+            self.dwconv.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.decompose.weight,
+            self.decompose.bias,
+            self.sigma.scale,
+            backend=backend(self),
+        )
 
     def _composed(self, x: Tensor) -> Tensor:
         """With what the whole op lacks: dropout within, and other activations."""

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from .. import reference
+from ..ops import fused_s2_attention
 from ..ops._checks import check_integer
 from ..reference.shift_split_attention import split_attention
-from ._blocks import DropPath
+from ._blocks import DropPath, backend
 
 
 class SplitAttention(nn.Module):
@@ -50,8 +50,9 @@ class S2Attention(nn.Module):
         self.split_attention = SplitAttention(channels, reduction=reduction)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = self.split_attention
-        return self.mlp2(reference.shift_split_attention(self.mlp1(x), split.mlp1.weight, split.mlp2.weight))
+        mlp1, mlp2, split = self.mlp1, self.mlp2, self.split_attention
+        parameters = mlp1.weight, mlp1.bias, mlp2.weight, mlp2.bias, split.mlp1.weight, split.mlp2.weight
+        return fused_s2_attention(x, *parameters, backend=backend(self))
 
 
 class PreNormResidual(nn.Module):

@@ -29,7 +29,8 @@ def split_attention(branches: Tensor, split_mlp1_weight: Tensor, split_mlp2_weig
     """Weighs the k branches of (B, k, H, W, C) channel by channel; the pooled vector is a sum, not a mean."""
     k, c = branches.shape[1], branches.shape[-1]
     pooled = branches.sum(dim=(1, 2, 3))
-    weights = F.linear(F.gelu(F.linear(pooled, split_mlp1_weight)), split_mlp2_weight)
+    hidden = F.gelu(F.linear(pooled, split_mlp1_weight.to(pooled.dtype)))
+    weights = F.linear(hidden, split_mlp2_weight.to(pooled.dtype))
     return (branches * weights.unflatten(-1, (k, c)).softmax(dim=1)[:, :, None, None]).sum(dim=1)
 
 

@@ -1,0 +1,232 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import (
+    HALF,
+    Case,
+    check_against_reference,
+    check_compiles,
+    check_gradients,
+    laid_out,
+    outputs,
+    saved_bytes,
+)
+
+from benchmarks.measure import peak_bytes
+from vision_ops import _native, explain, fused_s2_attention, fused_shift_split_attention, nn, reference
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Unlike the others', this op's CUDA kernels are not compiled beforehand."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use")
+    return request.param
+
+
+def make(
+    shape, *, hidden=None, biases=(True, True), dtype=torch.float32, parameter_dtype=None, device="cpu", layout=None
+):
+    """The pooled vector is a sum: the small MLP's first weights are small, or the softmax would choose one branch."""
+    b, h, w, c = shape
+    hidden = hidden or c
+    drawn = {"dtype": parameter_dtype or dtype, "device": device}
+    mlp1, mlp2 = (torch.randn(n, c, **drawn) / c**0.5 for n in (3 * c, c))
+    bias1, bias2 = (torch.randn(n, **drawn) if there else None for n, there in zip((3 * c, c), biases, strict=True))
+    split1 = torch.randn(hidden, c, **drawn) / (h * w * c**0.5)
+    split2 = torch.randn(3 * c, hidden, **drawn) / hidden**0.5
+    x = laid_out(torch.randn(b, h, w, c, dtype=dtype, device=device), layout or "contiguous")
+    tensors = [x, mlp1, bias1, mlp2, bias2, split1, split2]
+    return Case(lambda t, backend: fused_s2_attention(*t, backend=backend), tensors)
+
+
+SHAPES = [
+    (2, 8, 9, 64),
+    (3, 7, 7, 20),
+    (1, 33, 14, 48),
+    (2, 1, 5, 10),
+    (2, 5, 1, 10),
+    (1, 1, 1, 7),
+    (1, 5, 4, 1),
+    (0, 5, 5, 8),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, device):
+    check_against_reference(make(shape, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+def test_dtypes(dtype, device):
+    check_against_reference(make((2, 9, 14, 40), dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(
+    ("layout", "grad_layout"),
+    [
+        ("channels_last", "contiguous"),
+        ("channel_slice", "cropped"),
+        ("cropped", "channels_last"),
+        ("transposed", "expanded"),
+        ("expanded", "transposed"),
+    ],
+)
+def test_layouts(layout, grad_layout, device):
+    case = make((2, 6, 11, 18), layout=layout, device=device)
+    check_against_reference(case, grad_layout)
+    assert case.run(case.tensors, "fused").is_contiguous()
+
+
+@pytest.mark.parametrize("biases", [(False, True), (True, False), (False, False)])
+def test_biases_may_be_absent(biases, device):
+    check_against_reference(make((2, 6, 5, 24), biases=biases, hidden=6, device=device))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_float32_parameters_beside_half_input(dtype, device):
+    check_against_reference(make((2, 9, 9, 24), dtype=dtype, parameter_dtype=torch.float32, device=device))
+
+
+def test_images_at_a_time(device):
+    """Several groups of images, the last one smaller, with and without what backward needs."""
+    case = make((5, 25, 25, 12), device=device)
+    check_against_reference(case)
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    torch.testing.assert_close(case.run(leaves, "fused"), case.run(case.tensors, "fused"))
+
+
+def test_is_its_parts():
+    x, mlp1, bias1, mlp2, bias2, *split = make((2, 6, 5, 16), dtype=torch.float64).tensors
+    parts = F.linear(fused_shift_split_attention(F.linear(x, mlp1, bias1), *split, backend="fused"), mlp2, bias2)
+    torch.testing.assert_close(fused_s2_attention(x, mlp1, bias1, mlp2, bias2, *split, backend="fused"), parts)
+
+
+def test_autocast(device):
+    case = make((2, 9, 9, 16), device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        fused, _ = outputs(case, "fused")
+    assert [t.dtype for t in fused] == [torch.bfloat16, *[torch.float32] * 7]
+    half = case.to(torch.bfloat16)
+    torch.testing.assert_close(fused[0], half.run(half.tensors, "fused"))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 5), (1, 1, 3, 10), (1, 3, 1, 10)], ids=str)
+def test_gradcheck(shape, device):
+    check_gradients(make(shape, hidden=2, device=device), second=shape[3] == 5)
+
+
+def test_only_the_gradients_that_are_asked_for(device):
+    case = make((2, 7, 6, 20), device=device)
+    everything, grad = outputs(case, "fused")
+    for i in range(len(case.tensors)):
+        tensors = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors)]
+        (alone,) = torch.autograd.grad(case.run(tensors, "fused"), tensors[i], grad)
+        assert torch.equal(alone, everything[1 + i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_repeatable(dtype, device):
+    case = make((3, 21, 23, 72), dtype=dtype, device=device)
+    first, grad = outputs(case, "fused")
+    for _ in range(3):
+        again, _ = outputs(case, "fused", grad)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_compiles(device):
+    check_compiles([make((2, 14, 14, 16), device=device), make((2, 9, 12, 16), device=device)])
+
+
+def test_exports_and_compiles_to_what_eager_gives(device):
+    """The article's in-place slices give three different results."""
+    module, x = nn.S2Attention(12).to(device), torch.randn(1, 6, 5, 12, device=device)
+    with torch.no_grad():
+        eager = module(x)
+        module.fused = False
+        torch.testing.assert_close(eager, module(x))
+        module.fused = True
+        assert torch.equal(torch.export.export(module, (x,)).module()(x), eager)
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), eager)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck(keep, device):
+    given = (*make((2, 4, 5, 8), hidden=3, biases=(True, False), device=device).tensors, keep)
+    forward = torch.ops.vision_ops.s2_attention.default
+    torch.library.opcheck(forward, given)
+    torch.library.opcheck(forward, (given[0].clone().requires_grad_(), *given[1:]))
+    y, *saved = forward(*given)
+    grad = torch.randn_like(y)
+    backward = torch.ops.vision_ops.s2_attention_backward.default
+    torch.library.opcheck(backward, (grad, *given, saved, [True, True, True, False, False, True, True]))
+
+
+def test_backward_without_what_is_kept():
+    """The op itself, in a graph, may have been called without; backward then computes the branches again."""
+    case = make((2, 5, 6, 12))
+    forward, backward = torch.ops.vision_ops.s2_attention, torch.ops.vision_ops.s2_attention_backward
+    found = []
+    for keep in (True, False):
+        with torch.no_grad():
+            y, *saved = forward(*case.tensors, keep)
+            assert (len(saved[0]) > 0) == keep
+            found.append([y, *backward(y, *case.tensors, keep, saved, [True] * 7)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_saves_x_and_the_branches(device):
+    """4C a pixel; eager PyTorch saves mlp2's input, too."""
+    case = make((2, 16, 16, 32), hidden=8, device=device)
+    x = case.tensors[0]
+    expected = sum(t.nbytes for t in case.tensors) + 3 * x.nbytes + 4 * 2 * (32 + 8 + 3 * 32)
+    assert saved_bytes(case, "fused") == expected
+    assert saved_bytes(case, "reference") > expected + 0.9 * x.nbytes
+
+
+def test_memory_of_the_forward_pass():
+    """Of four images, one has its branches at a time: 3C and C beside the output. In training all are kept."""
+    case = make((4, 32, 32, 24))
+    output = case.tensors[0].nbytes
+    assert peak_bytes(lambda: case.run(case.tensors, "fused"), "cpu") < (1 + 1.2) * output
+    assert peak_bytes(lambda: case.run(case.tensors, "reference"), "cpu") > 9 * output
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    assert peak_bytes(lambda: case.run(leaves, "fused"), "cpu") < (1 + 3 + 0.5) * output
+
+
+def test_functorch_takes_the_reference():
+    x, *rest = make((2, 4, 3, 6)).tensors
+    both = fused_s2_attention, reference.s2_attention
+    torch.testing.assert_close(*(torch.func.jvp(lambda t, h=h: h(t, *rest), (x,), (x.flip(1),)) for h in both))
+    torch.testing.assert_close(*(torch.func.grad(lambda t, h=h: h(t, *rest).square().sum())(x) for h in both))
+
+
+def test_explain():
+    x, *rest = make((1, 4, 4, 8)).tensors
+    kernel, gemms = f"C++ kernel ({_native.cpu.isa})", "PyTorch's GEMMs"
+    expected = {"shifts and weights": kernel, "mlp1 and mlp2": gemms, "split_mlp1 and split_mlp2": gemms}
+    assert explain("s2_attention", x).parts == explain("s2_attention", x, *rest).parts == expected
+
+
+X, _, _, M2, _, S1, S2 = make((2, 4, 4, 4), hidden=5).tensors
+M1, B1, B2 = torch.randn(12, 4), torch.randn(12), torch.randn(4)
+REFUSED = {
+    "rank": (ValueError, r"x must have the dimensions \(B, H, W, C\), got", (X[0], M1, B1, M2, B2, S1, S2)),
+    "columns": (ValueError, "x may be empty in N only", (X[:, :, :0], M1, B1, M2, B2, S1, S2)),
+    "mlp1": (ValueError, r"mlp1_weight must have shape \(12, 4\) \(3C, C\), got", (X, M2, B1, M2, B2, S1, S2)),
+    "mlp1_bias": (ValueError, r"mlp1_bias must have shape \(12,\) \(3C\), got", (X, M1, B2, M2, B2, S1, S2)),
+    "mlp2": (ValueError, r"mlp2_weight must have shape \(4, 4\) \(C, C\), got", (X, M1, B1, M1, B2, S1, S2)),
+    "mlp2_bias": (ValueError, r"mlp2_bias must have shape \(4,\) \(C\), got", (X, M1, B1, M2, B1, S1, S2)),
+    "split1": (ValueError, r"split_mlp1_weight must have shape \(12, 4\) \(hidden, C\)", (X, M1, B1, M2, B2, S2, S2)),
+    "split2": (ValueError, r"split_mlp2_weight must have shape \(12, 5\)", (X, M1, B1, M2, B2, S1, S1)),
+    "no weight": (TypeError, "mlp2_weight must be a torch.Tensor, got NoneType", (X, M1, B1, None, B2, S1, S2)),
+    "wide": (TypeError, "mlp1_weight must have the dtype of x", (X, M1.double(), B1, M2, B2, S1, S2)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    error, message, arguments = REFUSED[name]
+    with pytest.raises(error, match=message):
+        fused_s2_attention(*arguments)

@@ -1,0 +1,214 @@
+"""S2-MLPv2's operator, whole: a linear layer to three branches, shifts and split attention, a linear layer."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import Explanation, explainers
+from ._checks import check_parameter, check_tensor
+from ._registration import FusedOp, Kernels, _any_requires_grad, allocate, device_reasons, without_autocast
+from .shift_split_attention import (
+    CPUPasses,
+    branch_weights,
+    branch_weights_backward,
+    check_split_mlps,
+    multiply,
+    parts,
+    small,
+    sum_dtype,
+    triton_passes,
+)
+
+# On CPUs as many images are computed at a time as make this many pixels: enough for a GEMM, few enough for a cache.
+_PIXELS_AT_A_TIME = 1024
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    mlp1_weight: Tensor
+    mlp1_bias: Tensor | None
+    mlp2_weight: Tensor
+    mlp2_bias: Tensor | None
+    split_mlp1_weight: Tensor
+    split_mlp2_weight: Tensor
+    keep: bool  # the branches for the backward pass
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.s2_attention(*a[:7])
+
+
+def _output(a: _Arguments) -> tuple[Tensor, ...]:
+    """y, the branches without their bias, and per image what `shift_split_attention` saves."""
+    b, h, w, c = a.x.shape
+    branches = allocate((b if a.keep else 0, h, w, 3 * c), a.x)
+    hidden = small(a.x, a.split_mlp1_weight.shape[0])
+    return allocate(a.x.shape, a.x), branches, small(a.x, c), hidden, small(a.x, 3, c)
+
+
+def _matrix(t: Tensor) -> Tensor:
+    return t.flatten(0, 2)
+
+
+def _branch_biases(a: _Arguments) -> Tensor:
+    """(3, C). The branches are computed without, which saves a pass over them."""
+    bias, c = a.mlp1_bias, a.x.shape[3]
+    dtype = sum_dtype(a.x)
+    return a.x.new_zeros((3, c), dtype=dtype) if bias is None else bias.to(dtype).unflatten(0, (3, c))
+
+
+def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
+    x, biases, (_, h, w, c) = a.x.contiguous(), _branch_biases(a), a.x.shape
+    mlp1_weight, mlp2_weight = a.mlp1_weight.to(x.dtype).t(), a.mlp2_weight.to(x.dtype).t()
+    mlp2_bias = None if a.mlp2_bias is None else a.mlp2_bias.to(x.dtype)
+    # Sums over pixels go through a linear layer as pixels do: those of x take a third of the reads.
+    sums, pooled = small(x, 3, c), small(x, c)
+    passes.edge_sums(x, sums)
+    passes.pool(sums @ a.mlp1_weight.to(sums.dtype).t(), pooled)
+    pooled.add_(biases.sum(0), alpha=h * w)
+    weights, hidden = branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight)
+    offset = (weights * biases).sum(1)
+
+    at_a_time = min(at_a_time, len(x)) or 1
+    y, weighed = allocate(x.shape, x), allocate((at_a_time, h, w, c), x)
+    branches = allocate((len(x) if a.keep else at_a_time, h, w, 3 * c), x)
+    for first in range(0, len(x), at_a_time):
+        images = slice(first, first + at_a_time)
+        count = len(x[images])
+        some, mixed = branches[images] if a.keep else branches[:count], weighed[:count]
+        torch.mm(_matrix(x[images]), mlp1_weight, out=_matrix(some))
+        passes.weigh(some, weights[images], offset[images], mixed)
+        if mlp2_bias is None:
+            torch.mm(_matrix(mixed), mlp2_weight, out=_matrix(y[images]))
+        else:
+            torch.addmm(mlp2_bias, _matrix(mixed), mlp2_weight, out=_matrix(y[images]))
+    return y, branches if a.keep else branches.new_empty((0, h, w, 3 * c)), pooled, hidden, weights
+
+
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, passes: Any) -> None:
+    (dx, dmlp1, dmlp1_bias, dmlp2, dmlp2_bias, *dsplit), (branches, pooled, hidden, weights) = grads, saved
+    x, grad, biases, (_, h, w, c) = a.x.contiguous(), grad.contiguous(), _branch_biases(a), a.x.shape
+    mlp1_weight = a.mlp1_weight.to(x.dtype)
+    if not a.keep:
+        branches = allocate((len(x), h, w, 3 * c), x)
+        torch.mm(_matrix(x), mlp1_weight.t(), out=_matrix(branches))
+    if dmlp2_bias is not None:
+        sums = small(x, 3, c)
+        passes.edge_sums(grad, sums)
+        dmlp2_bias.copy_(sums[:, 0].sum(0))
+
+    dweighed, sums = allocate(x.shape, x), small(x, 4, c)
+    torch.mm(_matrix(grad), a.mlp2_weight.to(x.dtype), out=_matrix(dweighed))
+    weighed = None if dmlp2 is None else allocate(x.shape, x)
+    passes.weigh_backward_weights(dweighed, branches, weights, (weights * biases).sum(1), sums, weighed)
+    if weighed is not None:
+        multiply(_matrix(grad).t(), _matrix(weighed), dmlp2)
+    total, mlps = sums[:, 3:], (a.split_mlp1_weight, a.split_mlp2_weight)
+    dpooled = branch_weights_backward(sums[:, :3] + biases * total, weights, hidden, pooled, mlps, dsplit)
+    if dmlp1_bias is not None:
+        # No pixel of dweighed goes to two pixels of a branch, none is lost.
+        dmlp1_bias.copy_((weights * total).add_(dpooled[:, None], alpha=h * w).sum(0).flatten())
+    if dx is None and dmlp1 is None:
+        return
+    dbranches = allocate(branches.shape, x)
+    passes.weigh_backward_input(dweighed, weights, dpooled, dbranches)
+    multiply(_matrix(dbranches).t(), _matrix(x), dmlp1)
+    if dx is not None:
+        found = dx if dx.is_contiguous() else dweighed
+        torch.mm(_matrix(dbranches), mlp1_weight, out=_matrix(found))
+        if found is not dx:
+            dx.copy_(found)
+
+
+@without_autocast
+def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
+    return _forward(a, CPUPasses, -(-_PIXELS_AT_A_TIME // (a.x.shape[1] * a.x.shape[2])))
+
+
+@without_autocast
+def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
+    _backward(grads, grad, a, *saved, passes=CPUPasses)
+
+
+@without_autocast
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, ...]:
+    return _forward(a, triton_passes(), len(a.x))
+
+
+@without_autocast
+def _backward_cuda(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
+    _backward(grads, grad, a, *saved, passes=triton_passes())
+
+
+_KERNELS: dict[str, Kernels] = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS, triton=True), []
+
+
+_op = FusedOp(
+    "s2_attention",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    triton=True,
+    saved=4,
+    parts=lambda a: parts(a.x, "mlp1 and mlp2", "split_mlp1 and split_mlp2"),
+)
+
+
+def _explain(x: Tensor, *parameters: Tensor | None, backend: str | None = None) -> Explanation:
+    check_tensor("x", x, "B, H, W, C")
+    return _op.explain(x, *(*parameters, *[None] * 6)[:6], False, backend=backend)
+
+
+explainers["s2_attention"] = _explain
+
+
+def fused_s2_attention(
+    x: Tensor,
+    mlp1_weight: Tensor,
+    mlp1_bias: Tensor | None,
+    mlp2_weight: Tensor,
+    mlp2_bias: Tensor | None,
+    split_mlp1_weight: Tensor,
+    split_mlp2_weight: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """mlp2(shift_split_attention(mlp1(x))), see `fused_shift_split_attention`; its shifts are clean, too.
+
+    Args:
+        x: (B, H, W, C), any strides, none of H, W and C empty; float32, bfloat16, float16 or float64.
+        mlp1_weight, mlp1_bias: (3C, C), and (3C,) or None.
+        mlp2_weight, mlp2_bias: (C, C), and (C,) or None.
+        split_mlp1_weight, split_mlp2_weight: (hidden, C) and (3C, hidden), any hidden width.
+        backend: as in `vision_ops.use_backend`.
+
+    Returns (B, H, W, C), contiguous, in the dtype of x; parameters have that dtype, or float32 beside a half x. The
+    GEMMs are PyTorch's. Where a gradient is needed, the output of mlp1, 3C numbers a pixel, is kept with x: computing
+    it again would cost more time than the fusion saves. Where none is, CPUs have it for some images at a time.
+    Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads. Without a
+    kernel for the device, `reference.s2_attention` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    S2-MLPv2 (arXiv 2108.01072); after s2_mlp_v2.py of liuruiyang98/Jittor-MLP, its authors published no code.
+    """
+    check_tensor("x", x, "B, H, W, C")
+    c = x.shape[3]
+    check_parameter("mlp1_weight", mlp1_weight, (3 * c, c), "3C, C", x)
+    if mlp1_bias is not None:
+        check_parameter("mlp1_bias", mlp1_bias, (3 * c,), "3C", x)
+    check_parameter("mlp2_weight", mlp2_weight, (c, c), "C, C", x)
+    if mlp2_bias is not None:
+        check_parameter("mlp2_bias", mlp2_bias, (c,), "C", x)
+    check_split_mlps(c, split_mlp1_weight, split_mlp2_weight, x)
+    given = x, mlp1_weight, mlp1_bias, mlp2_weight, mlp2_bias, split_mlp1_weight, split_mlp2_weight
+    return _op(*given, torch.is_grad_enabled() and _any_requires_grad(given), backend=backend)
