@@ -67,10 +67,17 @@ void copy_last(const Tensor4& from, const Tensor4& to, int64_t n, Channels c, Ro
   unpack_rows<A>(panel, step, to, n, c, rows.begin, rows.end);
 }
 
+// One level has nothing to keep from memory, and too little arithmetic to hide packing behind.
+bool in_place(const Tensor4& x, const Tensor4& y, const SplitCascade& p) {
+  return p.levels == 1 && x.dtype == kFloat32 && p.weight[0].size[1] % kLanes == 0 && is_channels_last(x) &&
+         is_channels_last(y);
+}
+
 template <class A>
 Error forward_in(const Tensor4& x, const SplitCascade& p, const Tensor4& y) {
   const Sizes s = sizes_of(x, y, p);
   if (s.batch * s.height * s.width == 0) return nullptr;
+  const bool direct = in_place(x, y, p);
   const int64_t pad = p.conv.pad_top, halo = 2 * pad * p.levels, levels = p.levels;
   const Cut cut =
       cut_work(s.batch, s.bundles, s.height, s.width, 2 * s.together * s.row * sizeof(A), halo, tasks_for_threads());
@@ -92,6 +99,14 @@ Error forward_in(const Tensor4& x, const SplitCascade& p, const Tensor4& y) {
         const RowRange now = widened(rows, pad * (levels - 1 - i), s.height), read = widened(now, pad, s.height);
         pack_weight(p.weight[i], own, weight, s.weight_elements);
         pack_bias(p.bias[i], own, weight + s.taps * kLanes, s.weight_elements);
+        if (direct) {
+          if constexpr (sizeof(A) == sizeof(float)) {
+            const Weights<A> weights = {weight, weight + s.taps * kLanes, s.weight_elements};
+            conv_rows(tensor_panel<const A>(x, n, c.begin), s.height, weights, c.blocks(), p.conv, rows,
+                      tensor_panel<A>(y, n, c.begin));
+          }
+          continue;
+        }
         pack_rows(x, n, c, read.begin, read.end, in.at(read.begin, 0), panel_elements);
         if (i > 0) add_rows(in, out, c.blocks(), read);
         convolve(in, weight, s, c.blocks(), p.conv, now, out);
