@@ -82,8 +82,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those that there
-    are kernels for. `pixels`: x and y are (N, H, W, C)."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those that
+    there are kernels for. `pixels`: x and y are (N, H, W, C)."""
 
     name: str
     fused: Callable[..., Tensor]
