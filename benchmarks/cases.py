@@ -5,6 +5,7 @@ To register an op: its shapes go into shapes.py, a function here turns one of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,7 +168,10 @@ def build_channel_aggregation(shape: shapes.ChannelAggregationShape, setting: Se
     channels, hidden = shape.channels, shape.hidden
     x = setting.normal(setting.batch, channels, shape.size, shape.size)
     sizes = (hidden, channels, 1, 1), (hidden, 1, 3, 3), (channels, hidden, 1, 1), (1, hidden, 1, 1)
-    parameters = [t for size in sizes for t in (setting.normal(*size), setting.normal(size[0]))]
+    # Such that GELU sees what it does in a network, not its tails only.
+    parameters = [
+        t for size in sizes for t in (setting.normal(*size) / math.prod(size[1:]) ** 0.5, setting.normal(size[0]))
+    ]
     pixels = setting.batch * shape.size**2
     flops = dwconv_flops(setting.batch, hidden, shape.size, 3) + pixels * hidden * (4 * channels + 10)
     return Problem((x, *parameters, setting.normal(1, hidden, 1, 1)), flops)
