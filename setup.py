@@ -67,7 +67,7 @@ MODEFLAGS = ["-std=c++17", "-O1" if DEBUG else "-O3", *(["-g"] if DEBUG or SANIT
 HOSTFLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *SANFLAGS]
 CXXFLAGS = [*MODEFLAGS, *HOSTFLAGS, "-Wextra", "-fopenmp", *(["-DVOPS_X86"] if X86 else [])]
 CXXFLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-NVCCFLAGS = [*MODEFLAGS, "-lineinfo", "--threads=2", *(f"-Xcompiler={flag}" for flag in HOSTFLAGS)]
+NVCCFLAGS = [*MODEFLAGS, "-lineinfo", "--threads=2", "-Xptxas=-v", *(f"-Xcompiler={flag}" for flag in HOSTFLAGS)]
 
 
 def sources(pattern: str) -> list[str]:
@@ -151,7 +151,11 @@ def ninja_file(parts: list[str], archs: list[str], pybind11: Path) -> str:
     compilers, linkers = {"cpu": CXX, "cuda": nvcc}, {"cpu": [*CXX, "-fopenmp", *SANFLAGS], "cuda": nvlink}
     text = []
     for part in parts:
-        step = f"{shell(*compilers[part])} $flags -MMD -MF $out.d -c $in -o $out\n  deps = gcc\n  depfile = $out.d"
+        step = f"{shell(*compilers[part])} $flags -MMD -MF $out.d -c $in -o $out"
+        if part == "cuda":  # what ptxas reports of every kernel is kept for the tests; only the rest is shown
+            step += " > $out.log 2>&1; status=$$?; grep -Ev '^(ptxas info|    [0-9]+ bytes stack|$$)' $out.log; "
+            step += "exit $$status"
+        step += "\n  deps = gcc\n  depfile = $out.d"
         text.append(f"rule {part}\n  command = {step}\n  description = $out\n")
         text.append(f"rule {part}link\n  command = {shell(*linkers[part])} -shared $in -o $out\n  description = $out\n")
         units = list(translation_units(part, pybind11))

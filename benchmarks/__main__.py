@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import DTYPES, LAYOUTS, MODES
+from benchmarks import DTYPES, LAYOUTS, MODES, SECTIONS
 
 REQUIRED = {"torch": "torch", "vision_ops": "-e .", "rich": "'vision-ops[bench]'"}
 
@@ -61,6 +61,14 @@ def add_ops(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(module="benchmarks.ops", error=parser.error)
 
 
+def add_gpu_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("gpu-check", help="all that only a GPU can tell, most valuable first")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the results go, after every step")
+    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", default=420.0, help="default: 420")
+    parser.add_argument("--only", choices=SECTIONS, help="this section, with the whole budget")
+    parser.set_defaults(module="benchmarks.gpu_check", error=parser.error, threads=None)
+
+
 def prepare_environment(threads: int | None) -> None:
     """What OpenMP and the profiler read once, when torch is loaded."""
     # Threads that spin after their work is done take the processor from the next provider's.
@@ -88,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     add_ops(commands)
+    add_gpu_check(commands)
     args = parser.parse_args(argv)
     for name, package in REQUIRED.items():
         if importlib.util.find_spec(name) is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 
 @dataclass(frozen=True)
 class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run."""
+    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run, `devices` those with
+    kernels."""
 
     name: str
     fused: Callable[..., Tensor]
@@ -86,6 +88,7 @@ class Op:
     build: Callable[[Any, Setting], Problem]
     quick: tuple[str, ...]
     compile_in_quick: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def problem(self, case: str, setting: Setting) -> Problem:
         """The same values for every layout, so that one exact result judges them all."""
@@ -177,6 +180,58 @@ def build_channel_aggregation(shape: shapes.ChannelAggregationShape, setting: Se
     return Problem((x, *parameters, setting.normal(1, hidden, 1, 1)), flops)
 
 
+def chain_parameters(shape: shapes.GnConvShape, setting: Setting) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Weights and biases of the recursion, scaled so that its products keep their size."""
+    pairs = list(pairwise(shape.widths))
+    return tuple(setting.normal(o, i, 1, 1) / i**0.5 for i, o in pairs), tuple(setting.normal(o) for _, o in pairs)
+
+
+def build_gated_recursion(shape: shapes.GnConvShape, setting: Setting) -> Problem:
+    images, size = setting.batch, shape.size
+    pwa = setting.normal(images, shape.widths[0], size, size)
+    dw = setting.normal(images, sum(shape.widths), size, size)
+    pixels = images * size * size
+    flops = pixels * (sum(2 * i * o for i, o in pairwise(shape.widths)) + sum(shape.widths))
+    return Problem((pwa, dw, *chain_parameters(shape, setting)), flops)
+
+
+def build_gnconv(shape: shapes.GnConvShape, setting: Setting) -> Problem:
+    channels, size, total = shape.channels, shape.size, sum(shape.widths)
+    x = setting.normal(setting.batch, channels, size, size)
+    into = setting.normal(2 * channels, channels, 1, 1) / channels**0.5, setting.normal(2 * channels)
+    depthwise = setting.normal(total, 1, 7, 7) / 7, setting.normal(total)
+    out = setting.normal(channels, channels, 1, 1) / channels**0.5, setting.normal(channels)
+    products = 3 * channels**2 + sum(i * o for i, o in pairwise(shape.widths))
+    flops = 2 * setting.batch * size * size * products + dwconv_flops(setting.batch, total, size, 7)
+    return Problem((x, *into, *depthwise, *chain_parameters(shape, setting), *out), flops, {"scale": 1 / 3})
+
+
+def build_global_filter(shape: shapes.GlobalFilterShape, setting: Setting) -> Problem:
+    channels, size = shape.channels, shape.size
+    x = setting.normal(setting.batch, channels, size, size)
+    weight = torch.randn(channels, size, size // 2 + 1, 2, device=setting.device, dtype=setting.dtype)
+    # As of an FFT there and back: 2.5 n log2 n each, and 6 for a product of complex numbers, of which there are n / 2.
+    pixels = size * size
+    return Problem((x, weight), round(setting.batch * channels * pixels * (5 * math.log2(pixels) + 3)))
+
+
+def build_dwconv_layer_norm(shape: shapes.DWConvLayerNormShape, setting: Setting) -> Problem:
+    channels, size, kernel = shape.channels, shape.size, shape.kernel
+    x = setting.normal(setting.batch, channels, size, size)
+    weight = setting.normal(channels, 1, kernel, kernel)
+    flops = dwconv_flops(setting.batch, channels, size, kernel) + 8 * x.numel()
+    return Problem((x, weight, *(setting.normal(channels) for _ in range(3))), flops)
+
+
+def build_split_cascade(shape: shapes.SplitCascadeShape, setting: Setting) -> Problem:
+    channels, size, levels = shape.channels, shape.size, shape.scales - 1
+    width = shapes.split_width(channels, shape.scales)
+    x = setting.normal(setting.batch, channels, size, size)
+    weights = tuple(setting.normal(width, 1, 3, 3) for _ in range(levels))
+    biases = tuple(setting.normal(width) for _ in range(levels))
+    return Problem((x, weights, biases), levels * dwconv_flops(setting.batch, width, size, 3))
+
+
 OPS = {
     op.name: op
     for op in (
@@ -219,6 +274,7 @@ OPS = {
             shapes.multi_order_cases(),
             build_moga_gate,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
         ),
         Op(
             "feature_decompose",
@@ -227,6 +283,7 @@ OPS = {
             shapes.multi_order_cases(),
             build_feature_decompose,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
         ),
         Op(
             "moga_aggregation",
@@ -235,6 +292,7 @@ OPS = {
             shapes.multi_order_cases(),
             build_moga_aggregation,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
         ),
         Op(
             "channel_aggregation_ffn",
@@ -243,6 +301,52 @@ OPS = {
             shapes.channel_aggregation_cases(),
             build_channel_aggregation,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
+        ),
+        Op(
+            "gnconv",
+            vision_ops.fused_gnconv,
+            reference.gnconv,
+            shapes.gnconv_cases(),
+            build_gnconv,
+            quick=("HorNet-T.1", "HorNet-T.3"),
+        ),
+        Op(
+            "gated_recursion",
+            vision_ops.fused_gated_recursion,
+            reference.gated_recursion,
+            shapes.gnconv_cases(),
+            build_gated_recursion,
+            quick=("HorNet-T.2",),
+        ),
+        Op(
+            "global_filter",
+            vision_ops.fused_global_filter,
+            reference.global_filter,
+            shapes.global_filter_cases(),
+            build_global_filter,
+            quick=("HorNet-T.3", "HorNet-T.4"),
+            devices=("cpu",),
+        ),
+        Op(
+            "dwconv_layer_norm",
+            vision_ops.fused_dwconv_layer_norm,
+            reference.dwconv_layer_norm,
+            shapes.dwconv_layer_norm_cases(),
+            build_dwconv_layer_norm,
+            quick=("EdgeNeXt-S.3", "ConvNeXt-T.2"),
+        ),
+        Op(
+            "split_cascade",
+            vision_ops.fused_split_cascade,
+            reference.split_cascade,
+            shapes.split_cascade_cases(),
+            build_split_cascade,
+            quick=("EdgeNeXt-S.3",),
         ),
     )
 }
+
+
+def ops_for(device: str, ops: Mapping[str, Op]) -> dict[str, Op]:
+    return {name: op for name, op in ops.items() if device in op.devices}

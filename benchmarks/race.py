@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vision_ops
-from benchmarks.cases import MEMORY_FORMATS, Op, Setting
+from benchmarks.cases import Op, Setting
 from benchmarks.machine import Rates
 from benchmarks.measure import (
     Quartiles,
@@ -73,13 +73,13 @@ class Race:
         return results
 
     def _make_grad_outputs(self) -> dict[str, Tensor]:
-        problem = self.problems[self.plan.layouts[0]]
-        with torch.no_grad():
-            values = torch.randn_like(self.op.reference(*problem.args, **problem.options))
-        return {
-            layout: values.contiguous(memory_format=MEMORY_FORMATS[layout]) if values.dim() == 4 else values
-            for layout in self.plan.layouts
-        }
+        """The same values for every layout, as the output lies in memory there."""
+        outputs = {}
+        for layout, problem in self.problems.items():
+            with torch.no_grad():
+                outputs[layout] = self.op.reference(*problem.args, **problem.options)
+        values = torch.randn_like(outputs[self.plan.layouts[0]])
+        return {layout: torch.empty_like(output).copy_(values) for layout, output in outputs.items()}
 
     def _blank_result(self, mode: str) -> CaseResult:
         layout = self.plan.layouts[0]

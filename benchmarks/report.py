@@ -80,8 +80,8 @@ class Report:
     def write(self, folder: Path) -> None:
         """Called after every case: files are replaced whole, so that an interrupted run leaves good ones."""
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "ops.json", lambda file: json.dump(asdict(self), file, indent=1))
-        _replace(folder / "ops.csv", self._write_csv)
+        replace_file(folder / "ops.json", lambda file: json.dump(asdict(self), file, indent=1))
+        replace_file(folder / "ops.csv", self._write_csv)
 
     def _write_csv(self, file) -> None:
         rows = list(self._rows())
@@ -116,7 +116,8 @@ class Report:
                 }
 
 
-def _replace(path: Path, write) -> None:
+def replace_file(path: Path, write) -> None:
+    """Whole or not at all: whoever reads it, or is left with it, has a good one."""
     partial = path.with_suffix(path.suffix + ".part")
     with partial.open("w", newline="") as file:
         write(file)

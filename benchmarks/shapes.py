@@ -176,3 +176,83 @@ def channel_aggregation_cases() -> dict[str, ChannelAggregationShape]:
         (label, ChannelAggregationShape(width, width * MOGANET_FFN_RATIOS[stage], size))
         for label, stage, width, size in stages(MOGANET_WIDTHS, "MogaNet", STAGES_224)
     )
+
+
+@dataclass(frozen=True)
+class GnConvShape:
+    channels: int
+    order: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} order {self.order}"
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.channels >> k for k in reversed(range(self.order))]
+
+
+def gnconv_cases() -> dict[str, GnConvShape]:
+    """Of fused_gnconv and of fused_gated_recursion, which is its inside."""
+    return {
+        label: GnConvShape(width, HORNET_ORDERS[stage], size)
+        for label, stage, width, size in stages(HORNET_WIDTHS, "HorNet", STAGES_224)
+    }
+
+
+@dataclass(frozen=True)
+class GlobalFilterShape:
+    channels: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size}"
+
+
+def global_filter_cases() -> dict[str, GlobalFilterShape]:
+    """Half of the channels of the gates, in the last two stages of HorNet's *_gf variants."""
+    return {
+        label: GlobalFilterShape(hornet_width(width, HORNET_ORDERS[stage]) // 2, size)
+        for label, stage, width, size in stages(HORNET_WIDTHS, "HorNet", STAGES_224)
+        if stage >= 2
+    }
+
+
+@dataclass(frozen=True)
+class DWConvLayerNormShape:
+    channels: int
+    size: int
+    kernel: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} k{self.kernel}"
+
+
+def dwconv_layer_norm_cases() -> dict[str, DWConvLayerNormShape]:
+    edgenext = (
+        (label, DWConvLayerNormShape(width, size, EDGENEXT_KERNELS[stage]))
+        for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256)
+    )
+    convnext = (
+        (label, DWConvLayerNormShape(width, size, 7))
+        for label, _, width, size in stages(CONVNEXT_WIDTHS, "ConvNeXt", STAGES_224)
+    )
+    return distinct(case for cases in (edgenext, convnext) for case in cases)
+
+
+@dataclass(frozen=True)
+class SplitCascadeShape:
+    channels: int
+    size: int
+    scales: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} s{self.scales}"
+
+
+def split_cascade_cases() -> dict[str, SplitCascadeShape]:
+    return distinct(
+        (label, SplitCascadeShape(width, size, scales))
+        for label, stage, width, size in stages(EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256)
+        if (scales := EDGENEXT_SCALES[stage]) is not None
+    )

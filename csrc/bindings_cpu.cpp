@@ -1,54 +1,23 @@
-#include <pybind11/pybind11.h>
-
 #include <new>
 #include <stdexcept>
+#include <vector>
 
+#include "bindings.h"
 #include "runtime.h"
 
-namespace py = pybind11;
 using namespace vops;
 
 namespace {
 
-// (address, dtype, N, C, H, W, and their strides), or None.
-Tensor4 tensor(py::handle h) {
-  Tensor4 t = {};
-  if (h.is_none()) return t;
-  const py::tuple v = py::cast<py::tuple>(h);
-  if (v.size() != 10) throw std::invalid_argument("a tensor is a tuple of 10 integers");
-  t.data = reinterpret_cast<void*>(py::cast<uintptr_t>(v[0]));
-  t.dtype = py::cast<int>(v[1]);
-  for (int i = 0; i < 4; i++) {
-    t.size[i] = py::cast<int64_t>(v[2 + i]);
-    t.stride[i] = py::cast<int64_t>(v[6 + i]);
-  }
-  return t;
-}
-
-DwConv conv(const py::tuple& v) {  // (kernel, stride, dilation, pad_top, pad_left)
-  if (v.size() != 5) throw std::invalid_argument("a convolution is a tuple of 5 integers");
-  int64_t n[5];
-  for (int i = 0; i < 5; i++) n[i] = py::cast<int64_t>(v[i]);
-  return {n[0], n[1], n[2], n[3], n[4]};
-}
-
-MultiOrderDwConv multi_order(const py::tuple& convs, const py::tuple& weights, const py::tuple& biases) {
-  MultiOrderDwConv p;
-  for (int i = 0; i < 3; i++) {
-    p.conv[i] = conv(convs[i]);
-    p.weight[i] = tensor(weights[i]);
-    p.bias[i] = tensor(biases[i]);
-  }
-  return p;
+std::vector<Tensor4> tensors(const py::sequence& views) {
+  std::vector<Tensor4> all;
+  for (const py::handle view : views) all.push_back(tensor(view));
+  return all;
 }
 
 template <class F>
 void run(const F& f) {
-  Error error;
-  {
-    py::gil_scoped_release released;
-    error = f();
-  }
+  const Error error = without_gil(f);
   if (error == kOutOfMemory) throw std::bad_alloc();
   if (error) throw std::runtime_error(error);
 }
@@ -91,11 +60,7 @@ PYBIND11_MODULE(_cpu, m) {
            const py::tuple& dweights, const py::tuple& dbiases, const py::tuple& convs) {
           const Tensor4 tdy = tensor(dy), tx = tensor(x);
           const MultiOrderDwConv p = multi_order(convs, weights, biases);
-          MultiOrderDwConvGrads grads = {tensor(dx), {}, {}};
-          for (int i = 0; i < 3; i++) {
-            grads.weight[i] = tensor(dweights[i]);
-            grads.bias[i] = tensor(dbiases[i]);
-          }
+          const MultiOrderDwConvGrads grads = multi_order_grads(dx, dweights, dbiases);
           run([&] { return cpu_kernels().multi_order_dwconv->backward(tdy, tx, p, grads); });
         });
 
@@ -123,6 +88,50 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("channel_sums", [](py::handle t, py::handle sums) {
     const Tensor4 tt = tensor(t), tsums = tensor(sums);
     run([&] { return cpu_kernels().gated_recursion->channel_sums(tt, tsums); });
+  });
+
+  m.def("dwconv_layer_norm", [](py::handle x, py::handle w, py::handle b, py::handle ln_w, py::handle ln_b,
+                                py::handle y, py::handle u, py::handle statistics, const py::tuple& f, double eps) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tln_w = tensor(ln_w), tln_b = tensor(ln_b);
+    const Tensor4 ty = tensor(y), tu = tensor(u), ts = tensor(statistics);
+    const DwConv c = conv(f);
+    run([&] { return cpu_kernels().dwconv_layer_norm->forward(tx, tw, tb, tln_w, tln_b, ty, tu, ts, c, eps); });
+  });
+  m.def("dwconv_layer_norm_backward",
+        [](py::handle dy, py::handle x, py::handle w, py::handle ln_w, py::handle u, py::handle statistics,
+           py::handle dx, py::handle dw, py::handle db, py::handle dln_w, py::handle dln_b, const py::tuple& f) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tln_w = tensor(ln_w), tu = tensor(u),
+                        ts = tensor(statistics);
+          const DwConvLayerNormGrads grads = {tensor(dx), tensor(dw), tensor(db), tensor(dln_w), tensor(dln_b)};
+          const DwConv c = conv(f);
+          run([&] { return cpu_kernels().dwconv_layer_norm->backward(tdy, tx, tw, tln_w, tu, ts, grads, c); });
+        });
+
+  m.def("split_cascade",
+        [](py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle y, const py::tuple& f) {
+          const Tensor4 tx = tensor(x), ty = tensor(y);
+          const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases);
+          const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
+          run([&] { return cpu_kernels().split_cascade->forward(tx, p, ty); });
+        });
+  m.def("split_cascade_backward",
+        [](py::handle dy, py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle dx,
+           const py::sequence& dweights, const py::sequence& dbiases, const py::tuple& f) {
+          const Tensor4 tdy = tensor(dy), tx = tensor(x);
+          const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases), tdw = tensors(dweights),
+                                     tdb = tensors(dbiases);
+          const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
+          const SplitCascadeGrads grads = {tensor(dx), tdw.data(), tdb.data()};
+          run([&] { return cpu_kernels().split_cascade->backward(tdy, tx, p, grads); });
+        });
+
+  m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
+    run([&] { return cpu_kernels().global_filter->forward(tx, tw, ty); });
+  });
+  m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
+    run([&] { return cpu_kernels().global_filter->backward(tdy, tx, tw, tdx, tdw); });
   });
 
   m.def("moga_gate", [](py::handle g, py::handle v, py::handle y, bool doubled) {

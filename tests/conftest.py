@@ -1,8 +1,14 @@
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: without a GPU its kernels run in the interpreter (tests/kernels).
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vision_ops.ops import _registration

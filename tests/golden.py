@@ -2,8 +2,8 @@
 
 modules/*.npz: input x, output y, cotangent dy, gradient dx, parameters p:<key>, their gradients d:<key>.
 models/*.npz: of a network whose parameters are `filled` from their official keys and whose input is `drawn` from its
-shape: logits_<shape>, logits_train_<shape> (batch statistics), feat_<shape> (the map of each stage: sum, sum of squares,
-64 samples), and for each of grad_keys the gradient's norm and its product with a probe (grad_summary).
+shape: logits_<shape>, logits_train_<shape> (batch statistics), feat_<shape> (of the map of each stage: sum, sum of
+squares, 64 samples), and for each of grad_keys the gradient's norm and its product with a probe (grad_summary).
 keys/*.json: the official keys and shapes of a network.
 """
 

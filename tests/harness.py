@@ -98,10 +98,11 @@ def check_gradients(case: Case, second: bool = True) -> None:
         assert torch.autograd.gradgradcheck(run, present)
 
 
-def check_bitwise_repeatable(case: Case) -> None:
+def check_bitwise_repeatable(case: Case, other_threads: Sequence[int] = (1, 3)) -> None:
+    """other_threads: none where GEMMs of PyTorch take part, which depend on their number."""
     first, grad = outputs(case, "fused")
     before = torch.get_num_threads()
-    for threads in (before, 1, 3):
+    for threads in (before, *other_threads):
         torch.set_num_threads(threads)
         try:
             again, _ = outputs(case, "fused", grad)
@@ -134,11 +135,11 @@ def check_opcheck(name: str, arguments: Sequence[object], tensors: int) -> None:
     for layout in ("contiguous", "channels_last"):
         given = laid_out(x, layout), *rest
         result = forward(*given)
-        y, *saved = result if isinstance(result, tuple) else (result,)
-        lists = (t if isinstance(t, (list, tuple)) else (t,) for t in given[:tensors])
-        needs = [t is not None for ts in lists for t in ts]
+        y, saved = (result, ()) if isinstance(result, Tensor) else (result[0], (list(result[1:]),))
+        lists = [t if isinstance(t, list) else [t] for t in given[:tensors]]
+        needs = [t is not None for one in lists for t in one]
         torch.library.opcheck(forward, given)
-        torch.library.opcheck(backward, (torch.randn_like(y), *given, *([saved] if saved else ()), needs))
+        torch.library.opcheck(backward, (torch.randn_like(y), *given, *saved, needs))
         torch.library.opcheck(forward, (given[0].clone().requires_grad_(), *rest))
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import vision_ops
 from vision_ops import _native, info
@@ -60,13 +61,51 @@ def test_missing_binary_repeats_what_the_build_said(tmp_path, monkeypatch):
     assert _native._load("cuda") == (None, "nvcc was not found")
 
 
-def test_gpu_code_matching(monkeypatch):
-    monkeypatch.setattr(_native, "cuda", object())
-    monkeypatch.setitem(_native.build_info, "cuda", {"archs": ["sm_80", "sm_90", "compute_90+PTX"]})
-    assert info._gpu_kernels(86) == "compiled for it"
-    assert info._gpu_kernels(90) == "compiled for it"
-    assert info._gpu_kernels(120).startswith("PTX")
-    assert "no code" in info._gpu_kernels(75)
+def test_gpu_code_matching():
+    archs = ["sm_80", "sm_90", "PTX 90"]
+    assert info.gpu_code(archs, 86) == "compiled for it"
+    assert info.gpu_code(archs, 90) == "compiled for it"
+    assert info.gpu_code(archs, 120).startswith("PTX")
+    assert info.gpu_code(archs, 75) is None
+
+
+class Driver:
+    """As much of vision_ops._cuda as tells which driver there is."""
+
+    def __init__(self, supports: int) -> None:
+        self.versions = lambda: (supports, 13000)
+
+
+@pytest.mark.parametrize(
+    ("supports", "capability", "reason"),
+    [
+        (13000, (9, 0), None),
+        (12080, (9, 0), "the driver supports CUDA 12.8, and the kernels were compiled with 13.0"),
+        (13000, (7, 5), "no code for sm_75, only sm_80, sm_90, PTX 90"),
+    ],
+)
+def test_why_the_kernels_cannot_run_on_a_gpu(supports, capability, reason, monkeypatch):
+    monkeypatch.setattr(_native, "cuda", Driver(supports))
+    monkeypatch.setattr(_native, "cuda_missing", None)
+    monkeypatch.setitem(_native.build_info, "cuda", {"archs": ["sm_80", "sm_90", "PTX 90"]})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _native._gpu_missing.cache_clear()
+    found = _native.gpu_missing(0)
+    _native._gpu_missing.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
+def test_cuda_kernels_need_no_driver_until_they_are_called():
+    if _native.cuda is None:
+        pytest.skip(_native.cuda_missing)
+    needed = subprocess.run(["ldd", _native.cuda.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in needed  # neither the driver nor torch's runtime: ours is linked in
+    if torch.cuda.is_available():
+        return
+    t = (0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match=r"CUDA: (CUDA driver version is insufficient|no CUDA-capable device)"):
+        _native.cuda.dwconv(t, t, None, t, (3, 1, 1, 1, 1), 0, 0, 0)
 
 
 ISAS = [isa for isa in ("baseline", "avx2", "avx512") if isa in _native.build_info.get("cpu", {}).get("isas", [])]

@@ -18,13 +18,16 @@ if find_spec("torch") is not None:
     from .ops import (
         fused_channel_aggregation_ffn,
         fused_dwconv,
+        fused_dwconv_layer_norm,
         fused_feature_decompose,
         fused_gated_recursion,
+        fused_global_filter,
         fused_gnconv,
         fused_layer_norm_2d,
         fused_moga_aggregation,
         fused_moga_gate,
         fused_multi_order_dwconv,
+        fused_split_cascade,
     )
 
     __all__ = [
@@ -32,13 +35,16 @@ if find_spec("torch") is not None:
         "explain",
         "fused_channel_aggregation_ffn",
         "fused_dwconv",
+        "fused_dwconv_layer_norm",
         "fused_feature_decompose",
         "fused_gated_recursion",
+        "fused_global_filter",
         "fused_gnconv",
         "fused_layer_norm_2d",
         "fused_moga_aggregation",
         "fused_moga_gate",
         "fused_multi_order_dwconv",
+        "fused_split_cascade",
         "models",
         "nn",
         "reference",

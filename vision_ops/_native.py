@@ -1,5 +1,6 @@
 """The compiled kernels, or the reason why they are not there."""
 
+import functools
 import importlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .info import read_build_info
+from .info import gpu_code, read_build_info
 
 _ROOT = Path(__file__).parent
 
@@ -38,8 +39,41 @@ def kernels() -> ModuleType:
     return cpu
 
 
+def cuda_kernels() -> ModuleType:
+    """The CUDA kernels, likewise."""
+    assert cuda is not None
+    return cuda
+
+
 def kernel_name(device: str) -> str:
     return f"C++ kernel ({kernels().isa})" if device == "cpu" else "CUDA kernel"
+
+
+def gpu_missing(index: int) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU; None if they can."""
+    if cuda_missing or torch.compiler.is_compiling():  # compiled, a GPU that cannot run them raises at the first call
+        return cuda_missing
+    return _gpu_missing(index)
+
+
+@functools.cache
+def _gpu_missing(index: int) -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch was not built for CUDA"
+    driver, needed = cuda_kernels().versions()
+    if driver // 1000 < needed // 1000:
+        have, need = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, needed))
+        return f"the driver supports CUDA {have}, and the kernels were compiled with {need}: it has to be updated"
+    major, minor = torch.cuda.get_device_capability(index)
+    archs = build_info.get("cuda", {}).get("archs", [])
+    if gpu_code(archs, 10 * major + minor) is None:
+        return f"the CUDA kernels have no code for sm_{major}{minor}, only {', '.join(archs)}"
+    return None
+
+
+def target(t: Tensor) -> tuple[int, int]:
+    """Where the CUDA kernels run: the device of t and torch's current stream there."""
+    return t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -122,23 +122,26 @@ def _gpus() -> list[dict[str, Any]]:
     found = []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        kernels = _gpu_kernels(major * 10 + minor)
+        kernels = _gpu_kernels(index, major * 10 + minor)
         name = torch.cuda.get_device_name(index)
         found.append({"index": index, "name": name, "capability": major * 10 + minor, "kernels": kernels})
     return found
 
 
-def _gpu_kernels(capability: int) -> str:
-    """Whether the binary has code for a GPU: cubins run on their own major version, PTX on everything newer."""
+def _gpu_kernels(index: int, capability: int) -> str:
     from . import _native
 
     if _native.cuda is None:
         return "no compiled kernels"
-    archs = _native.build_info["cuda"]["archs"]
+    return _native.gpu_missing(index) or gpu_code(_native.build_info["cuda"]["archs"], capability) or ""
+
+
+def gpu_code(archs: list[str], capability: int) -> str | None:
+    """Which code of a binary a GPU runs: cubins are for their own major version, PTX for everything newer."""
     cubins = [int("".join(filter(str.isdigit, a))) for a in archs if "PTX" not in a]
     ptx = [int("".join(filter(str.isdigit, a))) for a in archs if "PTX" in a]
     if any(a // 10 == capability // 10 and a <= capability for a in cubins):
         return "compiled for it"
     if any(a <= capability for a in ptx):
         return "PTX, compiled by the driver at the first call"
-    return f"the binary has no code for it (it has {', '.join(archs)})"
+    return None

@@ -2,7 +2,6 @@
 // else, and one with pixels in the lanes, for planes of contiguous NCHW. Both read a pixel's channels up to three times
 // and from memory once: what they work on at a time stays in the caches.
 #include "layer_norm_2d.h"
-
 #include "parallel.h"
 
 namespace vops {
@@ -11,32 +10,6 @@ namespace {
 
 // Multiply-adds that an element costs, about, for for_each_task.
 constexpr int64_t kElementWork = 8;
-
-// Lane i of the result is the sum of v[i]: every step adds the halves of two vectors and shuffles them into one.
-VOPS_INLINE Float lane_sums(Float (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < step; i++) v[i] = interleave_low(v[i], v[i + step]) + interleave_high(v[i], v[i + step]);
-  }
-  return v[0];
-}
-VOPS_INLINE Double lane_sums(Double (&v)[kLanes]) {
-  Double sums = {};
-  for (int i = 0; i < kLanes; i++) {
-    for (int k = 0; k < kLanes; k++) sums[i] += v[i][k];
-  }
-  return sums;
-}
-
-VOPS_INLINE Float inverse_sqrt(Float v) {
-  for (int k = 0; k < kLanes; k++) v[k] = 1.f / sqrtf(v[k]);
-  return v;
-}
-VOPS_INLINE Double inverse_sqrt(Double v) {
-  for (int k = 0; k < kLanes; k++) v[k] = 1. / sqrt(v[k]);
-  return v;
-}
 
 template <class A>
 struct Norm {
@@ -92,9 +65,11 @@ VOPS_INLINE void sum_blocks(const Norm<A>& norm, Vec<A> (&sums)[count], const F&
 }
 
 template <class T, class A>
-struct Group {  // of at most kLanes pixels
-  Pixel<T, A> pixel[kLanes];
+struct Group {  // of at most kLanes pixels of a row
+  T* data;
+  int64_t pixel_step, block_step;
   int count;
+  Pixel<T, A> pixel(int p) const { return {data + p * pixel_step, block_step}; }
 };
 
 template <class A>
@@ -108,7 +83,7 @@ VOPS_INLINE void means(const Norm<A>& norm, const Group<T, A>& x, A* mean) {
   for (int p = 0; p < kLanes; p++) {
     Vec<A> sum[1] = {};
     if (p < x.count) {
-      const Pixel<T, A> in = x.pixel[p];
+      const Pixel<T, A> in = x.pixel(p);
       sum_blocks<A, 1>(norm, sum, [&](int64_t i, bool ragged, Vec<A>(&to)[1]) {
         to[0] += ragged ? in.last(i, norm.tail()) : in.block(i);
       });
@@ -131,7 +106,7 @@ VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, 
   for (int p = 0; p < kLanes; p++) {
     Vec<A> sum[1] = {};
     if (p < x.count) {
-      const Pixel<const T, A> in = x.pixel[p];
+      const Pixel<const T, A> in = x.pixel(p);
       const A mean = s.mean[p];
       sum_blocks<A, 1>(norm, sum, [&](int64_t i, bool ragged, Vec<A>(&to)[1]) {
         const Vec<A> d = ragged ? first_lanes<A>(in.last(i, norm.tail()) - mean, norm.tail()) : in.block(i) - mean;
@@ -142,8 +117,8 @@ VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, 
   }
   inverse_deviations(norm, lane_sums(squares), s.rstd);
   for (int p = 0; p < x.count; p++) {
-    const Pixel<const T, A> in = x.pixel[p];
-    const Pixel<T, A> out = y.pixel[p];
+    const Pixel<const T, A> in = x.pixel(p);
+    const Pixel<T, A> out = y.pixel(p);
     const A mean = s.mean[p], rstd = s.rstd[p];
     auto normalized = [&](Vec<A> v, int64_t i) {
       return (v - mean) * rstd * load(norm.weight + i * kLanes) + load(norm.bias + i * kLanes);
@@ -165,7 +140,7 @@ VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy
   for (int p = 0; p < kLanes; p++) {
     Vec<A> sum[3] = {};
     if (p < x.count) {
-      const Pixel<const T, A> in = x.pixel[p], grad = dy.pixel[p];
+      const Pixel<const T, A> in = x.pixel(p), grad = dy.pixel(p);
       const A mean = s.mean[p];
       sum_blocks<A, 3>(norm, sum, [&](int64_t i, bool ragged, Vec<A>(&to)[3]) {
         const Vec<A> d = ragged ? first_lanes<A>(in.last(i, norm.tail()) - mean, norm.tail()) : in.block(i) - mean;
@@ -189,16 +164,16 @@ VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy
     const Vec<A> weight = load(norm.weight + i * kLanes);
     Vec<A> dw = {}, db = {};
     for (int p = 0; p < x.count; p++) {
-      const Vec<A> d = (ragged ? x.pixel[p].last(i, norm.tail()) : x.pixel[p].block(i)) - s.mean[p];
-      const Vec<A> grad = ragged ? dy.pixel[p].last(i, norm.tail()) : dy.pixel[p].block(i);
+      const Vec<A> d = (ragged ? x.pixel(p).last(i, norm.tail()) : x.pixel(p).block(i)) - s.mean[p];
+      const Vec<A> grad = ragged ? dy.pixel(p).last(i, norm.tail()) : dy.pixel(p).block(i);
       dw += grad * (d * s.rstd[p]);
       db += grad;
       if (!dx) continue;
       const Vec<A> v = (grad * weight - mean_g[p] - d * slope[p]) * s.rstd[p];
       if (ragged) {
-        dx->pixel[p].set_last(i, norm.tail(), v);
+        dx->pixel(p).set_last(i, norm.tail(), v);
       } else {
-        dx->pixel[p].set_block(i, v);
+        dx->pixel(p).set_block(i, v);
       }
     }
     if (!sums) continue;
@@ -210,11 +185,7 @@ VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy
 
 template <class A, class T>
 VOPS_INLINE Group<T, A> group_of(const Panel<T>& t, int64_t row, int64_t column, int count) {
-  Group<T, A> group;
-  group.count = count;
-  T* data = t.at(row, column);
-  for (int p = 0; p < count; p++, data += t.column_step) group.pixel[p] = {data, t.block_step};
-  return group;
+  return {t.at(row, column), t.column_step, t.block_step, count};
 }
 
 // Rows without a gap between them are one long row.
@@ -402,9 +373,7 @@ Way way_of(const Tensor4& a, const Tensor4& b, const Tensor4& c) {
 }
 
 // Images that follow each other without a gap are one tall image.
-bool stacks(const Tensor4& t) {
-  return !t.data || (is_channels_last(t) && t.stride[0] == t.size[2] * t.stride[2]);
-}
+bool stacks(const Tensor4& t) { return !t.data || (is_channels_last(t) && t.stride[0] == t.size[2] * t.stride[2]); }
 void stack(Tensor4& t) {
   t.size[2] *= t.size[0];
   t.size[0] = 1;

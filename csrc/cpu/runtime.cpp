@@ -5,34 +5,17 @@
 
 namespace vops {
 
-namespace baseline {
-extern const ChannelAggregationFfnOps channel_aggregation_ffn_ops;
-extern const DwConvOps dwconv_ops;
-extern const FeatureDecomposeOps feature_decompose_ops;
-extern const GatedRecursionOps gated_recursion_ops;
-extern const LayerNorm2dOps layer_norm_2d_ops;
-extern const MogaGateOps moga_gate_ops;
-extern const MultiOrderDwConvOps multi_order_dwconv_ops;
-}  // namespace baseline
+#define VOPS_DECLARE(type, name) extern const type name##_ops;
+#define VOPS_POINTER(type, name) &name##_ops,
+#define VOPS_INSTRUCTION_SET(isa)                                \
+  namespace isa {                                                \
+  VOPS_CPU_OPS(VOPS_DECLARE)                                     \
+  const CpuKernels kernels = {#isa, VOPS_CPU_OPS(VOPS_POINTER)}; \
+  }
+VOPS_INSTRUCTION_SET(baseline)
 #ifdef VOPS_X86
-namespace avx2 {
-extern const ChannelAggregationFfnOps channel_aggregation_ffn_ops;
-extern const DwConvOps dwconv_ops;
-extern const FeatureDecomposeOps feature_decompose_ops;
-extern const GatedRecursionOps gated_recursion_ops;
-extern const LayerNorm2dOps layer_norm_2d_ops;
-extern const MogaGateOps moga_gate_ops;
-extern const MultiOrderDwConvOps multi_order_dwconv_ops;
-}  // namespace avx2
-namespace avx512 {
-extern const ChannelAggregationFfnOps channel_aggregation_ffn_ops;
-extern const DwConvOps dwconv_ops;
-extern const FeatureDecomposeOps feature_decompose_ops;
-extern const GatedRecursionOps gated_recursion_ops;
-extern const LayerNorm2dOps layer_norm_2d_ops;
-extern const MogaGateOps moga_gate_ops;
-extern const MultiOrderDwConvOps multi_order_dwconv_ops;
-}  // namespace avx512
+VOPS_INSTRUCTION_SET(avx2)
+VOPS_INSTRUCTION_SET(avx512)
 #endif
 
 namespace {
@@ -54,16 +37,9 @@ struct ThreadScratch {
   ~ThreadScratch() { std::free(data); }
 };
 
-const CpuKernels kKernels[] = {
-    {"baseline", &baseline::dwconv_ops, &baseline::multi_order_dwconv_ops, &baseline::layer_norm_2d_ops,
-     &baseline::gated_recursion_ops, &baseline::channel_aggregation_ffn_ops, &baseline::feature_decompose_ops,
-     &baseline::moga_gate_ops},
+const CpuKernels* const kKernels[] = {&baseline::kernels,
 #ifdef VOPS_X86
-    {"avx2", &avx2::dwconv_ops, &avx2::multi_order_dwconv_ops, &avx2::layer_norm_2d_ops, &avx2::gated_recursion_ops,
-     &avx2::channel_aggregation_ffn_ops, &avx2::feature_decompose_ops, &avx2::moga_gate_ops},
-    {"avx512", &avx512::dwconv_ops, &avx512::multi_order_dwconv_ops, &avx512::layer_norm_2d_ops,
-     &avx512::gated_recursion_ops, &avx512::channel_aggregation_ffn_ops, &avx512::feature_decompose_ops,
-     &avx512::moga_gate_ops},
+                                      &avx2::kernels, &avx512::kernels
 #endif
 };
 
@@ -84,7 +60,7 @@ int chosen() {
   const int best = best_supported();
   if (const char* name = std::getenv("VISION_OPS_CPU_ISA")) {
     for (int i = 0; i < best; i++) {
-      if (!std::strcmp(name, kKernels[i].isa)) return i;
+      if (!std::strcmp(name, kKernels[i]->isa)) return i;
     }
   }
   return best;
@@ -106,7 +82,7 @@ void* thread_scratch(Use use, size_t bytes) {
 }
 
 const CpuKernels& cpu_kernels() {
-  static const CpuKernels& kernels = kKernels[chosen()];
+  static const CpuKernels& kernels = *kKernels[chosen()];
   return kernels;
 }
 

@@ -5,11 +5,14 @@
 
 #include "channel_aggregation_ffn.h"
 #include "dwconv.h"
+#include "dwconv_layer_norm.h"
 #include "feature_decompose.h"
 #include "gated_recursion.h"
+#include "global_filter.h"
 #include "layer_norm_2d.h"
 #include "moga_gate.h"
 #include "multi_order_dwconv.h"
+#include "split_cascade.h"
 
 namespace vops {
 
@@ -21,15 +24,24 @@ void* thread_scratch(Use use, size_t bytes);
 
 extern const Error kOutOfMemory;
 
+// The ops, each with one table of functions per instruction set: <namespace>::<name>_ops.
+#define VOPS_CPU_OPS(X)                                \
+  X(ChannelAggregationFfnOps, channel_aggregation_ffn) \
+  X(DwConvOps, dwconv)                                 \
+  X(DwConvLayerNormOps, dwconv_layer_norm)             \
+  X(FeatureDecomposeOps, feature_decompose)            \
+  X(GatedRecursionOps, gated_recursion)                \
+  X(GlobalFilterOps, global_filter)                    \
+  X(LayerNorm2dOps, layer_norm_2d)                     \
+  X(MogaGateOps, moga_gate)                            \
+  X(MultiOrderDwConvOps, multi_order_dwconv)           \
+  X(SplitCascadeOps, split_cascade)
+
 struct CpuKernels {
   const char* isa;
-  const DwConvOps* dwconv;
-  const MultiOrderDwConvOps* multi_order_dwconv;
-  const LayerNorm2dOps* layer_norm_2d;
-  const GatedRecursionOps* gated_recursion;
-  const ChannelAggregationFfnOps* channel_aggregation_ffn;
-  const FeatureDecomposeOps* feature_decompose;
-  const MogaGateOps* moga_gate;
+#define VOPS_FIELD(type, name) const type* name;
+  VOPS_CPU_OPS(VOPS_FIELD)
+#undef VOPS_FIELD
 };
 // The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
 const CpuKernels& cpu_kernels();

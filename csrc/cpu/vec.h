@@ -198,6 +198,32 @@ VOPS_INLINE void transpose(Float (&v)[kLanes]) {
   }
 }
 
+// Lane i of the result is the sum of v[i]: every step adds the halves of two vectors and shuffles them into one.
+VOPS_INLINE Float lane_sums(Float (&v)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < step; i++) v[i] = interleave_low(v[i], v[i + step]) + interleave_high(v[i], v[i + step]);
+  }
+  return v[0];
+}
+VOPS_INLINE Double lane_sums(Double (&v)[kLanes]) {
+  Double sums = {};
+  for (int i = 0; i < kLanes; i++) {
+    for (int k = 0; k < kLanes; k++) sums[i] += v[i][k];
+  }
+  return sums;
+}
+
+VOPS_INLINE Float inverse_sqrt(Float v) {
+  for (int k = 0; k < kLanes; k++) v[k] = 1.f / sqrtf(v[k]);
+  return v;
+}
+VOPS_INLINE Double inverse_sqrt(Double v) {
+  for (int k = 0; k < kLanes; k++) v[k] = 1. / sqrt(v[k]);
+  return v;
+}
+
 // x = n * log(2) + r; returns exp(r), at 3e-9, and n.
 VOPS_INLINE Float exp_reduced(Float x, Int& n) {
   const Float shift = splat(0x1.8p23f);  // adding it rounds to an integer

@@ -90,3 +90,36 @@ def test_layer_norm_runs_where_hornet_and_edgenext_have_it():
     assert cases["HorNet-T.4"] == (512, 7) and cases["HorNet-S.1"] == (96, 56)
     assert cases["EdgeNeXt-S.1"] == (48, 64) and cases["EdgeNeXt-B.3"] == (288, 16)
     assert not any(label.startswith("EdgeNeXt") and label.endswith(".4") for label in cases)
+
+
+def test_gnconv_has_the_orders_and_widths_of_hornet():
+    cases = shapes.gnconv_cases()
+    assert cases["HorNet-T.4"] == shapes.GnConvShape(512, 5, 7) and cases["HorNet-T.4"].widths == [
+        32,
+        64,
+        128,
+        256,
+        512,
+    ]
+    assert sum(cases["HorNet-S.1"].widths) == 144 and len(cases) == 8
+
+
+def test_global_filters_are_in_the_last_two_stages():
+    cases = {label: (shape.channels, shape.size) for label, shape in shapes.global_filter_cases().items()}
+    assert cases == {"HorNet-T.3": (240, 14), "HorNet-T.4": (496, 7), "HorNet-S.3": (360, 14), "HorNet-S.4": (744, 7)}
+
+
+def test_conv_and_norm_run_where_edgenext_and_convnext_have_them():
+    cases = shapes.dwconv_layer_norm_cases()
+    assert [cases[f"EdgeNeXt-S.{i}"].kernel for i in (1, 2, 3, 4)] == [3, 5, 7, 9]
+    assert [str(cases[f"ConvNeXt-T.{i}"]) for i in (1, 4)] == ["96x56x56 k7", "768x7x7 k7"]
+    problem = OPS["dwconv_layer_norm"].problem("EdgeNeXt-S.4", SETTING)
+    assert reference.dwconv_layer_norm(*problem.args).shape == (2, 8, 8, 304)
+
+
+def test_cascades_have_the_splits_of_edgenext():
+    cases = shapes.split_cascade_cases()
+    assert (cases["EdgeNeXt-S.3"].channels, cases["EdgeNeXt-S.3"].scales) == (160, 3)
+    assert not any(label.endswith(".1") for label in cases)
+    x, weights, _ = OPS["split_cascade"].problem("EdgeNeXt-S.3", SETTING).args
+    assert x.shape == (2, 160, 16, 16) and [w.shape[0] for w in weights] == [54, 54]

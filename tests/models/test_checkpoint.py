@@ -209,13 +209,19 @@ def test_tensorflow_names(tmp_path):
     assert all(torch.equal(found[key], state[key]) for key in state if key not in untracked)
 
 
-def test_golden_logits_through_tensorflow_names(tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "fused", "tolerance"), [("float64", True, 1e-11), ("float64", False, 1e-11), ("float32", True, 1e-5)]
+)
+def test_golden_logits_through_tensorflow_names(tmp_path, dtype, fused, tolerance):
+    """At all sizes, odd ones too, and in training mode."""
+
     def load(model, variables):
         path = tmp_path / "moat.npz"
         np.savez(path, **{name: value.float().numpy() for name, value in variables.items()})
         assert load_checkpoint(model, path).layout == "tensorflow"
 
-    check_model("moat_official_tiny_moat0", create_model("tiny_moat_0"), 1e-11, load=load)
+    model = create_model("tiny_moat_0", fused=fused)
+    check_model("moat_official_tiny_moat0", model, tolerance, dtype=getattr(torch, dtype), load=load)
 
 
 def test_unknown_layout():

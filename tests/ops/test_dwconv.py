@@ -61,8 +61,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "kernel_size", "options"), CASES, ids=str)
-def test_matches_reference(shape, kernel_size, options, device):
-    check_against_reference(make(shape, kernel_size, device=device, **options))
+def test_matches_reference(shape, kernel_size, options, any_device):
+    check_against_reference(make(shape, kernel_size, device=any_device, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
@@ -70,30 +70,28 @@ def test_matches_reference(shape, kernel_size, options, device):
 @pytest.mark.parametrize(
     ("kernel_size", "stride", "layout"), [(3, 1, "channels_last"), (3, 2, "channels_last"), (7, 1, "contiguous")]
 )
-def test_dtypes(dtype, activation, kernel_size, stride, layout, device):
-    case = make(
-        (2, 32, 14, 15), kernel_size, dtype=dtype, stride=stride, layout=layout, activation=activation, device=device
-    )
-    check_against_reference(case)
+def test_dtypes(dtype, activation, kernel_size, stride, layout, any_device):
+    options = {"dtype": dtype, "stride": stride, "layout": layout, "activation": activation, "device": any_device}
+    check_against_reference(make((2, 32, 14, 15), kernel_size, **options))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
-def test_layouts(layout, grad_layout, device):
-    check_against_reference(make((2, 24, 9, 11), 5, layout=layout, device=device), grad_layout)
+def test_layouts(layout, grad_layout, any_device):
+    check_against_reference(make((2, 24, 9, 11), 5, layout=layout, device=any_device), grad_layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_keeps_memory_format(layout, device):
-    case = make((2, 24, 9, 11), 3, layout=layout, device=device)
+def test_keeps_memory_format(layout, any_device):
+    case = make((2, 24, 9, 11), 3, layout=layout, device=any_device)
     last = layout in ("channels_last", "channel_slice")
     expected = torch.channels_last if last else torch.contiguous_format
     assert case.run(case.tensors, "fused").is_contiguous(memory_format=expected)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_float32_parameters_beside_half_input(dtype, device):
-    case = make((2, 16, 14, 14), 5, dtype=dtype, activation="silu", device=device)
+def test_float32_parameters_beside_half_input(dtype, any_device):
+    case = make((2, 16, 14, 14), 5, dtype=dtype, activation="silu", device=any_device)
     case.tensors[1:] = [t.float() for t in case.tensors[1:]]
     check_against_reference(case)
 
@@ -174,8 +172,8 @@ def test_only_the_gradients_that_are_needed(needs):
 
 
 @pytest.mark.parametrize(("kernel_size", "layout"), [(3, "channels_last"), (7, "contiguous")])
-def test_bitwise_repeatable(kernel_size, layout, device):
-    check_bitwise_repeatable(make((4, 64, 28, 28), kernel_size, layout=layout, device=device))
+def test_bitwise_repeatable(kernel_size, layout, any_device):
+    check_bitwise_repeatable(make((4, 64, 28, 28), kernel_size, layout=layout, device=any_device))
 
 
 def test_compiles(device):

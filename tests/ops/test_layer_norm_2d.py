@@ -204,11 +204,9 @@ def test_hands_over_where_torch_is_faster():
     found = explain("layer_norm_2d", small, weight, weight)
     assert found.parts == {"layer_norm_2d": "PyTorch"} and "few elements" in found.slower[0]
     for kept in (large, small.contiguous(), small.double()):
-        assert (
-            "C++" in explain("layer_norm_2d", kept, weight.to(kept.dtype), weight.to(kept.dtype)).parts["layer_norm_2d"]
-        )
+        assert "C++" in explain("layer_norm_2d", kept, weight, weight).parts["layer_norm_2d"]
     assert "C++" in explain("layer_norm_2d", small, weight, weight, backend="fused").parts["layer_norm_2d"]
-    medium = torch.randn(1, 64, 48, 48).to(memory_format=torch.channels_last)
+    medium = torch.randn(1, 64, 45, 45).to(memory_format=torch.channels_last)
     assert "C++" in explain("layer_norm_2d", medium).parts["layer_norm_2d"]
     assert explain("layer_norm_2d", medium.requires_grad_()).parts == {"layer_norm_2d": "PyTorch"}
 

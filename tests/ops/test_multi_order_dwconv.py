@@ -60,24 +60,24 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
-def test_matches_reference(shape, options, device):
-    check_against_reference(make(shape, device=device, **options))
+def test_matches_reference(shape, options, any_device):
+    check_against_reference(make(shape, device=any_device, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_dtypes(dtype, layout, device):
-    check_against_reference(make((2, 24, 15, 14), dtype=dtype, layout=layout, device=device))
+def test_dtypes(dtype, layout, any_device):
+    check_against_reference(make((2, 24, 15, 14), dtype=dtype, layout=layout, device=any_device))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channel_slice", "expanded"])
-def test_layouts(layout, grad_layout, device):
-    check_against_reference(make((2, 24, 9, 11), layout=layout, device=device), grad_layout)
+def test_layouts(layout, grad_layout, any_device):
+    check_against_reference(make((2, 24, 9, 11), layout=layout, device=any_device), grad_layout)
 
 
-def test_float32_parameters_beside_half_input(device):
-    case = make((2, 16, 14, 14), dtype=torch.bfloat16, device=device)
+def test_float32_parameters_beside_half_input(any_device):
+    case = make((2, 16, 14, 14), dtype=torch.bfloat16, device=any_device)
     case.tensors[1:] = [t.float() for t in case.tensors[1:]]
     check_against_reference(case)
 
@@ -107,8 +107,8 @@ def test_only_the_gradients_that_are_needed(wanted):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
 
 
-def test_bitwise_repeatable(device):
-    check_bitwise_repeatable(make((4, 64, 28, 28), layout="channels_last", device=device))
+def test_bitwise_repeatable(any_device):
+    check_bitwise_repeatable(make((4, 64, 28, 28), layout="channels_last", device=any_device))
 
 
 def test_compiles(device):

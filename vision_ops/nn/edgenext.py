@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..ops._checks import check_integer
 from ..ops.dwconv import fused_dwconv
+from ..ops.dwconv_layer_norm import fused_dwconv_layer_norm
+from ..ops.split_cascade import check_cascade, fused_split_cascade
 from ..reference.cross_covariance import cross_covariance_weights
-from ..reference.split_cascade import cascade_widths
 from ..reference.xca import merge_heads, split_heads
 from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale, scaled
 
@@ -81,8 +82,8 @@ class ConvEncoder(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = fused_dwconv(x, self.dwconv.weight, self.dwconv.bias, backend=backend(self))
-        y = self.norm(y.permute(0, 2, 3, 1))
+        parameters = self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias
+        y = fused_dwconv_layer_norm(x, *parameters, eps=self.norm.eps, backend=backend(self))
         return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.gelu, self.pwconv2, self.gamma))
 
 
@@ -217,12 +218,8 @@ class _SDTA(nn.Module):
     ) -> None:
         super().__init__()
         check_integer("scales", scales, 2)
-        width, *_, last = cascade_widths(dim, scales)
-        if last <= 0:
-            raise ValueError(
-                f"scales must leave channels for the last split: {scales - 1} splits of {width} use up all {dim}"
-            )
-        self.width, self.fused = width, fused
+        width = check_cascade(dim, scales, "scales")
+        self.fused = fused
         self.gamma_xca, self.gamma = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(scales - 1))
         self.pos_embd = PositionalEncodingFourier(dim=dim) if use_pos_emb else None
@@ -233,14 +230,8 @@ class _SDTA(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def cascade(self, x: Tensor) -> Tensor:
-        """`reference.split_cascade` with the depthwise convolutions of this module."""
-        width = self.width
-        outputs: list[Tensor] = []
-        for i, conv in enumerate(self.convs):
-            split = x[:, i * width : (i + 1) * width]
-            y = outputs[-1] + split if outputs else split
-            outputs.append(fused_dwconv(y, conv.weight, conv.bias, backend=backend(self)))
-        return torch.cat([*outputs, x[:, len(self.convs) * width :]], dim=1)
+        weights, biases = zip(*((conv.weight, conv.bias) for conv in self.convs), strict=True)
+        return fused_split_cascade(x, weights, biases, backend=backend(self))
 
     def with_position(self, x: Tensor) -> Tensor:
         """Adds the encoding of the position to (N, H, W, C)."""

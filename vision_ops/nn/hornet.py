@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
 from ..ops._checks import check_integer
 from ..ops.dwconv import fused_dwconv
+from ..ops.gated_recursion import fused_gated_recursion
+from ..ops.global_filter import fused_global_filter
+from ..ops.gnconv import fused_gnconv
 from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale
 from .layer_norm import LayerNorm2d
 
@@ -40,7 +42,7 @@ class GlobalLocalFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         local, globally = self.pre_norm(x).chunk(2, dim=1)
         local = fused_dwconv(local, self.dw.weight, backend=backend(self))
-        globally = reference.global_filter(globally, self.complex_weight)
+        globally = fused_global_filter(globally, self.complex_weight, backend=backend(self))
         return self.post_norm(torch.stack([local, globally], dim=2).flatten(1, 2))
 
 
@@ -90,13 +92,15 @@ class GnConv(nn.Module):
         self.pws = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(self.dims, self.dims[1:], strict=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        pwa, abc = self.proj_in(x).split([self.dims[0], sum(self.dims)], dim=1)
-        if isinstance(self.dwconv, nn.Conv2d):
-            abc = fused_dwconv(abc, self.dwconv.weight, self.dwconv.bias, backend=backend(self))
-        else:
-            abc = self.dwconv(abc)
         weights, biases = [pw.weight for pw in self.pws], [pw.bias for pw in self.pws]
-        return self.proj_out(reference.gated_recursion(pwa, abc * self.scale, weights, biases))
+        if isinstance(self.dwconv, nn.Conv2d):
+            into = self.proj_in.weight, self.proj_in.bias
+            depthwise = self.dwconv.weight, self.dwconv.bias
+            out = self.proj_out.weight, self.proj_out.bias
+            return fused_gnconv(x, *into, *depthwise, weights, biases, *out, scale=self.scale, backend=backend(self))
+        pwa, abc = self.proj_in(x).split([self.dims[0], sum(self.dims)], dim=1)
+        gates = self.dwconv(abc) * self.scale
+        return self.proj_out(fused_gated_recursion(pwa, gates, weights, biases, backend=backend(self)))
 
 
 class HorBlock(nn.Module):

@@ -196,7 +196,7 @@ class ChannelAggregationFFN(nn.Module):
             return self._composed(x)
         layers = self.fc1, self.dwconv, self.fc2, self.decompose
         parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
-        return fused_channel_aggregation_ffn(x, *parameters, self.sigma.scale, backend=backend(self))
+        return fused_channel_aggregation_ffn(x, *parameters, sigma=self.sigma.scale, backend=backend(self))
 
     def _composed(self, x: Tensor) -> Tensor:
         """With what the whole op lacks: dropout within, and other activations."""

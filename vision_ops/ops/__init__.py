@@ -1,21 +1,27 @@
 from .channel_aggregation_ffn import fused_channel_aggregation_ffn
 from .dwconv import fused_dwconv
+from .dwconv_layer_norm import fused_dwconv_layer_norm
 from .feature_decompose import fused_feature_decompose
 from .gated_recursion import fused_gated_recursion
+from .global_filter import fused_global_filter
 from .gnconv import fused_gnconv
 from .layer_norm_2d import fused_layer_norm_2d
 from .moga_aggregation import fused_moga_aggregation
 from .moga_gate import fused_moga_gate
 from .multi_order_dwconv import fused_multi_order_dwconv
+from .split_cascade import fused_split_cascade
 
 __all__ = [
     "fused_channel_aggregation_ffn",
     "fused_dwconv",
+    "fused_dwconv_layer_norm",
     "fused_feature_decompose",
     "fused_gated_recursion",
+    "fused_global_filter",
     "fused_gnconv",
     "fused_layer_norm_2d",
     "fused_moga_aggregation",
     "fused_moga_gate",
     "fused_multi_order_dwconv",
+    "fused_split_cascade",
 ]

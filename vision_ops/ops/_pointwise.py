@@ -7,7 +7,7 @@ from ._registration import allocate_channels_last
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = weight x + bias at every pixel of (N, C, H, W). The GEMM changes the layout where x and out differ in it."""
+    """out = weight x + bias at every pixel of (N, C, H, W). Where x and out differ in layout, the GEMM changes it."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     rows, to = _pixels(x), _pixels(out)
     matrix, to_matrix = _matrix(rows), _matrix(to)

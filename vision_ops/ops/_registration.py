@@ -56,8 +56,25 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return allocate(shape, like, memory_format(like))
 
 
+def channels_dense(t: Tensor) -> bool:
+    """Whether neighbouring channels are neighbours in memory, as the march kernels of CUDA want."""
+    return t.stride(1) == 1 or t.shape[1] == 1
+
+
+def to_channels_dense(t: Tensor) -> Tensor:
+    return t if channels_dense(t) else t.contiguous(memory_format=torch.channels_last)
+
+
+def allocate_contiguous(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return allocate(shape, like, dtype=dtype)
+
+
 def allocate_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
     return allocate(shape, like, torch.channels_last)
+
+
+def workspace(size: int, like: Tensor) -> Tensor:
+    return allocate((size // like.element_size(),), like)
 
 
 def _gradient_like(t: Tensor) -> Tensor:
@@ -81,7 +98,7 @@ class FusedOp:
     arguments: a NamedTuple, tensors and lists of tensors first; its annotations are the schema, and every tensor gets a
     gradient. The functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of
     reasons against the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are.
-    autocast: whether tensors are cast to its dtype; norms take them as they are. keeps: the fields that are not cast.
+    autocast: whether tensors are cast to its dtype, all but those named in `uncast`; norms take them as they are.
 
     saved: how many tensors, besides the arguments, the forward kernel computes for the backward kernel. Kernels and
     output then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of
@@ -99,13 +116,13 @@ class FusedOp:
         predicate: Callable[[Any], tuple[list[str], list[str]]],
         triton: bool = False,
         autocast: bool = True,
-        keeps: Sequence[str] = (),
+        uncast: Sequence[str] = (),
         saved: int = 0,
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
         self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self._triton, self._autocasts, self._saved, self._parts = triton, autocast, saved, parts
-        self._keeps = {arguments._fields.index(field) for field in keeps}
+        self.kernels, self._triton, self._autocasts, self._uncast = kernels, triton, autocast, uncast
+        self._saved, self._parts = saved, parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self._options = len(types) - count
@@ -164,7 +181,8 @@ class FusedOp:
         """Runs the op on checked arguments."""
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
-        if backend == "reference" or _needs_reference():
+        # torch.jit.trace knows no lists of optional tensors.
+        if backend == "reference" or _needs_reference() or (self._lists and torch.jit.is_tracing()):
             return self.reference(arguments)
         cannot, slower = self.predicate(arguments)
         if cannot and backend == "fused":
@@ -225,8 +243,8 @@ class FusedOp:
                 return [cast(u) for u in t]
             return t if t is None or t.dtype == torch.float64 else t.to(dtype)
 
-        tensors = (t if i in self._keeps else cast(t) for i, t in enumerate(given[: self._tensors]))
-        return (*tensors, *given[self._tensors :])
+        tensors = zip(self.arguments._fields, given[: self._tensors], strict=False)
+        return (*(t if name in self._uncast else cast(t) for name, t in tensors), *given[self._tensors :])
 
 
 def _define(schema: str) -> torch._ops.OpOverload:
@@ -299,7 +317,7 @@ def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = 
     kind = x.device.type
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
-    missing = _native.triton_missing if triton else _native.cuda_missing
-    if kind == "cuda" and missing:
-        return [missing]
+    if kind == "cuda":
+        missing = _native.triton_missing if triton else _native.gpu_missing(x.device.index)
+        return [missing] if missing else []
     return [] if kind.upper() in kernels else [f"there is no kernel for device {kind!r}"]

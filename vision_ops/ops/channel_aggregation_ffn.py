@@ -229,7 +229,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    keeps=("sigma",),
+    uncast=("sigma",),
     saved=2,
     parts=_parts,
 )

@@ -10,7 +10,16 @@ from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.dwconv import ACTIVATIONS, four_paddings
 from ._checks import check_integer, check_kernel, check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, memory_format
+from ._registration import (
+    FusedOp,
+    allocate_channels_last,
+    channels_dense,
+    device_reasons,
+    empty,
+    memory_format,
+    to_channels_dense,
+    workspace,
+)
 
 _MOST = 2**24  # of stride, dilation and padding: products with sizes stay within 64 bits
 ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}
@@ -83,6 +92,49 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
         kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv)
 
 
+def _marches(a: _Arguments) -> bool:
+    """Whether CUDA's march kernels take the convolution; else its plain kernel does."""
+    return _native.cuda_kernels().has_march_kernel(_native.DTYPES[a.x.dtype], _native_conv(a))
+
+
+def _forward_cuda(a: _Arguments) -> Tensor:
+    y, weight, bias = _output(a), a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
+    x, out = a.x, y
+    if _marches(a):
+        x, out = to_channels_dense(x), y if channels_dense(y) else allocate_channels_last(y.shape, y)
+    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(out)
+    options = _native_conv(a), ACTIVATION_CODES[a.activation], *_native.target(x)
+    _native.cuda_kernels().dwconv(*views, *options)
+    return y if out is y else y.copy_(out)
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    dx, dweight, dbias = grads
+    kernels, conv, target, x = _native.cuda_kernels(), _native_conv(a), _native.target(a.x), a.x
+    weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
+    weight_view, marches = _native.weight_view(weight), _marches(a)
+    if marches:
+        grad = to_channels_dense(grad)
+    if marches and (a.activation is not None or dweight is not None):
+        x = to_channels_dense(x)
+    x_view = _native.view(x)
+    if a.activation is not None:
+        du = allocate_channels_last(grad.shape, grad)
+        views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
+        kernels.dwconv_backward_activation(*views, conv, ACTIVATION_CODES[a.activation], *target)
+        grad = du
+    grad_view = _native.view(grad)
+    if dx is not None:
+        out = dx if channels_dense(dx) or not marches else allocate_channels_last(dx.shape, dx)
+        kernels.dwconv_backward_input(grad_view, weight_view, _native.view(out), conv, *target)
+        if out is not dx:
+            dx.copy_(out)
+    if dweight is not None or dbias is not None:
+        room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
+        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, room.data_ptr(), *target)
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = the convolution that keeps the size, for the ops that contain one. Parameters are contiguous."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
@@ -105,7 +157,24 @@ def _same_size(weight: Tensor) -> tuple[int, ...]:
     return size, 1, 1, size // 2, size // 2
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+def convolve_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """The same on a GPU, of channels_dense tensors."""
+    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
+    _native.cuda_kernels().dwconv(*views, _same_size(weight), 0, *_native.target(x))
+
+
+def convolve_backward_cuda(
+    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+) -> None:
+    kernels, conv, target, grad_view = _native.cuda_kernels(), _same_size(weight), _native.target(x), _native.view(grad)
+    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
+    if dweight is not None or dbias is not None:
+        room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
+        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, room.data_ptr(), *target)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -113,13 +182,33 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     # A compiled graph must not depend on the size. In training without activation our backward pass makes up for it.
     if a.weight is None or torch.compiler.is_compiling() or cannot:
         return cannot, []
+    if a.x.device.type == "cuda":
+        return [], [] if _marches(a) else ["only an untuned kernel takes this dtype, kernel size, stride and dilation"]
     trains = torch.is_grad_enabled() and (a.x.requires_grad or a.weight.requires_grad)
     if (a.activation is None and trains) or not _torch_is_faster(a):
-        return cannot, []
-    return cannot, ["oneDNN is faster for channels_last 3x3 of this size"]
+        return [], []
+    return [], ["oneDNN is faster for channels_last 3x3 of this size"]
 
 
-_op = FusedOp("dwconv", _Arguments, output=_output, kernels=_KERNELS, reference=_reference, predicate=_predicate)
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    if a.x.device.type != "cpu" and a.weight is not None:
+        if not _marches(a):
+            kernel += " (untuned)"
+        elif not channels_dense(a.x):
+            kernel += ", on channels_last copies"
+    return {"dwconv": kernel}
+
+
+_op = FusedOp(
+    "dwconv",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    parts=_parts,
+)
 
 
 def _explain(
@@ -134,7 +223,8 @@ def _explain(
     backend: str | None = None,
 ) -> Explanation:
     check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, weight, bias, stride, [], dilation, activation, backend=backend)
+    four = [] if weight is None else _checked_padding(padding, check_kernel("weight", weight), dilation)
+    return _op.explain(x, weight, bias, stride, four, dilation, activation, backend=backend)
 
 
 explainers["dwconv"] = _explain
@@ -166,7 +256,8 @@ def fused_dwconv(
 
     Sums are float32 (float64 for float64). Gradients are bitwise repeatable and come in each argument's own dtype;
     backward keeps the arguments only. Without a kernel for the device, `reference.dwconv` runs; so it does where oneDNN
-    is faster, for some large channels_last 3x3 convolutions (`explain` tells).
+    is faster, for some large channels_last 3x3 convolutions, and on GPUs for float64, other kernel sizes and strides,
+    and even dilation at stride 2 (`explain` tells). On GPUs a contiguous x is converted to channels_last and y back.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the output would be empty for want of rows or columns.

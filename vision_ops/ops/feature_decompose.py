@@ -97,7 +97,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    keeps=("sigma",),
+    uncast=("sigma",),
 )
 
 

@@ -1,6 +1,7 @@
 """HorNet's gated recursion: a chain of gates with 1x1 convolutions between them, that double the channels."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,41 +46,65 @@ def pixel_dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     return t if gapless and lined else t.contiguous(memory_format=memory_format)
 
 
+class Gates(NamedTuple):
+    """The kernels of a device. chain computes all in one, or returns False where it does not take the widths."""
+
+    gate: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
+    gate_backward: Callable[..., None]
+    channel_sums: Callable[[Tensor, Tensor | None], None]
+    chain: Callable[..., bool]
+
+
+def cpu_gates() -> Gates:
+    return Gates(_gate, _gate_backward, channel_sums, lambda *_: False)
+
+
+def cuda_gates() -> Gates:
+    from ..kernels import gated_recursion as triton
+
+    return Gates(triton.gate, triton.gate_backward, triton.channel_sums, triton.chain)
+
+
 def run_chain(
-    pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor | None = None
-) -> Tensor:
-    """p_order; in `out`, if it is given and pixel_dense."""
-    widths = chain_widths(pwa, weights)
-    first, *rest = dw.split(widths, dim=1)
+    gates: Gates, pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor
+) -> None:
+    """out = p_order."""
+    if gates.chain(pwa, dw, weights, biases, out):
+        return
     n, _, h, w = pwa.shape
-    p = empty(pwa.shape, pwa) if weights or out is None else out
-    _gate(pwa, None, first, p)
-    for k, (weight, bias, q) in enumerate(zip(weights, biases, rest, strict=True)):
-        last = k == len(weights) - 1
-        u = empty((n, widths[k + 1], h, w), pwa) if not last or out is None else out
+    first, *rest = dw.split(chain_widths(pwa, weights), dim=1)
+    p = empty(pwa.shape, pwa) if weights else out
+    gates.gate(pwa, None, first, p)
+    for k, (weight, bias, q) in enumerate(zip(weights, biases, rest, strict=True), start=1):
+        u = empty((n, len(weight), h, w), pwa) if k < len(weights) else out
         linear(p, weight.flatten(1), None, u)
-        _gate(u, bias, q, u)
+        gates.gate(u, bias, q, u)
         p = u
-    return p
 
 
 class ChainAgain:
     """The chain computed once more for its backward pass: `p` has every p_k."""
 
     def __init__(
-        self, pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], last: bool
+        self,
+        gates: Gates,
+        pwa: Tensor,
+        dw: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        last: bool,
     ) -> None:
         """last: whether p_order is wanted, too."""
-        self.weights, self.biases = [w.flatten(1) for w in weights], [None, *biases]
+        self.gates, self.weights, self.biases = gates, [w.flatten(1) for w in weights], [None, *biases]
         self.q = dw.split(chain_widths(pwa, weights), dim=1)
-        self.u, self.p = [pwa], []
+        self.u, self.p = [pwa], list[Tensor]()
         for k, q in enumerate(self.q):
             if k > 0:
                 self.u.append(empty(q.shape, pwa))
                 linear(self.p[-1], self.weights[k - 1], None, self.u[-1])
             if last or k < len(weights):
                 self.p.append(empty(q.shape, pwa))
-                _gate(self.u[k], self.biases[k], q, self.p[k])
+                gates.gate(self.u[k], self.biases[k], q, self.p[k])
 
     def backward(
         self,
@@ -95,11 +120,11 @@ class ChainAgain:
         dq = ddw.split([q.shape[1] for q in self.q], dim=1)
         for k in reversed(range(1, len(self.q))):
             u = self.u[k]
-            _gate_backward(dp, u, self.biases[k], self.q[k], u, dq[k], dbiases[k - 1])
+            self.gates.gate_backward(dp, u, self.biases[k], self.q[k], u, dq[k], dbiases[k - 1])
             weight_gradient(u, self.p[k - 1], dweights[k - 1])
             dp = self.p[k - 1]
             linear(u, self.weights[k - 1].t(), None, dp)
-        _gate_backward(dp, self.u[0], None, self.q[0], dpwa, dq[0], sums)
+        self.gates.gate_backward(dp, self.u[0], None, self.q[0], dpwa, dq[0], sums)
 
 
 def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
@@ -111,6 +136,7 @@ def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
 def _gate_backward(
     dp: Tensor, u: Tensor, bias: Tensor | None, q: Tensor, du: Tensor, dq: Tensor, dbias: Tensor | None
 ) -> None:
+    """du = dp * q, dq = dp * (u + bias), dbias = the sum of du over the pixels; du may be u."""
     bias = None if bias is None else bias.contiguous()
     inputs = _native.view(dp), _native.view(u), _native.weight_view(bias), _native.view(q)
     _native.kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
@@ -126,27 +152,32 @@ def channel_sums(t: Tensor, sums: Tensor | None) -> None:
 
 
 @without_autocast
-def _forward(a: _Arguments) -> Tensor:
-    wanted = memory_format(a.pwa)
-    return run_chain(pixel_dense(a.pwa, wanted), pixel_dense(a.dw, wanted), a.pw_weights, a.pw_biases, _output(a))
+def _forward(gates: Callable[[], Gates], a: _Arguments) -> Tensor:
+    y, wanted = _output(a), memory_format(a.pwa)
+    run_chain(gates(), pixel_dense(a.pwa, wanted), pixel_dense(a.dw, wanted), a.pw_weights, a.pw_biases, y)
+    return y
 
 
 @without_autocast
-def _backward(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+def _backward(gates: Callable[[], Gates], grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     dpwa, ddw, dweights, dbiases = grads
     wanted = memory_format(a.pwa)
     pwa, dw, dp = (pixel_dense(t, wanted) for t in (a.pwa, a.dw, grad))
-    found = [
+    into_pwa, into_dw = (
         empty(t.shape, pwa) if given is None or pixel_dense(given, wanted) is not given else given
         for t, given in ((pwa, dpwa), (dw, ddw))
-    ]
-    ChainAgain(pwa, dw, a.pw_weights, a.pw_biases, last=False).backward(dp, *found, dweights, dbiases)
-    for given, t in zip((dpwa, ddw), found, strict=True):
-        if given is not None and given is not t:
-            given.copy_(t)
+    )
+    chain = ChainAgain(gates(), pwa, dw, a.pw_weights, a.pw_biases, last=False)
+    chain.backward(dp, into_pwa, into_dw, dweights, dbiases)
+    for given, found in ((dpwa, into_pwa), (ddw, into_dw)):
+        if given is not None and given is not found:
+            given.copy_(found)
 
 
-_KERNELS = {"CPU": (_forward, _backward)}
+_KERNELS = {
+    key: (functools.partial(_forward, gates), functools.partial(_backward, gates))
+    for key, gates in (("CPU", cpu_gates), ("CUDA", cuda_gates))
+}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -154,7 +185,18 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    return {"gates": _native.kernel_name(a.pwa.device.type), "1x1 convolutions": "PyTorch's GEMMs"}
+    return gate_parts(a.pwa, chain_widths(a.pwa, a.pw_weights))
+
+
+def gate_parts(x: Tensor, widths: list[int]) -> dict[str, str]:
+    """What runs the chain for tensors like x."""
+    if x.device.type != "cuda":
+        return {"gates": _native.kernel_name(x.device.type), "1x1 convolutions": "PyTorch's GEMMs"}
+    from ..kernels.gated_recursion import chain_tile
+
+    if chain_tile(widths, x.dtype) is None:
+        return {"gates": "Triton kernel", "1x1 convolutions": "PyTorch's GEMMs"}
+    return {"recursion": "Triton kernel", "1x1 convolutions around it": "PyTorch's GEMMs"}
 
 
 _op = FusedOp(

@@ -1,9 +1,11 @@
 """HorNet's recursive gated convolution, whole: two 1x1 convolutions around a depthwise one and the gated recursion."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native, reference
@@ -11,8 +13,8 @@ from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._pointwise import linear, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
-from .dwconv import convolve, convolve_backward
-from .gated_recursion import ChainAgain, channel_sums, check_chain, pixel_dense, run_chain
+from .dwconv import convolve, convolve_backward, convolve_backward_cuda, convolve_cuda
+from .gated_recursion import ChainAgain, Gates, check_chain, cpu_gates, cuda_gates, gate_parts, pixel_dense, run_chain
 
 
 class _Arguments(NamedTuple):
@@ -48,27 +50,68 @@ def _scaled_conv(a: _Arguments) -> tuple[Tensor, Tensor | None]:
     return weight, None if a.dw_bias is None else (a.dw_bias.to(wide) * a.scale).contiguous()
 
 
+class _Device(NamedTuple):
+    gates: Gates
+    convolve: Callable[..., None]
+    convolve_backward: Callable[..., None]
+
+
+def _cpu(x: Tensor) -> _Device:
+    return _Device(cpu_gates(), convolve, convolve_backward)
+
+
+def _cuda(x: Tensor) -> _Device:
+    if _convolves(x):
+        return _Device(cuda_gates(), convolve_cuda, convolve_backward_cuda)
+    return _Device(cuda_gates(), _torch_convolve, _torch_convolve_backward)
+
+
+def _convolves(x: Tensor) -> bool:
+    """Whether the compiled CUDA kernels run on the device of x; else PyTorch convolves."""
+    return x.device.type == "cuda" and not device_reasons(x, _KERNELS)
+
+
+def _torch_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    parameters = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    y.copy_(F.conv2d(x, *parameters, padding=weight.shape[-1] // 2, groups=len(weight)))
+
+
+def _torch_convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+) -> None:
+    geometry = [1, 1], [weight.shape[-1] // 2] * 2, [1, 1], False, [0, 0], len(weight)
+    needs = [True, dweight is not None, dbias is not None]
+    found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), [len(weight)], *geometry, needs)
+    for given, t in zip((dx, dweight, dbias), found, strict=True):
+        if given is not None:
+            given.copy_(t)
+
+
 # In between everything is channels_last, whatever x is: the GEMMs at either end change the layout on their way.
 @without_autocast
-def _forward(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    y, projected, dw = _output(a)
+def _forward(device: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    (gates, convolve, _), (y, projected, dw) = device(a.x), _output(a)
     linear(a.x, a.proj_in_weight.flatten(1), a.proj_in_bias, projected)
     pwa, abc = _split(projected, a)
     convolve(abc, *_scaled_conv(a), dw)
-    p = run_chain(pwa, dw, a.pw_weights, a.pw_biases)
+    p = allocate_channels_last(a.x.shape, a.x)
+    run_chain(gates, pwa, dw, a.pw_weights, a.pw_biases, p)
     linear(p, a.proj_out_weight.flatten(1), a.proj_out_bias, y)
     return y, projected, dw
 
 
 @without_autocast
-def _backward(grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor) -> None:
+def _backward(
+    device: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor
+) -> None:
+    gates, _, convolve_backward = device(a.x)
     dx, dproj_in, dproj_in_bias, ddw_weight, ddw_bias, dproj_out, dproj_out_bias, dpws, dpw_biases = grads
     pwa, abc = _split(projected, a)
     grad = pixel_dense(grad, torch.channels_last)
-    chain = ChainAgain(pwa, dw, a.pw_weights, a.pw_biases, last=dproj_out is not None)
+    chain = ChainAgain(gates, pwa, dw, a.pw_weights, a.pw_biases, last=dproj_out is not None)
     if dproj_out is not None:
         weight_gradient(grad, chain.p.pop(), dproj_out)
-    channel_sums(grad, dproj_out_bias)
+    gates.channel_sums(grad, dproj_out_bias)
     dp = allocate_channels_last(a.x.shape, a.x)
     linear(grad, a.proj_out_weight.flatten(1).t(), None, dp)
 
@@ -76,13 +119,15 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, 
     dpwa, dabc = _split(dprojected, a)
     sums = (None, None) if dproj_in_bias is None else dproj_in_bias.split([pwa.shape[1], abc.shape[1]])
     chain.backward(dp, dpwa, ddw, dpws, dpw_biases, sums[0])
+    # The gradients take the memory of the scaled parameters, which are not needed any more.
     weight, bias = _scaled_conv(a)
-    found = None if ddw_weight is None else weight, None if ddw_bias is None else bias
-    convolve_backward(ddw, abc, weight, dabc, *found)
-    for given, t in zip((ddw_weight, ddw_bias), found, strict=True):
-        if given is not None:
-            torch.mul(t, a.scale, out=given) if given.dtype == t.dtype else given.copy_(t * a.scale)
-    channel_sums(dabc, sums[1])
+    wanted = weight if ddw_weight is not None else None, bias if ddw_bias is not None else None
+    convolve_backward(ddw, abc, weight, dabc, *wanted)
+    if ddw_weight is not None:
+        ddw_weight.copy_(weight.mul_(a.scale))
+    if ddw_bias is not None and bias is not None:
+        ddw_bias.copy_(bias.mul_(a.scale))
+    gates.channel_sums(dabc, sums[1])
     weight_gradient(dprojected, pixel_dense(a.x, torch.channels_last), dproj_in)
     if dx is not None:
         linear(dprojected, a.proj_in_weight.flatten(1).t(), None, dx)
@@ -93,7 +138,10 @@ def _split(projected: Tensor, a: _Arguments) -> tuple[Tensor, Tensor]:
     return projected[:, : projected.shape[1] - total], projected[:, projected.shape[1] - total :]
 
 
-_KERNELS = {"CPU": (_forward, _backward)}
+_KERNELS = {
+    key: (functools.partial(_forward, device), functools.partial(_backward, device))
+    for key, device in (("CPU", _cpu), ("CUDA", _cuda))
+}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -101,8 +149,10 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    return {"depthwise convolution": kernel, "gates": kernel, "1x1 convolutions": "PyTorch's GEMMs"}
+    device, order = a.x.device.type, len(a.pw_weights) + 1
+    convolution = "PyTorch" if device == "cuda" and not _convolves(a.x) else _native.kernel_name(device)
+    widths = [a.x.shape[1] >> k for k in reversed(range(order))]
+    return {"depthwise convolution": convolution, **gate_parts(a.x, widths)}
 
 
 _op = FusedOp(

@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of every pixel, as the stems, the downsampling and the blocks of ConvNeXt's heirs have it."""
+"""LayerNorm over the channels of every pixel, as stems, downsampling and blocks of HorNet and EdgeNeXt have it."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ..dispatch import Explanation, explainers
 from ._checks import check_eps, check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, memory_format
 
-_MOST_CHANNELS = 8192  # that a Triton program holds in registers
+_MOST_CHANNELS = 2048  # that the registers of a Triton program hold
 
 
 class _Arguments(NamedTuple):
@@ -65,8 +65,10 @@ def _torch_is_faster(a: _Arguments) -> bool:
     x = a.x
     if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:3])
-    return x.numel() < (60_000 if not trains else 300_000 if x.dtype == torch.float32 else 180_000)
+    count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in a[:3]):
+        return count < 60_000
+    return (count < 180_000 and (single or channels >= 128)) or (count < 320_000 and single and channels >= 128)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:

@@ -3,13 +3,22 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.multi_order_dwconv import split_channels
 from ._checks import check_integer, check_kernel, check_parameter, check_sequence, check_tensor
-from ._registration import FusedOp, device_reasons, empty
+from ._registration import (
+    FusedOp,
+    allocate_channels_last,
+    channels_dense,
+    device_reasons,
+    empty,
+    to_channels_dense,
+    workspace,
+)
 
 
 class _Arguments(NamedTuple):
@@ -33,6 +42,11 @@ def _output(a: _Arguments) -> Tensor:
     return empty(a.x.shape, a.x)
 
 
+def _convs(a: _Arguments) -> tuple[tuple[int, ...], ...]:
+    sizes = [(w.shape[-1], d) for w, d in zip((a.w0, a.w1, a.w2), a.dilations, strict=True)]
+    return tuple((k, 1, d, d * (k - 1) // 2, d * (k - 1) // 2) for k, d in sizes)
+
+
 class _Parameters:
     """Weights, biases and convolutions as the binding takes them; keeps the tensors alive."""
 
@@ -41,8 +55,7 @@ class _Parameters:
         self._biases = [None if b is None else b.contiguous() for b in (a.b0, a.b1, a.b2)]
         self.weights = tuple(map(_native.weight_view, self._weights))
         self.biases = tuple(map(_native.weight_view, self._biases))
-        sizes = [(w.shape[-1], d) for w, d in zip(self._weights, a.dilations, strict=True)]
-        self.convs = tuple((k, 1, d, d * (k - 1) // 2, d * (k - 1) // 2) for k, d in sizes)
+        self.convs = _convs(a)
 
 
 def _forward_cpu(a: _Arguments) -> Tensor:
@@ -64,7 +77,7 @@ def multi_order(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dilations: list[int], y: Tensor
 ) -> None:
     """Into y, for the ops that contain the convolution."""
-    p = _Parameters(_Arguments(x, *weights, *biases, dilations))
+    p = _Parameters(_Arguments._make([x, *weights, *biases, dilations]))
     _native.kernels().multi_order_dwconv(_native.view(x), p.weights, p.biases, _native.view(y), p.convs)
 
 
@@ -79,14 +92,67 @@ def multi_order_backward(
     dbiases: Sequence[Tensor | None],
 ) -> None:
     """The gradients of `multi_order`."""
-    _backward_cpu([dx, *dweights, *dbiases], grad, _Arguments(x, *weights, *biases, dilations))
+    _backward_cpu([dx, *dweights, *dbiases], grad, _Arguments._make([x, *weights, *biases, dilations]))
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+def _marches(a: _Arguments) -> bool:
+    """Whether CUDA's march kernels take a convolution; else its plain kernel takes all, and layouts do not matter."""
+    dtype, kernels = _native.DTYPES[a.x.dtype], _native.cuda_kernels()
+    return any(kernels.has_march_kernel(dtype, conv) for conv in _convs(a))
+
+
+def _rest(a: _Arguments) -> Tensor:
+    """Room for the channels of x0 that have a second convolution, or for their gradient."""
+    n, _, h, w = a.x.shape
+    return allocate_channels_last((n, a.w1.shape[0] + a.w2.shape[0], h, w), a.x)
+
+
+def _forward_cuda(a: _Arguments) -> Tensor:
+    y, p, x0 = _output(a), _Parameters(a), _rest(a)
+    x, out = a.x, y
+    if _marches(a):
+        x, out = to_channels_dense(x), y if channels_dense(y) else allocate_channels_last(y.shape, y)
+    views = _native.view(x), p.weights, p.biases, _native.view(out), p.convs, _native.view(x0)
+    _native.cuda_kernels().multi_order_dwconv(*views, *_native.target(x))
+    return y if out is y else y.copy_(out)
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    p, kernels, x0, dx0 = _Parameters(a), _native.cuda_kernels(), _rest(a), _rest(a)
+    dx, *dparameters = grads
+    x, out = a.x, dx
+    if _marches(a):
+        x, grad = to_channels_dense(x), to_channels_dense(grad)
+        out = dx if dx is None or channels_dense(dx) else allocate_channels_last(dx.shape, dx)
+    parameter_views, grad_view = tuple(map(_native.weight_view, dparameters)), _native.view(grad)
+    size = kernels.multi_order_dwconv_backward_workspace(grad_view, p.weights, p.biases, p.convs)
+    room = workspace(size, grad)
+    inputs = grad_view, _native.view(x), p.weights, p.biases
+    outputs = _native.view(out), parameter_views[:3], parameter_views[3:]
+    rooms = _native.view(x0), _native.view(dx0), room.data_ptr()
+    kernels.multi_order_dwconv_backward(*inputs, *outputs, p.convs, *rooms, *_native.target(x))
+    if dx is not None and out is not dx:
+        dx.copy_(out)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.x, _KERNELS), []
+    cannot = device_reasons(a.x, _KERNELS)
+    if cannot or a.w0 is None or torch.compiler.is_compiling() or a.x.device.type != "cuda" or _marches(a):
+        return cannot, []
+    return [], ["only untuned kernels take this dtype and these kernel sizes"]
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    kernel = _native.kernel_name(a.x.device.type)
+    if a.x.device.type != "cpu" and a.w0 is not None:
+        if not _marches(a):
+            kernel += "s (untuned)"
+        else:
+            kernel += "s" if channels_dense(a.x) else "s, on channels_last copies"
+    return {"multi_order_dwconv": kernel}
 
 
 _op = FusedOp(
@@ -96,6 +162,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    parts=_parts,
 )
 
 
@@ -109,7 +176,12 @@ def _explain(
     backend: str | None = None,
 ) -> Explanation:
     check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, *(None,) * 7, backend=backend)
+    given: list[Tensor | None] = []
+    for name, tensors in (("weights", weights), ("biases", biases)):
+        parts: Sequence[Tensor | None] = (None,) * 3 if tensors is None else tensors
+        check_sequence(name, parts, 3)
+        given += parts
+    return _op.explain(x, *given, list(dilations), backend=backend)
 
 
 explainers["multi_order_dwconv"] = _explain
@@ -124,7 +196,7 @@ def fused_multi_order_dwconv(
     split: Sequence[int] = (1, 3, 4),
     backend: str | None = None,
 ) -> Tensor:
-    """x0 = dw0(x); cat(x0[:c0], dw1(x0[c0 : c0 + c1]), dw2(x0[c0 + c1 :])), without x0 or the cat in memory.
+    """x0 = dw0(x); cat(x0[:c0], dw1(x0[c0 : c0 + c1]), dw2(x0[c0 + c1 :])), without the cat, on CPUs without x0.
 
     Args:
         x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
@@ -137,9 +209,9 @@ def fused_multi_order_dwconv(
         backend: as in `vision_ops.use_backend`.
 
     x0 is zero outside the image, as the padding of dw1 and dw2 wants, not dw0 of the padding. Sums are float32 (float64
-    for float64) and x0 is not rounded in between. Backward keeps the arguments only and computes x0 again; gradients
-    are bitwise repeatable and come in each argument's own dtype. Without a kernel for the device,
-    `reference.multi_order_dwconv` runs. The pointwise convolution that follows is in `nn.MultiOrderDWConv`.
+    for float64); on CPUs x0 is not rounded in between, on GPUs to the dtype of x. Backward keeps the arguments only and
+    computes x0 again; gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for the
+    device, `reference.multi_order_dwconv` runs. The pointwise convolution that follows is in `nn.MultiOrderDWConv`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

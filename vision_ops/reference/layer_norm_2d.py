@@ -5,17 +5,22 @@ from torch import Tensor
 
 def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the channels of every pixel; arguments as in
-    `fused_layer_norm_2d`.
+    `fused_layer_norm_2d`."""
+    y = layer_norm_pixels(x.permute(0, 2, 3, 1), weight, bias, eps).permute(0, 3, 1, 2)
+    channels_last = x.stride(1) == 1 and not x.is_contiguous()
+    return y if channels_last else y.contiguous()
+
+
+def layer_norm_pixels(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The same of (N, H, W, C).
 
     Half inputs are computed in float32 and rounded once; so PyTorch's own layer norm computes them, which takes the
     channels last.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    pixels = x.permute(0, 2, 3, 1)
-    if x.device.type == "cuda" and weight.dtype == bias.dtype == x.dtype:
-        wide = x.dtype  # its statistics are float32, while the CPU's are half unless the parameters are float32
+    dtype = x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    if x.device.type == "cuda" and weight.dtype == bias.dtype == dtype:
+        wide = dtype  # its statistics are float32, while the CPU's are half unless the parameters are float32
     elif x.device.type != "cpu":
-        pixels = pixels.to(wide)  # only the CPU's takes float32 parameters beside half values
-    y = F.layer_norm(pixels, weight.shape, weight.to(wide), bias.to(wide), eps).to(x.dtype).permute(0, 3, 1, 2)
-    channels_last = x.stride(1) == 1 and not x.is_contiguous()
-    return y if channels_last else y.contiguous()
+        x = x.to(wide)  # only the CPU's takes float32 parameters beside half values
+    return F.layer_norm(x, weight.shape, weight.to(wide), bias.to(wide), eps).to(dtype)

@@ -1,0 +1,290 @@
+"""The gates of HorNet's recursion, and its whole chain where it fits on chip.
+
+Tensors are (N, C, H, W) with one stride through the pixels of an image; the tile is [pixels][channels] over any
+strides, so one kernel serves slices of channels_last and of contiguous tensors. Sums over pixels take two stages of
+fixed order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import power_of_two, scratch
+
+MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums: four on every multiprocessor of an H200
+
+
+class GateTile(NamedTuple):
+    BLOCK_P: int
+    BLOCK_C: int
+    num_warps: int
+
+
+class ChainTile(NamedTuple):
+    BLOCK_P: int
+    num_warps: int
+
+
+GATE_TILES = {True: GateTile(32, 64, num_warps=4), False: GateTile(128, 8, num_warps=4)}  # by whether channels_last
+
+# By the last width, padded to a power of two. Wider chains would hold more than an SM has, as Triton cannot slice a
+# tile: they are PyTorch's GEMMs and the gates.
+CHAIN_TILES = {
+    16: ChainTile(64, num_warps=4),
+    32: ChainTile(64, num_warps=4),
+    64: ChainTile(64, num_warps=4),
+    128: ChainTile(64, num_warps=4),
+    256: ChainTile(64, num_warps=8),
+}
+
+
+def chain_tile(widths: Sequence[int], dtype: torch.dtype) -> ChainTile | None:
+    """The tile of the chain kernel, or None where PyTorch's GEMMs run: float32 and float64 are left to cuBLAS."""
+    if len(widths) == 1 or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return CHAIN_TILES.get(max(map(_padded, widths)))
+
+
+def _padded(width: int) -> int:
+    return max(16, power_of_two(width))  # a side of tl.dot is at least 16
+
+
+@triton.jit
+def _pixels(block, pixels, BLOCK_P: tl.constexpr):
+    """Image and pixels of a block, in 64 bits: a batch of large maps has more than 2^31 elements."""
+    blocks = tl.cdiv(pixels, BLOCK_P)
+    p = (block % blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    return (block // blocks).to(tl.int64), p[:, None]
+
+
+@triton.jit
+def gate_kernel(
+    u_ptr,
+    bias_ptr,  # may be None
+    q_ptr,
+    p_ptr,
+    pixels,
+    channels,
+    u_stride_n,
+    u_stride_c,
+    u_stride_p,
+    q_stride_n,
+    q_stride_c,
+    q_stride_p,
+    p_stride_n,
+    p_stride_c,
+    p_stride_p,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, p = _pixels(tl.program_id(0), pixels, BLOCK_P)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+    inside = (p < pixels) & (c < channels)
+    u = tl.load(u_ptr + n * u_stride_n + p * u_stride_p + c * u_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    q = tl.load(q_ptr + n * q_stride_n + p * q_stride_p + c * q_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
+    to = p_ptr + n * p_stride_n + p * p_stride_p + c * p_stride_c
+    tl.store(to, (u * q).to(p_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_bwd_kernel(
+    dp_ptr,
+    u_ptr,
+    bias_ptr,  # may be None
+    q_ptr,
+    du_ptr,
+    dq_ptr,
+    sums_ptr,  # [program][channels]: the gradient of the bias; may be None
+    blocks,
+    pixels,
+    channels,
+    dp_stride_n,
+    dp_stride_c,
+    dp_stride_p,
+    u_stride_n,
+    u_stride_c,
+    u_stride_p,
+    q_stride_n,
+    q_stride_c,
+    q_stride_p,
+    du_stride_n,
+    du_stride_c,
+    du_stride_p,
+    dq_stride_n,
+    dq_stride_c,
+    dq_stride_p,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0)
+    share = tl.cdiv(blocks, tl.num_programs(0))
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel.to(tl.int64)[None, :]
+    bias = tl.zeros((1, BLOCK_C), SUM_TYPE)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
+    total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    for block in range(program * share, tl.minimum(program * share + share, blocks)):
+        n, p = _pixels(block, pixels, BLOCK_P)
+        inside = (p < pixels) & (c < channels)
+        dp = tl.load(dp_ptr + n * dp_stride_n + p * dp_stride_p + c * dp_stride_c, mask=inside, other=0.0)
+        u = tl.load(u_ptr + n * u_stride_n + p * u_stride_p + c * u_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+        q = tl.load(q_ptr + n * q_stride_n + p * q_stride_p + c * q_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+        dp = dp.to(SUM_TYPE)
+        du = dp * q
+        total += du
+        dq = dp * (u + bias)
+        tl.store(
+            du_ptr + n * du_stride_n + p * du_stride_p + c * du_stride_c,
+            du.to(du_ptr.dtype.element_ty),
+            mask=inside,
+        )
+        tl.store(
+            dq_ptr + n * dq_stride_n + p * dq_stride_p + c * dq_stride_c,
+            dq.to(dq_ptr.dtype.element_ty),
+            mask=inside,
+        )
+    if sums_ptr is not None:
+        own = sums_ptr + program.to(tl.int64) * channels + channel
+        tl.store(own, tl.sum(total, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def chain_kernel(
+    pwa_ptr,
+    dw_ptr,
+    weights,  # of the ORDER - 1 convolutions, (out, in)
+    biases,
+    out_ptr,
+    pixels,
+    pwa_stride_n,
+    pwa_stride_c,
+    pwa_stride_p,
+    dw_stride_n,
+    dw_stride_c,
+    dw_stride_p,
+    out_stride_n,
+    out_stride_c,
+    out_stride_p,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ORDER: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """p of a tile of pixels stays on chip from the first gate to the last."""
+    n, pixel = _pixels(tl.program_id(0), pixels, BLOCK_P)
+    c = tl.arange(0, PADDED[0])[None, :]
+    inside = (pixel < pixels) & (c < WIDTHS[0])
+    pwa_at = pwa_ptr + n * pwa_stride_n + pixel * pwa_stride_p
+    q_at = dw_ptr + n * dw_stride_n + pixel * dw_stride_p
+    p = tl.load(pwa_at + c * pwa_stride_c, mask=inside, other=0.0).to(tl.float32)
+    p *= tl.load(q_at + c * dw_stride_c, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(1, ORDER):
+        q_at += WIDTHS[k - 1] * dw_stride_c
+        row = tl.arange(0, PADDED[k - 1])[:, None]
+        c = tl.arange(0, PADDED[k])[None, :]
+        valid = (row < WIDTHS[k - 1]) & (c < WIDTHS[k])
+        weight = tl.load(weights[k - 1] + c * WIDTHS[k - 1] + row, mask=valid, other=0.0)
+        u = tl.dot(p.to(weight.dtype), weight)
+        if biases[k - 1] is not None:
+            u += tl.load(biases[k - 1] + c, mask=c < WIDTHS[k], other=0.0).to(tl.float32)
+        inside = (pixel < pixels) & (c < WIDTHS[k])
+        p = u * tl.load(q_at + c * dw_stride_c, mask=inside, other=0.0).to(tl.float32)
+    to = out_ptr + n * out_stride_n + pixel * out_stride_p + c * out_stride_c
+    tl.store(to, p.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+KERNELS = (gate_kernel, gate_bwd_kernel, chain_kernel)
+
+
+def gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
+    """p = (u + bias) * q; p may be u."""
+    if p.numel() == 0:
+        return
+    tile, pixels = _gate_tile(u), _pixels_of(u)
+    grid = len(u) * triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(u.shape[1], tile.BLOCK_C)
+    strides = [stride for t in (u, q, p) for stride in _strides(t)]
+    bias = None if bias is None else bias.contiguous()
+    with torch.cuda.device_of(u):
+        gate_kernel[grid](u, bias, q, p, pixels, u.shape[1], *strides, SUM_TYPE=_sum_type(u), **tile._asdict())
+
+
+def gate_backward(
+    dp: Tensor, u: Tensor, bias: Tensor | None, q: Tensor, du: Tensor, dq: Tensor, dbias: Tensor | None
+) -> None:
+    """du = dp * q, dq = dp * (u + bias), dbias = the sum of du over the pixels; du may be u."""
+    if dp.numel() == 0:
+        if dbias is not None:
+            dbias.zero_()
+        return
+    tile, pixels, channels = _gate_tile(u), _pixels_of(u), u.shape[1]
+    blocks = len(u) * triton.cdiv(pixels, tile.BLOCK_P)
+    grid = min(MOST_PROGRAMS, blocks), triton.cdiv(channels, tile.BLOCK_C)
+    sums = None
+    if dbias is not None:
+        wide = torch.promote_types(u.dtype, torch.float32)
+        sums = scratch((grid[0], channels), wide, u.device)
+    strides = [stride for t in (dp, u, q, du, dq) for stride in _strides(t)]
+    bias = None if bias is None else bias.contiguous()
+    with torch.cuda.device_of(u):
+        gate_bwd_kernel[grid](
+            dp, u, bias, q, du, dq, sums, blocks, pixels, channels, *strides, SUM_TYPE=_sum_type(u), **tile._asdict()
+        )
+    if sums is not None:
+        dbias.copy_(sums.sum(0))
+
+
+def channel_sums(t: Tensor, sums: Tensor | None) -> None:
+    if sums is not None:
+        sums.copy_(t.sum((0, 2, 3), dtype=torch.promote_types(t.dtype, torch.float32)))
+
+
+def chain(pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor) -> bool:
+    """The whole recursion in one kernel; False, and nothing done, where chain_tile has none."""
+    widths = [pwa.shape[1], *(w.shape[0] for w in weights)]
+    tile = chain_tile(widths, pwa.dtype)
+    if tile is None:
+        return False
+    if out.numel() == 0:
+        return True
+    pixels = _pixels_of(pwa)
+    strides = [stride for t in (pwa, dw, out) for stride in _strides(t)]
+    with torch.cuda.device_of(pwa):
+        chain_kernel[(len(pwa) * triton.cdiv(pixels, tile.BLOCK_P),)](
+            pwa,
+            dw,
+            tuple(w.to(pwa.dtype).contiguous() for w in weights),
+            tuple(None if b is None else b.contiguous() for b in biases),
+            out,
+            pixels,
+            *strides,
+            WIDTHS=tuple(widths),
+            PADDED=tuple(map(_padded, widths)),
+            ORDER=len(widths),
+            **tile._asdict(),
+        )
+    return True
+
+
+def _gate_tile(t: Tensor) -> GateTile:
+    return GATE_TILES[t.stride(1) == 1]
+
+
+def _pixels_of(t: Tensor) -> int:
+    return t.shape[2] * t.shape[3]
+
+
+def _strides(t: Tensor) -> tuple[int, int, int]:
+    return t.stride(0), t.stride(1), t.stride(3) if t.shape[3] > 1 else t.stride(2)
+
+
+def _sum_type(t: Tensor) -> tl.dtype:
+    return tl.float64 if t.dtype == torch.float64 else tl.float32

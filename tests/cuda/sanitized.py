@@ -1,0 +1,57 @@
+"""Run by test_sanitizers.py under the address sanitizer: python sanitized.py LIBRARY. Without torch, for speed."""
+
+import importlib.util
+import itertools
+import sys
+
+import numpy as np
+
+spec = importlib.util.spec_from_file_location("_cuda", sys.argv[1])
+engine = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(engine)
+
+BFLOAT16, FLOAT32, FLOAT64 = 1, 0, 3
+ITEM = {BFLOAT16: np.uint16, FLOAT32: np.float32, FLOAT64: np.float64}
+
+
+class Images:
+    """Channels [first, first + channels) of an NHWC array of exactly its size."""
+
+    def __init__(self, shape, dtype, first=0, after=0):
+        n, c, h, w = shape
+        wide = first + c + after
+        self.array = np.zeros(n * h * w * wide, ITEM[dtype])
+        address = self.array.ctypes.data + first * self.array.itemsize
+        self.view = (address, dtype, n, c, h, w, h * w * wide, 1, w * wide, wide)
+
+
+class Weights:
+    def __init__(self, channels, taps, dtype):
+        self.array = np.zeros(channels * taps, ITEM[dtype])
+        self.view = (self.array.ctypes.data, dtype, 1, channels, 1, taps, 0, taps, 0, 1)
+
+
+def run(kernel_size, stride, dilation, channels, size, dtype, first):
+    h, w = size
+    pad = dilation * (kernel_size - 1) // 2
+    conv = (kernel_size, stride, dilation, pad, pad)
+    out = ((h - 1) // stride + 1, (w - 1) // stride + 1)
+    x, dx = (Images((2, channels, h, w), dtype, first) for _ in range(2))
+    y, dy = (Images((2, channels, *out), dtype, first) for _ in range(2))
+    weight, dweight = (Weights(channels, kernel_size**2, dtype) for _ in range(2))
+    bias, dbias = (Weights(channels, 1, dtype) for _ in range(2))
+    engine.dwconv(x.view, weight.view, bias.view, y.view, conv, 1, 0, 0)
+    engine.dwconv(x.view, weight.view, None, y.view, conv, 0, 0, 0)
+    engine.dwconv_backward_activation(dy.view, x.view, weight.view, bias.view, y.view, conv, 2, 0, 0)
+    engine.dwconv_backward_input(dy.view, weight.view, dx.view, conv, 0, 0)
+    room = np.zeros(engine.dwconv_backward_weight_workspace(dy.view, conv), np.uint8)
+    sums = dweight.view, dbias.view, conv, room.ctypes.data, 0, 0
+    engine.dwconv_backward_weight(dy.view, x.view, *sums)
+
+
+cases = itertools.product([(7, 1, 1), (7, 1, 3), (7, 2, 1)], [(8, 0), (12, 4), (9, 1)], [(7, 9), (1, 5)])
+for (kernel_size, stride, dilation), (channels, first), size in cases:
+    for dtype in (BFLOAT16, FLOAT32):
+        run(kernel_size, stride, dilation, channels, size, dtype, first)
+run(3, 3, 2, 5, (6, 7), FLOAT64, 2)
+print("clean")

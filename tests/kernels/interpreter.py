@@ -1,0 +1,70 @@
+"""Triton's interpreter, made to compute as a GPU does, and an op's CUDA implementation on CPU tensors in it.
+
+TRITON_INTERPRET is set in tests/conftest.py: it has to be, before anything imports triton.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from vision_ops.ops import _registration
+
+
+def repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 in Triton 3.6 to 3.9, whose interpreter keeps it as bits: products of the bits, truncating casts."""
+    builder = interpreter.InterpreterBuilder
+    create_dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    def rounded(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+            return widened(source)
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return cast(self, source, target)
+        bits = np.ascontiguousarray(source.data, np.float32).view(np.uint32)
+        to_even = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        quiet = bits >> 16 | 0x40
+        return interpreter.TensorHandle(np.where(np.isnan(source.data), quiet, to_even).astype(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(builder, "create_dot", dot)
+    monkeypatch.setattr(builder, "cast_impl", rounded)
+
+
+class _OnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: _registration.FusedOp, lengths: Any, *given: Any) -> Tensor:
+        count = len(given) - op._options
+        ctx.op, ctx.lengths, ctx.options = op, lengths, given[count:]
+        result = op.kernels["CUDA"][0](op.arguments(*op.nested(given[:count], lengths), *ctx.options))
+        y, *saved = result if op._saved else (result,)
+        ctx.save_for_backward(*given[:count], *saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        op, kept = ctx.op, ctx.saved_tensors
+        count = len(kept) - op._saved
+        needs = ctx.needs_input_grad[2 : 2 + count]
+        flat = [_registration._gradient_like(t) if n else None for t, n in zip(kept[:count], needs, strict=True)]
+        arguments = op.arguments(*op.nested(kept[:count], ctx.lengths), *ctx.options)
+        op.kernels["CUDA"][1](op.nested(flat, ctx.lengths), grad, arguments, *kept[count:])
+        return (None, None, *flat, *(None for _ in ctx.options))
+
+
+def run(op: _registration.FusedOp, *given: Any) -> Tensor:
+    """The op's CUDA implementation, forward and backward, on CPU tensors. `given` is all its arguments in order."""
+    tensors = given[: op._tensors]
+    lengths = tuple(len(t) if isinstance(t, list) else None for t in tensors)
+    return _OnCPU.apply(op, lengths, *_registration._flat(tensors), *given[op._tensors :])

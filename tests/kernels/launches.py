@@ -1,0 +1,114 @@
+"""What is compiled for GPUs that are not here: launchers with tensors that have no memory, at the networks' shapes.
+
+To add an op: a function that calls its launchers once, and LAUNCHES. Every kernel in the KERNELS of a file of kernels/
+has to come up.
+"""
+
+import functools
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vision_ops import kernels
+from vision_ops.kernels import gated_recursion, layer_norm_2d
+
+ARCHS = (80, 90, 100)
+
+
+def kernel_modules() -> list[ModuleType]:
+    return [
+        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
+    ]
+
+
+@dataclass(frozen=True)
+class Launch:
+    op: str
+    case: str
+    run: Callable[[], None]
+    archs: Sequence[int] = ARCHS  # the others are left to `make test-all`
+
+
+def absent(*shape: int, dtype: torch.dtype = torch.bfloat16, channels_last: bool = False) -> Tensor:
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=form)
+
+
+def norm(channels: int, size: int, dtype: torch.dtype, channels_last: bool) -> None:
+    x, y, grad, dx = (absent(128, channels, size, size, dtype=dtype, channels_last=channels_last) for _ in range(4))
+    weight, bias, dweight, dbias = (absent(channels, dtype=dtype) for _ in range(4))
+    layer_norm_2d.forward(x, weight, bias, y, 1e-6)
+    layer_norm_2d.backward(grad, x, weight, dx, dweight, dbias, 1e-6)
+
+
+def norm_without(what: str) -> None:
+    x, grad, dx = (absent(128, 96, 56, 56, channels_last=True) for _ in range(3))
+    weight, dweight, dbias = (absent(96) for _ in range(3))
+    sums = (None, None) if what == "sums" else (dweight, dbias)
+    layer_norm_2d.backward(grad, x, weight, None if what == "dx" else dx, *sums, 1e-6)
+
+
+def norms() -> Iterator[Launch]:
+    for what in ("dx", "sums"):
+        yield Launch("layer_norm_2d", f"without {what}", lambda what=what: norm_without(what), (90,))
+    hornet = ((64, 56), (128, 28), (256, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
+    edgenext = ((24, 64), (48, 32), (88, 16), (100, 16), (584, 8))
+    for channels, size in (*hornet, *edgenext, (2048, 7)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for last in (True, False):
+                named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
+                narrow, widest = channels == 64, channels in (768, 2048)
+                if dtype == torch.bfloat16:
+                    archs = ARCHS if narrow or widest else (90,) if (channels, size) in hornet[:4] else ()
+                else:
+                    archs = (90,) if widest else ()
+                yield Launch("layer_norm_2d", named, lambda a=(channels, size, dtype, last): norm(*a), archs)
+
+
+def slices(channels: int, widths: Sequence[int], size: int, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
+    """pwa, a slice of proj_in's output, and dw, as fused_gnconv has them."""
+    projected = absent(128, 2 * channels, size, size, dtype=dtype, channels_last=last)
+    return projected[:, : widths[0]], absent(128, sum(widths), size, size, dtype=dtype, channels_last=last)
+
+
+def gates(channels: int, size: int, dtype: torch.dtype, last: bool, bias: bool) -> None:
+    u, dw = slices(channels, (channels // 2, channels), size, dtype, last)
+    q = dw[:, : u.shape[1]]
+    b, db = (absent(u.shape[1], dtype=dtype) if bias else None for _ in range(2))
+    gated_recursion.gate(u, b, q, q)
+    gated_recursion.gate_backward(q, u, b, q, u, q, db)
+
+
+def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) -> None:
+    widths = [channels >> k for k in reversed(range(order))]
+    weights = [absent(o, i, 1, 1, dtype=dtype) for i, o in itertools.pairwise(widths)]
+    biases = [absent(o, dtype=dtype) for o in widths[1:]]
+    out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
+    expected = channels <= 256 and dtype != torch.float32
+    assert gated_recursion.chain(*slices(channels, widths, size, dtype, last), weights, biases, out) == expected
+
+
+HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))
+
+
+def recursions() -> Iterator[Launch]:
+    for channels, order, size in HORNET:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for last in (True, False):
+                named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
+                usual = dtype == torch.bfloat16 and last
+                run = functools.partial(chain, channels, order, size, dtype, last)
+                yield Launch("gated_recursion", f"chain {named}", run, ARCHS if usual else ())
+                for bias in (True, False):
+                    run = functools.partial(gates, channels, size, dtype, last, bias)
+                    archs = ARCHS if usual and bias and channels == 64 else (90,) if channels == 768 and bias else ()
+                    yield Launch("gated_recursion", f"gates {named}{' bias' if bias else ''}", run, archs)
+
+
+LAUNCHES = (*norms(), *recursions())

@@ -1,0 +1,213 @@
+import itertools
+
+import pytest
+import torch
+from harness import (
+    HALF,
+    LAYOUTS,
+    Case,
+    check_against_reference,
+    check_bitwise_repeatable,
+    check_compiles,
+    check_gradients,
+    check_opcheck,
+    laid_out,
+    saved_bytes,
+)
+
+from vision_ops import _native, explain, fused_gated_recursion, reference
+
+
+def make(size=(2, 9, 7), widths=(8, 16, 32), *, bias=True, dtype=torch.float32, layout="contiguous", dw_layout=None):
+    n, h, w = size
+    pwa = laid_out(torch.randn(n, widths[0], h, w, dtype=dtype), layout)
+    dw = laid_out(torch.randn(n, sum(widths), h, w, dtype=dtype), dw_layout or layout)
+    weights = [torch.randn(o, i, 1, 1, dtype=dtype) / i**0.5 for i, o in itertools.pairwise(widths)]
+    biases = [torch.randn(o, dtype=dtype) if bias else None for o in widths[1:]]
+    k = len(weights)
+
+    def run(t, backend):
+        return fused_gated_recursion(t[0], t[1], t[2 : 2 + k], t[2 + k :], backend=backend)
+
+    return Case(run, [pwa, dw, *weights, *biases])
+
+
+def on(device, case):
+    return Case(case.run, [t if t is None else t.to(device) for t in case.tensors])
+
+
+CASES = [
+    {},
+    {"layout": "channels_last"},
+    {"widths": (24,)},
+    {"widths": (3, 6, 12, 24, 48), "layout": "channels_last"},
+    {"widths": (5, 17, 9)},
+    {"size": (1, 14, 14), "bias": False},
+    {"size": (3, 1, 1), "layout": "channels_last"},
+    {"size": (2, 5, 1)},
+    {"size": (2, 1, 33), "layout": "channels_last"},
+    {"size": (1, 15, 33), "widths": (1, 2)},
+    {"size": (0, 4, 4)},
+    {"size": (0, 4, 4), "layout": "channels_last"},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_matches_reference(options, device):
+    check_against_reference(on(device, make(**options)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_dtypes(dtype, layout, device):
+    check_against_reference(on(device, make(dtype=dtype, layout=layout)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
+def test_layouts(layout, grad_layout, device):
+    check_against_reference(on(device, make(layout=layout)), grad_layout)
+
+
+@pytest.mark.parametrize(("layout", "dw_layout"), [("channels_last", "contiguous"), ("contiguous", "channel_slice")])
+def test_operands_of_different_layouts(layout, dw_layout):
+    check_against_reference(make(layout=layout, dw_layout=dw_layout))
+
+
+def test_slices_are_read_in_place():
+    """No part of a gate's operands is copied: the kernels take slices of channels in both layouts."""
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        wide = torch.randn(2, 30, 5, 6).contiguous(memory_format=memory_format)
+        out = torch.full((2, 20, 5, 6), 7.0).contiguous(memory_format=memory_format)
+        u, q, p = wide[:, 3:12], wide[:, 15:24], out[:, 5:14]
+        bias = torch.randn(9)
+        _native.kernels().gate(_native.view(u), _native.weight_view(bias), _native.view(q), _native.view(p))
+        torch.testing.assert_close(p, (u + bias[:, None, None]) * q)
+        assert (out[:, :5] == 7).all() and (out[:, 14:] == 7).all()
+    with pytest.raises(RuntimeError, match="neither their channels nor the pixels of their planes side by side"):
+        views = [_native.view(t) for t in (wide[:, :9, ::2], wide[:, :9, ::2], out[:, :9, ::2])]
+        _native.kernels().gate(views[0], None, *views[1:])
+
+
+def test_float32_parameters_beside_half_input():
+    case = make(dtype=torch.bfloat16)
+    case.tensors[2:] = [t.float() for t in case.tensors[2:]]
+    check_against_reference(case)
+
+
+def test_flat_weights_and_no_biases():
+    case = make(bias=False)
+    pwa, dw, *weights = case.tensors[:4]
+    y = fused_gated_recursion(pwa, dw, [w.flatten(1) for w in weights], backend="fused")
+    assert torch.equal(y, case.run(case.tensors, "fused"))
+
+
+def test_gradcheck():
+    check_gradients(make((1, 2, 3), (2, 3, 2)))
+    check_gradients(make((2, 2, 2), (2, 1), layout="channels_last"))
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 5)])
+def test_only_some_gradients(needed):
+    case = make(layout="channels_last")
+    found = []
+    for backend in ("fused", "reference"):
+        leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(case.tensors)]
+        case.run(leaves, backend).square().sum().backward()
+        found.append([t.grad for t in leaves])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)
+
+
+def test_keeps_its_arguments_only():
+    case = make(size=(2, 14, 14))
+    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
+
+
+def test_bitwise_repeatable():
+    for layout in ("contiguous", "channels_last"):
+        check_bitwise_repeatable(make((4, 28, 28), (16, 32, 64), layout=layout), other_threads=())
+
+
+def test_gate_gradients_do_not_depend_on_threads():
+    for layout in ("contiguous", "channels_last"):
+        check_bitwise_repeatable(make((4, 28, 28), (48,), layout=layout))
+
+
+def test_compiles():
+    check_compiles([make(), make((2, 5, 8))])
+    check_compiles([make(layout="channels_last")], dynamic=False)
+
+
+def test_opcheck():
+    pwa, dw, w1, w2, b1, b2 = make((2, 3, 4), (2, 4, 8)).tensors
+    check_opcheck("gated_recursion", (pwa, dw, [w1, w2], [b1, None]), tensors=4)
+
+
+def test_autocast():
+    pwa, dw, weight, bias = make(widths=(8, 16)).tensors
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fused_gated_recursion(pwa, dw, [weight], [bias], backend="fused")
+        y.sum().backward()
+    half = [t.bfloat16() for t in (pwa, dw, weight, bias)]
+    assert torch.equal(y, fused_gated_recursion(*half[:2], half[2:3], half[3:], backend="fused"))
+    assert weight.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_a_float32_backward_alone():
+    case = make()
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    y = case.run(leaves, "fused")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    torch.testing.assert_close(inside, torch.autograd.grad(y.sum(), leaves), rtol=0, atol=0)
+
+
+def test_functorch_and_export():
+    pwa, dw, weight, bias = make(widths=(4, 8)).tensors
+
+    def f(p):
+        return fused_gated_recursion(p, dw, [weight], [bias])
+
+    def g(p):
+        return reference.gated_recursion(p, dw, [weight], [bias])
+
+    torch.testing.assert_close(torch.func.jvp(f, (pwa,), (pwa,)), torch.func.jvp(g, (pwa,), (pwa,)))
+    torch.testing.assert_close(*(torch.func.grad(lambda p, h=h: h(p).square().sum())(pwa) for h in (f, g)))
+
+    class Module(torch.nn.Module):
+        def forward(self, p):
+            return f(p)
+
+    exported = torch.export.export(Module(), (pwa,))
+    assert any("vision_ops.gated_recursion" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(pwa), f(pwa))
+
+
+def test_explains():
+    parts = explain("gated_recursion", torch.randn(1, 8, 4, 4)).parts
+    assert "C++" in parts["gates"] and "GEMM" in parts["1x1 convolutions"]
+
+
+P, D, W, B = torch.randn(2, 4, 5, 5), torch.randn(2, 12, 5, 5), torch.randn(8, 4), torch.randn(8)
+REFUSED = {
+    "rank": (ValueError, r"pwa must have the dimensions \(N, C, H, W\)", (P[0], D, [W])),
+    "dw channels": (ValueError, r"dw must have shape \(2, 12, 5, 5\) \(N, sum of all d_k, H, W\)", (P, D[:, 1:], [W])),
+    "dw size": (ValueError, r"dw must have shape \(2, 12, 5, 5\)", (P, D[:, :, 1:], [W])),
+    "dw dtype": (TypeError, "dw must have the dtype of pwa, torch.bfloat16", (P.bfloat16(), D, [W.bfloat16()])),
+    "weight": (ValueError, r"pw_weights\[0\] must have shape \(8, 4\) \(d_1, d_0\), got \(8, 3\)", (P, D, [W[:, :3]])),
+    "second weight": (ValueError, r"pw_weights\[1\] must have shape \(8, 8\) \(d_2, d_1\)", (P, D, [W, W])),
+    "3x3": (ValueError, r"pw_weights\[0\] must have shape \(8, 4, 1, 1\)", (P, D, [torch.randn(8, 4, 3, 3)])),
+    "no list": (ValueError, "pw_weights must be a sequence, got Tensor", (P, D, W)),
+    "no weight": (TypeError, r"pw_weights\[0\] must be a torch.Tensor, got NoneType", (P, D, [None])),
+    "biases": (ValueError, "pw_biases must be a sequence of 1, got 2", (P, D, [W], [B, B])),
+    "bias": (ValueError, r"pw_biases\[0\] must have shape \(8,\) \(d_1\), got \(7,\)", (P, D, [W], [B[1:]])),
+    "double weight": (TypeError, "must have the dtype of pwa", (P, D, [W.double()])),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    error, message, arguments = REFUSED[name]
+    with pytest.raises(error, match=message):
+        fused_gated_recursion(*arguments)

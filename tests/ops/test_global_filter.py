@@ -1,0 +1,162 @@
+import pytest
+import torch
+from harness import (
+    HALF,
+    LAYOUTS,
+    Case,
+    check_against_reference,
+    check_bitwise_repeatable,
+    check_compiles,
+    check_gradients,
+    check_opcheck,
+    laid_out,
+    outputs,
+    saved_bytes,
+)
+
+from vision_ops import explain, fused_global_filter, reference
+
+
+def make(shape=(2, 20, 14, 14), size=None, *, dtype=torch.float32, layout="contiguous"):
+    h, w = size or (shape[2], shape[3] // 2 + 1)
+    x = laid_out(torch.randn(shape, dtype=dtype), layout)
+    return Case(
+        lambda t, backend: fused_global_filter(*t, backend=backend), [x, torch.randn(shape[1], h, w, 2).to(dtype)]
+    )
+
+
+CASES = [
+    ((2, 20, 14, 14), {}),
+    ((2, 33, 7, 7), {"layout": "channels_last"}),
+    ((1, 16, 24, 24), {"layout": "channels_last"}),
+    ((70, 5, 7, 6), {}),  # several images to a group
+    ((2, 3, 15, 33), {}),
+    ((2, 3, 5, 8), {"layout": "channels_last"}),
+    ((1, 9, 1, 1), {}),
+    ((1, 4, 1, 6), {}),
+    ((2, 4, 9, 1), {"layout": "channels_last"}),
+    ((2, 2, 2, 2), {}),
+    ((0, 8, 7, 7), {}),
+    # The weights of another size, larger, smaller and degenerate.
+    ((2, 8, 9, 6), {"size": (14, 8)}),
+    ((1, 8, 20, 12), {"size": (7, 4)}),
+    ((1, 8, 6, 7), {"size": (1, 1)}),
+    ((1, 8, 8, 8), {"size": (8, 8)}),
+]
+
+
+@pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
+def test_matches_reference(shape, options):
+    check_against_reference(make(shape, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("size", [None, (5, 9)], ids=str)
+def test_dtypes(dtype, size):
+    check_against_reference(make((2, 20, 14, 9), size, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
+def test_layouts(layout, grad_layout):
+    check_against_reference(make((2, 24, 9, 11), layout=layout), grad_layout)
+
+
+def test_float32_weight_beside_half_input():
+    case = make(dtype=torch.bfloat16)
+    case.tensors[1] = case.tensors[1].float()
+    check_against_reference(case)
+
+
+def test_is_a_circular_convolution():
+    x, weight = make((1, 3, 6, 5), dtype=torch.float64).tensors
+    kernel = torch.fft.irfft2(torch.view_as_complex(weight), s=(6, 5))
+    shifted = sum(kernel[:, i, j, None, None] * x.roll((i, j), (2, 3)) for i in range(6) for j in range(5))
+    torch.testing.assert_close(fused_global_filter(x, weight, backend="fused"), shifted)
+
+
+def test_autocast_leaves_it_alone():
+    case = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, grad = outputs(case, "fused")
+    outside, _ = outputs(case, "fused", grad)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_gradcheck():
+    check_gradients(make((2, 3, 4, 5)))
+    check_gradients(make((1, 2, 4, 4), (3, 2)))
+
+
+@pytest.mark.parametrize("needed", [0, 1])
+def test_only_one_gradient(needed):
+    case = make()
+    everything, grad = outputs(case, "fused")
+    leaves = [t.detach().requires_grad_(i == needed) for i, t in enumerate(case.tensors)]
+    (alone,) = torch.autograd.grad(case.run(leaves, "fused"), leaves[needed], grad)
+    assert torch.equal(alone, everything[1 + needed])
+
+
+def test_keeps_its_arguments_only():
+    case = make()
+    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
+    assert saved_bytes(case, "reference") > 1.5 * sum(t.nbytes for t in case.tensors)
+
+
+def test_bitwise_repeatable():
+    check_bitwise_repeatable(make((9, 40, 14, 14), layout="channels_last"))
+
+
+def test_compiles():
+    check_compiles([make(), make((2, 20, 7, 9))])
+    check_compiles([make((2, 20, 9, 9), (14, 8), layout="channels_last")], dynamic=False)
+
+
+def test_opcheck():
+    check_opcheck("global_filter", make((2, 5, 4, 6)).tensors, tensors=2)
+    check_opcheck("global_filter", make((2, 5, 4, 6), (7, 4)).tensors, tensors=2)
+
+
+def test_hands_large_images_to_the_fft():
+    for size, reason in ((30, False), (31, True)):
+        case = make((1, 4, size, 8))
+        found = explain("global_filter", *case.tensors)
+        assert bool(found.slower) == reason and (found.parts == {"global_filter": "PyTorch"}) == reason
+    check_against_reference(case)
+    assert "C++" in explain("global_filter", *case.tensors, backend="fused").parts["global_filter"]
+
+
+def test_export_and_functorch():
+    x, weight = make((2, 4, 7, 6)).tensors
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return fused_global_filter(x, weight)
+
+    exported = torch.export.export(Module(), (x,))
+    assert any("vision_ops.global_filter" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), reference.global_filter(x, weight))
+    for f in (torch.func.jvp, torch.func.vjp):
+        arguments = (x,) if f is torch.func.vjp else ((x,), (x,))
+        found = [f(lambda t, h=h: h(t, weight), *arguments)[0] for h in (fused_global_filter, reference.global_filter)]
+        torch.testing.assert_close(*found)
+
+
+X, W = torch.randn(2, 8, 6, 6), torch.randn(8, 6, 4, 2)
+REFUSED = {
+    "rank": (ValueError, "x must have the dimensions", (X[0], W)),
+    "channels": (ValueError, r"complex_weight must have shape \(8, 6, 4, 2\) \(C, h, w, 2\)", (X, W[:4])),
+    "parts": (ValueError, r"complex_weight must have shape \(8, 6, 4, 2\)", (X, W[..., :1])),
+    "weight rank": (ValueError, r"complex_weight must have shape .* got \(8, 6, 4\)", (X, W[..., 0])),
+    "no frequencies": (ValueError, "complex_weight must have frequencies", (X, W[:, :0])),
+    "complex": (TypeError, "complex_weight must have the dtype of x", (X, W.to(torch.complex64))),
+    "half weight": (TypeError, "complex_weight must have the dtype of x", (X, W.half())),
+    "no weight": (TypeError, "complex_weight must be a torch.Tensor, got NoneType", (X, None)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    error, message, arguments = REFUSED[name]
+    with pytest.raises(error, match=message):
+        fused_global_filter(*arguments)

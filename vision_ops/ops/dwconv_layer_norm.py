@@ -1,0 +1,146 @@
+"""Depthwise convolution and LayerNorm over the channels, as the blocks of ConvNeXt and its heirs begin."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ._checks import check_eps, check_kernel, check_parameter, check_tensor
+from ._registration import FusedOp, allocate, device_reasons
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ln_weight: Tensor
+    ln_bias: Tensor
+    eps: float
+    keep: bool  # what only the backward pass reads
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.dwconv_layer_norm(a.x, a.weight, a.bias, a.ln_weight, a.ln_bias, eps=a.eps)
+
+
+def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """y; the output u of the convolution as (N, H, W, C); all means, then all 1 / deviations of its pixels."""
+    n, c, h, w = a.x.shape
+    y = allocate((n, h, w, c), a.x)
+    if not a.keep:
+        return y, a.x.new_empty(0), a.x.new_empty(0)
+    wide = torch.promote_types(a.x.dtype, torch.float32)
+    return y, allocate((n, h, w, c), a.x), allocate((2, n, h, w), a.x, dtype=wide)
+
+
+def _channels_first(t: Tensor) -> Tensor:
+    return t.permute(0, 3, 1, 2)
+
+
+def _native_conv(a: _Arguments) -> tuple[int, ...]:
+    size = a.weight.shape[-1]
+    return size, 1, 1, size // 2, size // 2
+
+
+def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    y, u, statistics = _output(a)
+    kept = (_native.view(_channels_first(u)), _native.view(statistics)) if a.keep else (None, None)
+    parameters = [None if t is None else t.contiguous() for t in a[1:5]]
+    views = _native.view(a.x), *map(_native.weight_view, parameters), _native.view(_channels_first(y))
+    _native.kernels().dwconv_layer_norm(*views, *kept, _native_conv(a), a.eps)
+    return y, u, statistics
+
+
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Tensor, statistics: Tensor) -> None:
+    if not a.keep:
+        _, u, statistics = _forward_cpu(a._replace(keep=True))
+    dx, *dparameters = grads
+    grad, weight, ln_weight = grad.contiguous(), a.weight.contiguous(), a.ln_weight.contiguous()
+    inputs = _native.view(_channels_first(grad)), _native.view(a.x), *map(_native.weight_view, (weight, ln_weight))
+    kept = _native.view(_channels_first(u)), _native.view(statistics)
+    outputs = _native.view(dx), *map(_native.weight_view, dparameters)
+    _native.kernels().dwconv_layer_norm_backward(*inputs, *kept, *outputs, _native_conv(a))
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS), []
+
+
+_op = FusedOp(
+    "dwconv_layer_norm",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    saved=2,
+    uncast=("ln_weight", "ln_bias"),
+)
+
+
+def _explain(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    return _op.explain(x, weight, bias, ln_weight, ln_bias, eps, True, backend=backend)
+
+
+explainers["dwconv_layer_norm"] = _explain
+
+
+def fused_dwconv_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """u = conv2d(x, weight, bias, groups=C), padded to keep the size; (u - mean) / sqrt(variance + eps) * ln_weight +
+    ln_bias, mean and biased variance over the C channels of every pixel of u.
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64.
+        weight: (C, 1, K, K), K odd: 7 in ConvNeXt, 3, 5, 7 and 9 in EdgeNeXt.
+        bias: (C,) or None.
+        ln_weight, ln_bias: (C,).
+        eps: 0 or more.
+        backend: as in `vision_ops.use_backend`.
+
+    Returns (N, H, W, C), contiguous, in the dtype of x. Parameters have the dtype of x, or float32 beside a half x;
+    under autocast those of the norm stay as they are. Sums and statistics are float32 (float64 for float64), and u is
+    not rounded before the norm. Where a gradient is needed, u and two numbers a pixel are kept for the backward pass
+    besides the arguments. Gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for
+    the device, `reference.dwconv_layer_norm` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    ConvNeXt (arXiv 2201.03545); EdgeNeXt (arXiv 2206.10589), ConvEncoder in models/conv_encoder.py of
+    mmaaz60/EdgeNeXt.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    channels, kernel_size = x.shape[1], check_kernel("weight", weight)
+    check_parameter("weight", weight, (channels, 1, kernel_size, kernel_size), "C, 1, K, K", x)
+    if bias is not None:
+        check_parameter("bias", bias, (channels,), "C", x)
+    check_parameter("ln_weight", ln_weight, (channels,), "C", x)
+    check_parameter("ln_bias", ln_bias, (channels,), "C", x)
+    check_eps(eps)
+    tensors = x, weight, bias, ln_weight, ln_bias
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _op(*tensors, float(eps), keep, backend=backend)

@@ -1,0 +1,122 @@
+"""The global filter of GFNet and HorNet: a circular convolution as large as the image, learnt in frequency space."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ..reference.global_filter import resize_filter
+from ._checks import check_parameter, check_tensor
+from ._registration import FusedOp, device_reasons, empty, without_autocast
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    complex_weight: Tensor
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.global_filter(a.x, a.complex_weight)
+
+
+def _output(a: _Arguments) -> Tensor:
+    return empty(a.x.shape, a.x)
+
+
+def _resized(a: _Arguments) -> Tensor:
+    """The weight in the precision of the sums, for the size of x: (C, H, W // 2 + 1, 2)."""
+    wide = torch.promote_types(a.x.dtype, torch.float32)
+    return resize_filter(a.complex_weight.to(wide), a.x.shape[2], a.x.shape[3] // 2 + 1).contiguous()
+
+
+def _planes(weight: Tensor | None) -> tuple[int, ...] | None:
+    return None if weight is None else _native.view(weight.flatten(2)[None])
+
+
+@without_autocast
+def _forward_cpu(a: _Arguments) -> Tensor:
+    y, weight = _output(a), _resized(a)
+    _native.kernels().global_filter(_native.view(a.x), _planes(weight), _native.view(y))
+    return y
+
+
+@without_autocast
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    dx, dweight = grads
+    weight = _resized(a)
+    found = None if dweight is None else empty(weight.shape, weight)
+    views = _native.view(grad), _native.view(a.x), _planes(weight), _native.view(dx), _planes(found)
+    _native.kernels().global_filter_backward(*views)
+    if dweight is None or found is None:
+        return
+    if weight.shape != dweight.shape:
+        (c, h, w, parts), size = dweight.shape, weight.shape[1:3]
+        found = found.permute(3, 0, 1, 2)
+        resize = torch.ops.aten.upsample_bilinear2d_backward
+        found = resize(found, size, (parts, c, h, w), align_corners=True).permute(1, 2, 3, 0)
+    dweight.copy_(found)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+
+
+# Longer sides are an FFT's: the products with matrices of sines and cosines grow with the side (measured, AVX-512).
+_LONGEST_SIDE = 30
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    cannot = device_reasons(a.x, _KERNELS)
+    # A compiled graph must not depend on the size.
+    if cannot or torch.compiler.is_compiling() or max(a.x.shape[2:]) <= _LONGEST_SIDE:
+        return cannot, []
+    return [], [f"an FFT is faster for sides longer than {_LONGEST_SIDE}, x has {a.x.shape[2]} x {a.x.shape[3]}"]
+
+
+_op = FusedOp(
+    "global_filter",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+    autocast=False,
+)
+
+
+def _explain(x: Tensor, complex_weight: Tensor | None = None, *, backend: str | None = None) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    return _op.explain(x, complex_weight, backend=backend)
+
+
+explainers["global_filter"] = _explain
+
+
+def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """irfft2(rfft2(x) * W): a circular convolution of every channel with a kernel as large as the image.
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
+            dtype.
+        complex_weight: W as (C, h, w, 2), real and imaginary parts, in the dtype of x, or float32 beside a half x.
+            Sizes other than (H, W // 2 + 1) are interpolated, bilinear with align_corners=True, as the
+            official code does it in every forward pass.
+        backend: as in `vision_ops.use_backend`.
+
+    Half types are computed in float32 and rounded once; autocast leaves both tensors as they are. The transforms are
+    products with matrices of sines and cosines, so no complex numbers are needed; where H or W is longer than 30,
+    `reference.global_filter` runs, whose FFT is then faster, and so it does without a kernel for the device. Backward
+    keeps the arguments only; gradients are bitwise repeatable.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    GFNet (arXiv 2107.00645) and HorNet (2207.14284), GlobalLocalFilter in hornet.py of raoyongming/HorNet.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    given = tuple(complex_weight.shape) if isinstance(complex_weight, Tensor) and complex_weight.ndim == 4 else (1,) * 4
+    if 0 in given[1:3]:
+        raise ValueError(f"complex_weight must have frequencies, got shape {given}")
+    check_parameter("complex_weight", complex_weight, (x.shape[1], *given[1:3], 2), "C, h, w, 2", x)
+    return _op(x, complex_weight, backend=backend)

@@ -1,0 +1,135 @@
+"""The cascade of depthwise convolutions in EdgeNeXt's split depthwise transpose attention."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .. import _native, reference
+from ..dispatch import Explanation, explainers
+from ..reference.split_cascade import cascade_widths
+from ._checks import check_parameter, check_sequence, check_tensor
+from ._registration import FusedOp, device_reasons, empty
+
+
+class _Arguments(NamedTuple):
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+
+
+def _reference(a: _Arguments) -> Tensor:
+    return reference.split_cascade(a.x, a.weights, a.biases)
+
+
+def _output(a: _Arguments) -> Tensor:
+    return empty(a.x.shape, a.x)
+
+
+class _Parameters:
+    """Weights and biases as the binding takes them; keeps the tensors alive."""
+
+    def __init__(self, a: _Arguments) -> None:
+        self._weights = [w.contiguous() for w in a.weights]
+        self._biases = [None if b is None else b.contiguous() for b in a.biases]
+        self.views = list(map(_native.weight_view, self._weights)), list(map(_native.weight_view, self._biases))
+
+
+_CONV = (3, 1, 1, 1, 1)
+
+
+def _forward_cpu(a: _Arguments) -> Tensor:
+    y, p = _output(a), _Parameters(a)
+    _native.kernels().split_cascade(_native.view(a.x), *p.views, _native.view(y), _CONV)
+    return y
+
+
+def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+    p = _Parameters(a)
+    dx, dweights, dbiases = grads
+    outputs = _native.view(dx), list(map(_native.weight_view, dweights)), list(map(_native.weight_view, dbiases))
+    _native.kernels().split_cascade_backward(_native.view(grad), _native.view(a.x), *p.views, *outputs, _CONV)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+
+
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    return device_reasons(a.x, _KERNELS), []
+
+
+_op = FusedOp(
+    "split_cascade",
+    _Arguments,
+    output=_output,
+    kernels=_KERNELS,
+    reference=_reference,
+    predicate=_predicate,
+)
+
+
+def _explain(
+    x: Tensor,
+    weights: Sequence[Tensor] | None = None,
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str | None = None,
+) -> Explanation:
+    check_tensor("x", x, "N, C, H, W")
+    return _op.explain(x, list(weights or ()), list(biases or ()), backend=backend)
+
+
+explainers["split_cascade"] = _explain
+
+
+def fused_split_cascade(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """s_0, ..., s_n = splits of the channels of x; y_0 = dw_0(s_0), y_i = dw_i(y_{i-1} + s_i); cat(y_0, ..., y_{n-1},
+    s_n), without the sums in memory.
+
+    Args:
+        x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
+            dtype.
+        weights: n of (c, 1, 3, 3), n >= 1, in the dtype of x, or float32 beside a half x. With n + 1 splits c is
+            ceil(C / (n + 1)), and n * c must be below C: the last split has what is left.
+        biases: n of (c,); each or all may be None.
+        backend: as in `vision_ops.use_backend`.
+
+    Every convolution keeps the size; what it adds up is zero outside of the image. Sums are float32 (float64 for
+    float64), and no y_i is rounded before the next level. Backward keeps the arguments only and computes every y_i
+    again; gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for the device,
+    `reference.split_cascade` runs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    EdgeNeXt (arXiv 2206.10589), SDTAEncoder in models/sdta_encoder.py of mmaaz60/EdgeNeXt.
+    """
+    check_tensor("x", x, "N, C, H, W")
+    check_sequence("weights", weights)
+    biases = [None] * len(weights) if biases is None else biases
+    check_sequence("biases", biases, len(weights))
+    if len(weights) == 0:
+        raise ValueError("weights must be a sequence of at least 1, got 0: with one split there is no cascade")
+    width = check_cascade(x.shape[1], len(weights) + 1, "weights")
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        check_parameter(f"weights[{i}]", weight, (width, 1, 3, 3), "c, 1, 3, 3", x)
+        if bias is not None:
+            check_parameter(f"biases[{i}]", bias, (width,), "c", x)
+    return _op(x, list(weights), list(biases), backend=backend)
+
+
+def check_cascade(channels: int, scales: int, name: str) -> int:
+    """The channels of every split but the last. Refuses, for the argument `name`, what the official class refuses."""
+    width, *_, last = cascade_widths(channels, scales)
+    if last <= 0:
+        raise ValueError(
+            f"{name} must leave channels for the last split, (scales - 1) * ceil(C / scales) < C: {scales - 1} splits "
+            f"of {width} use up all {channels}"
+        )
+    return width
