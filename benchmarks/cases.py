@@ -159,6 +159,41 @@ def build_layer_norm(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
     return Problem((x, weight, bias), 8 * x.numel())
 
 
+def build_moga_gate(shape: shapes.MultiOrderShape, setting: Setting) -> Problem:
+    gate, value = (setting.normal(setting.batch, shape.channels, shape.size, shape.size) for _ in range(2))
+    # Exponential, sum and division for each, two products.
+    return Problem((gate, value), 8 * gate.numel())
+
+
+def build_feature_decompose(shape: shapes.MultiOrderShape, setting: Setting) -> Problem:
+    x = setting.normal(setting.batch, shape.channels, shape.size, shape.size)
+    # Mean, difference, product and sum; SiLU.
+    return Problem((x, setting.normal(1, shape.channels, 1, 1)), 7 * x.numel())
+
+
+def build_moga_aggregation(shape: shapes.MultiOrderShape, setting: Setting) -> Problem:
+    channels = shape.channels
+    multi_order = build_multi_order(shape, setting)
+    x, weights, biases = multi_order.args
+    pointwise = [t for _ in range(4) for t in (setting.normal(channels, channels, 1, 1), setting.normal(channels))]
+    sigma = setting.normal(1, channels, 1, 1)
+    flops = multi_order.flops + (4 * 2 * channels + 20) * x.numel()
+    return Problem((x, *pointwise[:4], weights, biases, *pointwise[4:], sigma), flops)
+
+
+def build_channel_aggregation(shape: shapes.ChannelAggregationShape, setting: Setting) -> Problem:
+    channels, hidden = shape.channels, shape.hidden
+    x = setting.normal(setting.batch, channels, shape.size, shape.size)
+    sizes = (hidden, channels, 1, 1), (hidden, 1, 3, 3), (channels, hidden, 1, 1), (1, hidden, 1, 1)
+    # Such that GELU sees what it does in a network, not its tails only.
+    parameters = [
+        t for size in sizes for t in (setting.normal(*size) / math.prod(size[1:]) ** 0.5, setting.normal(size[0]))
+    ]
+    pixels = setting.batch * shape.size**2
+    flops = dwconv_flops(setting.batch, hidden, shape.size, 3) + pixels * hidden * (4 * channels + 10)
+    return Problem((x, *parameters, setting.normal(1, hidden, 1, 1)), flops)
+
+
 def chain_parameters(shape: shapes.GnConvShape, setting: Setting) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Weights and biases of the recursion, scaled so that its products keep their size."""
     pairs = list(pairwise(shape.widths))
@@ -286,6 +321,42 @@ OPS = {
             shapes.layer_norm_cases(),
             build_layer_norm,
             quick=("HorNet-T.1", "HorNet-T.3"),
+        ),
+        Op(
+            "moga_gate",
+            vision_ops.fused_moga_gate,
+            reference.moga_gate,
+            shapes.multi_order_cases(),
+            build_moga_gate,
+            quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
+        ),
+        Op(
+            "feature_decompose",
+            vision_ops.fused_feature_decompose,
+            reference.feature_decompose,
+            shapes.multi_order_cases(),
+            build_feature_decompose,
+            quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
+        ),
+        Op(
+            "moga_aggregation",
+            vision_ops.fused_moga_aggregation,
+            reference.moga_aggregation,
+            shapes.multi_order_cases(),
+            build_moga_aggregation,
+            quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
+        ),
+        Op(
+            "channel_aggregation_ffn",
+            vision_ops.fused_channel_aggregation_ffn,
+            reference.channel_aggregation_ffn,
+            shapes.channel_aggregation_cases(),
+            build_channel_aggregation,
+            quick=("MogaNet-S.1", "MogaNet-S.3"),
+            devices=("cpu",),
         ),
         Op(
             "gnconv",

@@ -166,6 +166,23 @@ def layer_norm_cases() -> dict[str, LayerNormShape]:
 
 
 @dataclass(frozen=True)
+class ChannelAggregationShape:
+    channels: int
+    hidden: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}->{self.hidden} {self.size}x{self.size}"
+
+
+def channel_aggregation_cases() -> dict[str, ChannelAggregationShape]:
+    return distinct(
+        (label, ChannelAggregationShape(width, width * MOGANET_FFN_RATIOS[stage], size))
+        for label, stage, width, size in stages(MOGANET_WIDTHS, "MogaNet", STAGES_224)
+    )
+
+
+@dataclass(frozen=True)
 class GnConvShape:
     channels: int
     order: int

@@ -10,10 +10,23 @@ VOPS_INLINE V activated(V x) {
   if constexpr (doubled) return silu(silu(x));
   return silu(x);
 }
+VOPS_INLINE Float sigmoid(Float x) { return 1.f / (1.f + exp(-x)); }
+VOPS_INLINE Double sigmoid(Double x) {
+  for (int k = 0; k < kLanes; k++) x[k] = 1. / (1. + ::exp(-x[k]));
+  return x;
+}
+// x becomes its activation. Returns the slope: one exponential and one division serve both.
 template <bool doubled, class V>
-VOPS_INLINE V slope(V x) {
-  if constexpr (doubled) return silu_grad(silu(x)) * silu_grad(x);
-  return silu_grad(x);
+VOPS_INLINE V activate(V& x) {
+  V s = sigmoid(x);
+  x *= s;
+  V slope = s + x * (1.f - s);
+  if constexpr (doubled) {
+    s = sigmoid(x);
+    x *= s;
+    slope *= s + x * (1.f - s);
+  }
+  return slope;
 }
 
 // Calls f(type, whether silu is doubled, image, line in it) for all lines.
@@ -51,9 +64,11 @@ Error run_gate_backward(const Lines& lines, const Tensor4& dy, const Tensor4& g,
             *pv = Operand<const T>(v, lines).at(n, i);
     T *pdg = Operand<T>(dg, lines).at(n, i), *pdv = Operand<T>(dv, lines).at(n, i);
     for_each_vector(lines.length, [&](int64_t k, const auto& get, const auto& put) {
-      const Vec<A> grad = get(pdy + k), gate = get(pg + k), value = get(pv + k);
-      if (dg.data) put(pdg + k, grad * activated<kTwice>(value) * slope<kTwice>(gate));
-      if (dv.data) put(pdv + k, grad * activated<kTwice>(gate) * slope<kTwice>(value));
+      const Vec<A> grad = get(pdy + k);
+      Vec<A> gate = get(pg + k), value = get(pv + k);
+      const Vec<A> gate_slope = activate<kTwice>(gate), value_slope = activate<kTwice>(value);
+      if (dg.data) put(pdg + k, grad * value * gate_slope);
+      if (dv.data) put(pdv + k, grad * gate * value_slope);
     });
   });
 }

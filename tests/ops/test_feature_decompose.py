@@ -145,3 +145,10 @@ def test_refuses(name):
 
 def test_explains():
     assert "C++" in explain("feature_decompose", X, S, backend="fused").parts["feature_decompose"]
+
+
+def test_hands_over_where_torch_is_faster():
+    sigma, small, large = torch.ones(64), torch.randn(1, 64, 14, 14), torch.randn(2, 64, 56, 56)
+    for x in (small, large.requires_grad_()):
+        assert "C++" in explain("feature_decompose", x, sigma).parts["feature_decompose"]
+    assert explain("feature_decompose", small.requires_grad_(), sigma).parts == {"feature_decompose": "PyTorch"}

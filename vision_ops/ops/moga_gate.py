@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import _native, reference
@@ -56,8 +57,22 @@ def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
 
 
+def _torch_is_faster(a: _Arguments) -> bool:
+    """Lines of less than some vectors and small tensors cost more around the kernel than in it (measured, AVX-512)."""
+    gate = a.gate
+    if gate.device.type != "cpu" or gate.dtype == torch.float64:
+        return False
+    short = memory_format(gate) == torch.contiguous_format and gate.shape[2] * gate.shape[3] < 100
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:2])
+    return short or (trains and gate.numel() < 150_000)
+
+
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.gate, _KERNELS, triton=True), []
+    cannot = device_reasons(a.gate, _KERNELS, triton=True)
+    # A compiled graph must not depend on the size.
+    if cannot or torch.compiler.is_compiling() or not _torch_is_faster(a):
+        return cannot, []
+    return cannot, ["PyTorch is faster for few elements and for contiguous planes of few pixels"]
 
 
 _op = FusedOp(
@@ -95,7 +110,7 @@ def fused_moga_gate(
         backend: as in `vision_ops.use_backend`.
 
     Backward keeps the arguments only. With float16 the product of two activations that nothing bounds may overflow, as
-    in plain PyTorch. Without a kernel for the device, `reference.moga_gate` runs.
+    in plain PyTorch. Without a kernel for the device, and for few elements, `reference.moga_gate` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
