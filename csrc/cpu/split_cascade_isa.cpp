@@ -10,7 +10,7 @@ namespace {
 // Sizes that both passes share.
 struct Sizes {
   int64_t batch, height, width, channels, blocks, together, bundles, row, taps, weight_elements;
-  int64_t last_begin, last_channels;
+  int64_t last_channels;
   // The channels of a bundle in split `level`; the last split has fewer and may have none.
   Channels of_level(int64_t bundle, int64_t level, int64_t levels) const {
     const int64_t own = level < levels ? channels : last_channels, begin = bundle * together * kLanes;
@@ -27,8 +27,7 @@ Sizes sizes_of(const Tensor4& a, const Tensor4& b, const SplitCascade& p) {
   s.row = s.width * kLanes;
   s.taps = p.conv.kernel * p.conv.kernel;
   s.weight_elements = (s.taps + 1) * kLanes;
-  s.last_begin = p.levels * s.channels;
-  s.last_channels = a.size[1] - s.last_begin;
+  s.last_channels = a.size[1] - p.levels * s.channels;
   return s;
 }
 
