@@ -397,6 +397,7 @@ OPS = {
             reference.split_cascade,
             shapes.split_cascade_cases(),
             build_split_cascade,
+            quick=("EdgeNeXt-S.3",),
         ),
         Op(
             "xca",
