@@ -194,9 +194,20 @@ class ChannelAggregationFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_type != "GELU" or (self.training and self.drop.p > 0):
             return self._composed(x)
-        layers = self.fc1, self.dwconv, self.fc2, self.decompose
-        parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
-        return fused_channel_aggregation_ffn(x, *parameters, sigma=self.sigma.scale, backend=backend(self))
+        fc1, dwconv, fc2, decompose = self.fc1, self.dwconv, self.fc2, self.decompose
+        return fused_channel_aggregation_ffn(
+            x,
+            fc1.weight,
+            fc1.bias,
+            dwconv.weight,
+            dwconv.bias,
+            fc2.weight,
+            fc2.bias,
+            decompose.weight,
+            decompose.bias,
+            self.sigma.scale,
+            backend=backend(self),
+        )
 
     def _composed(self, x: Tensor) -> Tensor:
         """With what the whole op lacks: dropout within, and other activations."""
