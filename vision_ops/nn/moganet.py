@@ -194,16 +194,17 @@ class ChannelAggregationFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_type != "GELU" or (self.training and self.drop.p > 0):
             return self._composed(x)
+        fc1, dwconv, fc2, decompose = self.fc1, self.dwconv, self.fc2, self.decompose
         return fused_channel_aggregation_ffn(
             x,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.dwconv.weight,
-            self.dwconv.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            self.decompose.weight,
-            self.decompose.bias,
+            fc1.weight,
+            fc1.bias,
+            dwconv.weight,
+            dwconv.bias,
+            fc2.weight,
+            fc2.bias,
+            decompose.weight,
+            decompose.bias,
             self.sigma.scale,
             backend=backend(self),
         )
