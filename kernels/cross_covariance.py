@@ -2,8 +2,8 @@
 
 Heads have 12 to 64 channels, so a tile holds several narrow ones, `group`, and computes all their products: those of
 two heads are thrown away, which costs less than tiles filled up with zeros. Tokens have any strides. Sums over the
-tokens have two stages of fixed order: a program's own chunk, then the chunks, whose number depends on the shape only. Offsets
-within a sample have 32 bits.
+tokens have two stages of fixed order: a program's own chunk, then the chunks, whose number depends on the shape only.
+Offsets within a sample have 32 bits.
 """
 
 from typing import NamedTuple
@@ -251,6 +251,8 @@ def gram(
     if u is a and v is b:
         u = v = None
     t = tile(heads, d)
+    if a.dtype == torch.float32:
+        t = t._replace(BLOCK_N=16)  # three products for one take more registers
     share = triton.cdiv(triton.cdiv(tokens, min(max(1, tokens // LEAST_TOKENS), MOST_CHUNKS)), t.BLOCK_N) * t.BLOCK_N
     chunks = triton.cdiv(tokens, share)
     sums, sums_of_norms = out, norms
