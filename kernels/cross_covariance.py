@@ -1,8 +1,9 @@
 """Attention between channels: products over the tokens, the softmax between them, products by head.
 
-Heads have 12 to 96 channels, so a tile holds several narrow ones, `group`, and computes all their products: those of
+Heads have 12 to 64 channels, so a tile holds several narrow ones, `group`, and computes all their products: those of
 two heads are thrown away, which costs less than tiles filled up with zeros. Tokens have any strides. Sums over the
 tokens have two stages of fixed order: a program's own chunk, then the chunks, whose number depends on the shape only.
+Offsets within a sample have 32 bits.
 """
 
 from typing import NamedTuple
@@ -24,11 +25,11 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(heads: int, d: int, wide: bool) -> Tile:
-    """About 64 channels of whole heads. wide: float32, whose products are exact and take no tensor cores."""
+def tile(heads: int, d: int) -> Tile:
+    """About 64 channels of whole heads; the registers hold no wider products."""
     group = min(heads, max(1, 64 // d))
     block_d = max(16, power_of_two(group * d))
-    return Tile(group, block_d, BLOCK_N=32 if wide or block_d > 64 else 64, num_warps=8 if block_d > 64 else 4)
+    return Tile(group, block_d, BLOCK_N=32, num_warps=8)
 
 
 @triton.jit
@@ -43,10 +44,10 @@ def _channels(group, heads, d, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
 def gram_kernel(
     a_ptr,
     b_ptr,
-    u_ptr,  # may be None, with v_ptr: no norms
+    u_ptr,  # None for a itself, and v_ptr for b
     v_ptr,
     sums_ptr,  # [sample][chunk][head][d][d]
-    norms_ptr,  # [sample][chunk][2][head][d]
+    norms_ptr,  # [sample][chunk][2][head][d]; may be None
     heads,
     d,
     tokens,
@@ -76,32 +77,34 @@ def gram_kernel(
 ):
     sample, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     head, c, there = _channels(tl.program_id(1), heads, d, GROUP, BLOCK_D)
-    h64, c64 = head.to(tl.int64), c.to(tl.int64)
-    a_at = a_ptr + sample * a_b + h64 * a_h + c64 * a_d
-    b_at = b_ptr + sample * b_b + h64 * b_h + c64 * b_d
+    a_ptr += sample * a_b
+    b_ptr += sample * b_b
     gram = tl.zeros((BLOCK_D, BLOCK_D), SUM_TYPE)
     of_a = tl.zeros((BLOCK_D,), SUM_TYPE)
     of_b = tl.zeros((BLOCK_D,), SUM_TYPE)
-    for first in range(chunk * share, tl.minimum(tokens, chunk * share + share), BLOCK_N):
+    end = tl.minimum(tokens, chunk * share + share)
+    for first in range(chunk * share, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        n64 = n.to(tl.int64)[:, None]
-        inside = (n < tl.minimum(tokens, chunk * share + share))[:, None] & there[None, :]
-        a = tl.load(a_at[None, :] + n64 * a_n, mask=inside, other=0.0)
-        b = tl.load(b_at[None, :] + n64 * b_n, mask=inside, other=0.0)
-        gram += tl.dot(tl.trans(a.to(DOT_TYPE)), b.to(DOT_TYPE), out_dtype=SUM_TYPE, input_precision="ieee")
-        if u_ptr is not None:
-            u_at = u_ptr + sample * u_b + h64 * u_h + c64 * u_d
-            v_at = v_ptr + sample * v_b + h64 * v_h + c64 * v_d
-            u = tl.load(u_at[None, :] + n64 * u_n, mask=inside, other=0.0)
-            v = tl.load(v_at[None, :] + n64 * v_n, mask=inside, other=0.0)
-            of_a += tl.sum(a.to(SUM_TYPE) * u.to(SUM_TYPE), axis=0)
-            of_b += tl.sum(b.to(SUM_TYPE) * v.to(SUM_TYPE), axis=0)
+        inside = (n < end)[:, None] & there[None, :]
+        a = tl.load(a_ptr + (head * a_h + c * a_d)[None, :] + (n * a_n)[:, None], mask=inside, other=0.0)
+        b = tl.load(b_ptr + (head * b_h + c * b_d)[None, :] + (n * b_n)[:, None], mask=inside, other=0.0)
+        gram += tl.dot(tl.trans(a.to(DOT_TYPE)), b.to(DOT_TYPE), out_dtype=SUM_TYPE, input_precision="tf32x3")
+        if norms_ptr is not None:
+            wide_a, wide_b = a.to(SUM_TYPE), b.to(SUM_TYPE)
+            if u_ptr is None:
+                of_a += tl.sum(wide_a * wide_a, axis=0)
+                of_b += tl.sum(wide_b * wide_b, axis=0)
+            else:
+                u_at = u_ptr + sample * u_b + (head * u_h + c * u_d)[None, :] + (n * u_n)[:, None]
+                v_at = v_ptr + sample * v_b + (head * v_h + c * v_d)[None, :] + (n * v_n)[:, None]
+                of_a += tl.sum(wide_a * tl.load(u_at, mask=inside, other=0.0).to(SUM_TYPE), axis=0)
+                of_b += tl.sum(wide_b * tl.load(v_at, mask=inside, other=0.0).to(SUM_TYPE), axis=0)
     part = sample * chunks + chunk
     own = (head[:, None] == head[None, :]) & there[:, None] & there[None, :]
-    to = sums_ptr + ((part * heads + h64) * d + c64)[:, None] * d + c64[None, :]
+    to = sums_ptr + part * heads * d * d + ((head * d + c) * d)[:, None] + c[None, :]
     tl.store(to, gram, mask=own)
-    if u_ptr is not None:
-        to_norms = norms_ptr + (part * 2 * heads + h64) * d + c64
+    if norms_ptr is not None:
+        to_norms = norms_ptr + part * 2 * heads * d + head * d + c
         tl.store(to_norms, of_a, mask=there)
         tl.store(to_norms + heads * d, of_b, mask=there)
 
@@ -220,22 +223,22 @@ def apply_kernel(
     blocks = tl.cdiv(tokens, BLOCK_N)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     head, c, there = _channels(tl.program_id(1), heads, d, GROUP, BLOCK_D)
-    h64, c64 = head.to(tl.int64), c.to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    n64 = n.to(tl.int64)[:, None]
     inside = (n < tokens)[:, None] & there[None, :]
     own = (head[:, None] == head[None, :]) & there[:, None] & there[None, :]
     # Transposed, [j][i]: tokens are the rows.
-    from_matrix = matrix_ptr + (sample * heads + h64)[None, :] * d * d
-    matrix = tl.load(from_matrix + c64[None, :] * matrix_i + c64[:, None] * matrix_j, mask=own, other=0.0)
-    x = tl.load(x_ptr + sample * x_b + (h64 * x_h + c64 * x_d)[None, :] + n64 * x_n, mask=inside, other=0.0)
-    y = tl.dot(x.to(DOT_TYPE), matrix.to(DOT_TYPE), out_dtype=SUM_TYPE, input_precision="ieee")
+    matrix_ptr += sample * heads * d * d
+    at = (head * d * d + c * matrix_i)[None, :] + (c * matrix_j)[:, None]
+    matrix = tl.load(matrix_ptr + at, mask=own, other=0.0).to(DOT_TYPE)
+    x_at = x_ptr + sample * x_b + (head * x_h + c * x_d)[None, :] + (n * x_n)[:, None]
+    x = tl.load(x_at, mask=inside, other=0.0).to(DOT_TYPE)
+    y = tl.dot(x, matrix, out_dtype=SUM_TYPE, input_precision="tf32x3")
     if z_ptr is not None:
-        scale = tl.load(scale_ptr + sample * scale_b + h64 * scale_h + c64 * scale_d, mask=there, other=0.0)
-        z = tl.load(z_ptr + sample * z_b + (h64 * z_h + c64 * z_d)[None, :] + n64 * z_n, mask=inside, other=0.0)
-        y += scale[None, :] * z.to(SUM_TYPE)
-    to = y_ptr + sample * y_b + (h64 * y_h + c64 * y_d)[None, :] + n64 * y_n
-    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside)
+        scale = tl.load(scale_ptr + sample * scale_b + head * scale_h + c * scale_d, mask=there, other=0.0)
+        z_at = z_ptr + sample * z_b + (head * z_h + c * z_d)[None, :] + (n * z_n)[:, None]
+        y += scale[None, :] * tl.load(z_at, mask=inside, other=0.0).to(SUM_TYPE)
+    y_at = y_ptr + sample * y_b + (head * y_h + c * y_d)[None, :] + (n * y_n)[:, None]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 KERNELS = (gram_kernel, sum_chunks_kernel, cosine_softmax_kernel, cosine_softmax_bwd_kernel, apply_kernel)
@@ -245,7 +248,11 @@ def gram(
     a: Tensor, b: Tensor, out: Tensor, norms: Tensor | None = None, u: Tensor | None = None, v: Tensor | None = None
 ) -> None:
     batch, heads, d, tokens = a.shape
-    t = _tile(a, out)
+    if u is a and v is b:
+        u = v = None
+    t = tile(heads, d)
+    if a.dtype == torch.float32:
+        t = t._replace(BLOCK_N=16)  # three products for one take more registers
     share = triton.cdiv(triton.cdiv(tokens, min(max(1, tokens // LEAST_TOKENS), MOST_CHUNKS)), t.BLOCK_N) * t.BLOCK_N
     chunks = triton.cdiv(tokens, share)
     sums, sums_of_norms = out, norms
@@ -326,7 +333,7 @@ def apply(
     z: Tensor | None = None,
 ) -> None:
     batch, heads, d, tokens = x.shape
-    t = _tile(x, matrix)
+    t = tile(heads, d)
     with torch.cuda.device_of(x):
         apply_kernel[(batch * triton.cdiv(tokens, t.BLOCK_N), triton.cdiv(heads, t.GROUP))](
             matrix,
@@ -361,10 +368,6 @@ class RowsTile(NamedTuple):
 
 def rows_tile(d: int) -> RowsTile:
     return RowsTile(16, max(16, power_of_two(d)), num_warps=4)
-
-
-def _tile(x: Tensor, matrix: Tensor) -> Tile:
-    return tile(x.shape[1], x.shape[2], wide=x.dtype == matrix.dtype)
 
 
 def _dot_type(*tensors: Tensor) -> tl.dtype:

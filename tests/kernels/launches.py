@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vision_ops import kernels
-from vision_ops.kernels import gated_recursion, layer_norm_2d, shift_split_attention
+from vision_ops.kernels import cross_covariance, gated_recursion, layer_norm_2d, shift_split_attention
 
 ARCHS = (80, 90, 100)
 
@@ -136,4 +136,41 @@ def s2() -> Iterator[Launch]:
                 yield Launch(op, named, lambda given=given: s2_passes(*given), archs)
 
 
-LAUNCHES = (*norms(), *recursions(), *s2())
+def attention(tokens: int, channels: int, heads: int, dtype: torch.dtype, batch: int) -> None:
+    """What both forms of fused_xca launch by head, forward and backward."""
+
+    def by_head(width: int) -> Tensor:
+        t = absent(batch, tokens, width, dtype=dtype)[:, :, :channels]
+        return t.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
+
+    d = channels // heads
+    gram, weights, grad = (absent(batch, heads, d, d, dtype=torch.float32) for _ in range(3))
+    norms, scales = (absent(batch, 2, heads, d, dtype=torch.float32) for _ in range(2))
+    temperature, each = absent(heads, dtype=torch.float32), absent(batch, heads, 1, 1, dtype=torch.float32)
+    q, k, v, y = (by_head(width * channels) for width in (3, 3, 3, 1))
+    cross_covariance.gram(q, k, gram, norms, q, k)
+    cross_covariance.softmax(gram, norms, temperature, weights)
+    cross_covariance.apply(weights, v, y)
+    cross_covariance.gram(y, v, grad)
+    cross_covariance.softmax_backward(grad, weights, gram, norms, temperature, scales, each)
+    wide = (t.double() for t in (grad, weights, gram, norms, temperature, scales, each))
+    cross_covariance.softmax_backward(*wide)
+    scale = scales[:, 0].unsqueeze(-1)
+    cross_covariance.apply(grad, k, q, scale=scale, z=q)
+    cross_covariance.apply(grad, q, k, transposed=True, scale=scale, z=k)
+
+
+def attentions() -> Iterator[Launch]:
+    edgenext = ((1024, 96, 8), (256, 160, 8), (64, 304, 8), (256, 288, 8), (256, 100, 4), (64, 192, 4))
+    for tokens, channels, heads in (*edgenext, (196, 384, 8), (196, 512, 8)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            usual = (tokens, channels) in ((1024, 96), (64, 304))
+            archs = ARCHS if usual and dtype == torch.bfloat16 else (90,) if usual and dtype == torch.float32 else ()
+            # The tokens of one sample are summed in chunks.
+            for batch in (128, 1) if tokens == 1024 else (128,):
+                named = f"{tokens}x{channels} h{heads} {str(dtype)[6:]} b{batch}"
+                run = functools.partial(attention, tokens, channels, heads, dtype, batch)
+                yield Launch("cross_covariance", named, run, archs)
+
+
+LAUNCHES = (*norms(), *recursions(), *s2(), *attentions())

@@ -56,7 +56,7 @@ def test_matches_reference(dtype, token_major):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 20, 33), (1, 2, 25, 5), (2, 1, 38, 64), (1, 1, 73, 9), (1, 2, 96, 40), (1, 2, 4, 1100)], ids=str
+    "shape", [(1, 3, 20, 33), (1, 2, 25, 5), (1, 1, 38, 64), (1, 2, 64, 9), (1, 2, 4, 1100)], ids=str
 )
 def test_head_widths_and_chunks(shape):
     check_against_reference(make(shape))

@@ -12,6 +12,7 @@ from harness import (
 )
 
 from vision_ops import explain, fused_xca
+from vision_ops.ops import _gram_xca
 from vision_ops.ops import xca as ops
 
 TAKES_GRAM = ops._takes_gram
@@ -290,3 +291,11 @@ def test_refusals(change, error, message):
     arguments = {**dict(zip(names, make().tensors, strict=True)), "num_heads": 2, **change}
     with pytest.raises(error, match=message):
         fused_xca(**arguments)
+
+
+def test_gram_form_of_more_samples_than_are_held_at_a_time(monkeypatch):
+    monkeypatch.setattr(ops, "_takes_gram", FORMS["gram"])
+    monkeypatch.setattr(_gram_xca, "_CENTRED_ELEMENTS", 2 * 50 * 24)
+    check_against_reference(make(batch=5))
+    monkeypatch.setattr(_gram_xca, "_CENTRED_ELEMENTS", 1)
+    check_against_reference(make(batch=2))

@@ -16,6 +16,8 @@ from ._heads import by_head, wide
 from ._registration import allocate_contiguous
 from .cross_covariance import Attention, empty_attention, gram_gradient
 
+_CENTRED_ELEMENTS = 1 << 19  # held at a time, or one sample
+
 
 class _Weights(NamedTuple):
     """In the type of the computation. Products with biases that are not there are left out."""
@@ -56,9 +58,9 @@ def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
     mean = a.x.mean(1, dtype=wide(a.x.dtype))
     moments = allocate_contiguous((b, c, c), mean)
     rest = torch.empty_like(mean)
-    for x, to, of_sample in zip(_centred(a.x, mean), moments, rest, strict=True):
-        torch.mm(x.t(), x, out=to)
-        torch.mean(x, 0, out=of_sample)
+    for part, x in _centred(a.x, mean):
+        torch.bmm(x.transpose(1, 2), x, out=moments[part])
+        torch.mean(x, 1, out=rest[part])
     # The mean is rounded, and what it misses meets large means in the products.
     means = (mean.double() + rest.double()) @ w.qkv.double().t()
     if w.qkv_bias is not None:
@@ -81,19 +83,22 @@ def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
     return _Again(mean, moments, means, attention, folded, matrix)
 
 
-def _centred(x: Tensor, mean: Tensor) -> Iterator[Tensor]:
-    """x less its mean, sample by sample in one piece of memory: it stays in the cache, and no pages are new."""
-    centred = allocate_contiguous(x.shape[1:], mean)
-    for of_sample, center in zip(x, mean, strict=True):
-        yield torch.sub(of_sample, center, out=centred)
+def _centred(x: Tensor, mean: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x less its mean, some samples at a time in one piece of memory: caches hold it, and its pages are not new."""
+    b, n, c = x.shape
+    samples = min(b, max(1, _CENTRED_ELEMENTS // (n * c)))
+    memory = allocate_contiguous((samples, n, c), mean)
+    for first in range(0, b, samples):
+        part = slice(first, min(b, first + samples))
+        yield part, torch.sub(x[part], mean[part, None], out=memory[: part.stop - first])
 
 
 def _add_products(constant: Tensor, products: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
-    """out = a row, the same for all tokens, plus the products."""
+    """out = a row for every sample, the same for all its tokens, plus the products."""
     total = out if out.dtype == constant.dtype else allocate_contiguous(out.shape, constant)
-    torch.addmm(constant, *products[0], out=total)
+    torch.baddbmm(constant[:, None], *products[0], out=total)
     for a, b in products[1:]:
-        total.addmm_(a, b)
+        total.baddbmm_(a, b)
     if total is not out:
         out.copy_(total)
 
@@ -109,8 +114,8 @@ def forward(a: Any, y: Tensor, kernels: ModuleType) -> None:
     constant = torch.bmm(folded, means[:, 2 * y.shape[2] :, None].to(mean.dtype)).squeeze(2)
     if w.proj_bias is not None:
         constant += w.proj_bias
-    for x, *of_sample, out in zip(_centred(a.x, mean), constant, matrix.transpose(1, 2), y, strict=True):
-        _add_products(of_sample[0], [(x, of_sample[1])], out)
+    for part, x in _centred(a.x, mean):
+        _add_products(constant[part], [(x, matrix[part].transpose(1, 2))], y[part])
 
 
 def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleType) -> None:
@@ -119,8 +124,8 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     mean, moments, means, attention, folded, matrix = _compute(a, w, kernels)
     grad = grad.to(mean.dtype)
     dmatrix, dsum = allocate_contiguous((b, c, c), mean), grad.sum(1)
-    for x, g, to in zip(_centred(a.x, mean), grad, dmatrix, strict=True):
-        torch.mm(g.t(), x, out=to)
+    for part, x in _centred(a.x, mean):
+        torch.bmm(grad[part].transpose(1, 2), x, out=dmatrix[part])
     if dproj_bias is not None:
         dproj_bias.copy_(dsum.sum(0))
 
@@ -160,5 +165,5 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
         symmetric = torch.mm(w.qkv[: 2 * c].t(), rows.flatten(1)).view(c, b, c).transpose(0, 1)
         # The mean of the gradient of x, which its centring takes out, comes back with that of the mean itself.
         constant = (dmeans @ w.qkv).sub_(torch.bmm(dsum[:, None], matrix).squeeze(1)).div_(n)
-        for x, g, *of_sample, out in zip(_centred(a.x, mean), grad, constant, matrix, symmetric, dx, strict=True):
-            _add_products(of_sample[0], [(g, of_sample[1]), (x, of_sample[2])], out)
+        for part, x in _centred(a.x, mean):
+            _add_products(constant[part], [(grad[part], matrix[part]), (x, symmetric[part])], dx[part])

@@ -138,7 +138,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
-_MOST_CHANNELS = 128  # of a head, that a Triton program holds in registers
+_MOST_CHANNELS = 64  # of a head, whose products a Triton program holds in registers
 
 
 def triton_reasons(x: Tensor, channels: int) -> list[str]:
