@@ -28,7 +28,7 @@ constexpr bool kExactScratch = false;
 #endif
 
 void* allocate(size_t bytes) {
-  return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  return std::aligned_alloc(kAlignment, ((bytes ? bytes : 1) + kAlignment - 1) / kAlignment * kAlignment);
 }
 
 struct ThreadScratch {
@@ -73,7 +73,7 @@ const Error kOutOfMemory = "out of memory";
 void* thread_scratch(Use use, size_t bytes) {
   static thread_local ThreadScratch scratches[2];
   ThreadScratch& scratch = scratches[use];
-  if (bytes > scratch.size || kExactScratch) {
+  if (!scratch.data || bytes > scratch.size || kExactScratch) {
     std::free(scratch.data);
     scratch.data = allocate(bytes);
     scratch.size = scratch.data ? bytes : 0;

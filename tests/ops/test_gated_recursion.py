@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -211,3 +213,12 @@ def test_refuses(name):
     error, message, arguments = REFUSED[name]
     with pytest.raises(error, match=message):
         fused_gated_recursion(*arguments)
+
+
+def test_channel_sums_in_a_fresh_process():
+    """It needs no scratch, and must not take having none for being out of memory."""
+    call = (
+        "import torch; from vision_ops import _native; t, sums = torch.ones(1, 8, 3, 3), torch.empty(8)\n"
+        "_native.kernels().channel_sums(_native.view(t), _native.weight_view(sums)); assert sums.tolist() == [9.0] * 8"
+    )
+    subprocess.run([sys.executable, "-c", call], check=True)

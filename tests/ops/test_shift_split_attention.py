@@ -197,12 +197,12 @@ def test_backward_keeps_the_arguments_and_a_few_numbers_per_image(device):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_memory_of_the_forward_pass(train):
-    """Beyond its output almost none; eager PyTorch takes ten times the output."""
+    """Beyond its output almost none; eager PyTorch takes six times the output."""
     case = make((4, 16, 16, 96))
     leaves = [t.requires_grad_(train) for t in case.tensors]
     output = 4 * 16 * 16 * 96 * 4
-    assert peak_bytes(lambda: case.run(leaves, "fused"), "cpu") < 1.2 * output
-    assert peak_bytes(lambda: case.run(leaves, "reference"), "cpu") > 7 * output
+    assert peak_bytes(lambda: case.run(leaves, "fused"), "cpu") < (1 + 0.2) * output
+    assert peak_bytes(lambda: case.run(leaves, "reference"), "cpu") > (1 + 5.5) * output
 
 
 def test_explain():

@@ -22,7 +22,7 @@ from .shift_split_attention import (
 )
 
 # On CPUs as many images are computed at a time as make this many pixels: enough for a GEMM, few enough for a cache.
-_PIXELS_AT_A_TIME = 1024
+_PIXELS_AT_A_TIME = 256
 
 
 class _Arguments(NamedTuple):
