@@ -129,7 +129,8 @@ def test_channels_of_zeros(form, dtype):
 def test_scale_of_the_inputs(form, scale):
     case = make(64)
     case.tensors[0] *= scale
-    check_against_reference(case)
+    # At 1e-6 all tokens are the bias: cosines are 1 but for rounding, and the temperature's gradient cancels.
+    check_against_reference(case, slack=8 if scale < 1 else 1)
     case = make(64, bias=False)
     case.tensors[0] *= scale
     check_against_reference(case)

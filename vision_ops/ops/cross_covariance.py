@@ -202,8 +202,8 @@ def fused_cross_covariance(
 
     Norms are F.normalize's, 1e-12 at least; a row of zeros gives cosines of 0, in every dtype. Grams, norms and softmax
     are float32 (float64 for float64). Backward keeps the arguments only and computes the attention again. Gradients
-    come in each argument's own dtype and are bitwise repeatable. Without a kernel for the device,
-    `reference.cross_covariance` runs.
+    come in each argument's own dtype and are bitwise repeatable. Without a kernel for the device, and on GPUs for
+    float64 and for heads of more than 64 channels, `reference.cross_covariance` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -264,7 +264,8 @@ def fused_xca(
     float32 or float64 x takes the Gram form instead, which has no q, k and v: everything follows from the second
     moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's. Backward keeps, besides the
     arguments, [q | k | v], or in the Gram form nothing. Gradients come in each argument's own dtype and are bitwise
-    repeatable with the same number of threads. Without a kernel for the device, `reference.xca` runs.
+    repeatable with the same number of threads. Without a kernel for the device, and on GPUs for float64
+    and for heads of more than 64 channels, `reference.xca` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
