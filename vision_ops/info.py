@@ -75,6 +75,15 @@ def _print_build(build: dict[str, Any]) -> None:
             print(f"  {flag}: {build[flag]}")
 
 
+# What most ops take is an image (N, C, H, W).
+_SHAPES = {
+    "cross_covariance": (1, 4, 16, 56 * 56),
+    "s2_attention": (1, 56, 56, 64),
+    "shift_split_attention": (1, 56, 56, 3 * 64),
+    "xca": (1, 56 * 56, 64),
+}
+
+
 def _print_ops(gpus: list[int]) -> None:
     import torch
 
@@ -82,13 +91,12 @@ def _print_ops(gpus: list[int]) -> None:
 
     print("\nOps, for a float32 image:")
     for device in ["cpu", *(f"cuda:{i}" for i in gpus)]:
-        x = torch.empty(1, 64, 56, 56, device=device)
         for op in sorted(explainers):
-            choice = explain(op, x)
+            choice = explain(op, torch.empty(_SHAPES.get(op, (1, 64, 56, 56)), device=device))
             runs = ", ".join(f"{part} by {what}" for part, what in choice.parts.items())
-            print(f"  {device:7} {op:20} {runs}")
+            print(f"  {device:7} {op:24} {runs}")
             for reason in (*choice.cannot, *choice.slower):
-                print(f"  {'':28} {reason}")
+                print(f"  {'':32} {reason}")
 
 
 def _version(package: str) -> str | None:

