@@ -76,6 +76,11 @@ def test_explain_says_what_runs_and_why_not(monkeypatch):
     assert found.parts == {"multi_order_dwconv": "PyTorch"} and found.cannot == ["no compiler was found"]
     assert "the fused kernel cannot run: no compiler was found" in str(found)
     assert "nothing" in explain("dwconv", X, backend="fused").parts["dwconv"]
+    assert explain("gnconv", X, proj_in_weight=W, scale=2.0).parts == explain("gnconv", X).parts
+    with pytest.raises(TypeError, match="foo"):
+        explain("moga_aggregation", X, foo=1)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        explain("channel_aggregation_ffn", X, *[None] * 20)
     with pytest.raises(TypeError, match="bogus"):
         explain("multi_order_dwconv", X, bogus=1)
     with pytest.raises(ValueError, match="x must have the dimensions"):

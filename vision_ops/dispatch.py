@@ -1,5 +1,6 @@
 """Which implementation of an op runs, and why."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,9 @@ class use_backend:
     "auto": the fused kernels where they exist for the arguments and are not slower, else PyTorch. "fused": the fused
     kernels, or a ValueError that says why they cannot run. "reference": plain PyTorch. The `backend=` argument of an op
     takes the same names and wins. The environment variable VISION_OPS_BACKEND, read at import, sets the initial one.
+
+    Under functorch's transforms, forward-mode AD and export to ONNX, which only PyTorch's own ops support, all three run
+    plain PyTorch.
     """
 
     def __init__(self, backend: str) -> None:
@@ -85,4 +89,16 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     if op not in explainers:
         raise ValueError(f"op must be one of {sorted(explainers)}, got {op!r}")
-    return explainers[op](*args, **kwargs)
+    from . import ops  # which import this module
+
+    signature = inspect.signature(getattr(ops, f"fused_{op}"))
+    given = signature.bind_partial(*args, **kwargs).arguments
+    positional, keywords = [], {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            positional.append((name in given, given.get(name)))
+        elif name in given:
+            keywords[name] = given[name]
+    while positional and not positional[-1][0]:
+        positional.pop()
+    return explainers[op](*(value for _, value in positional), **keywords)

@@ -313,6 +313,18 @@ def test_unfused_runs_no_op_of_ours(name):
     assert any("vision_ops" in str(node.target) for node in graph.nodes) or name.startswith("s2")
 
 
+def test_unfused_norms_run_no_op_of_ours():
+    model = short("moganet_xtiny", conv_norm_type="LN2d", stem_norm_type="LN2d", fused=False).eval()
+    graph = torch.export.export(model, (images("moganet_xtiny"),)).graph
+    assert not any("vision_ops" in str(node.target) for node in graph.nodes)
+
+
+@each
+def test_meta_device(name):
+    with torch.device("meta"):
+        assert short(name).eval()(images(name)).shape == (2, 10)
+
+
 def test_sizes():
     moganet = short("moganet_xtiny").eval()
     assert moganet(torch.randn(1, 3, 1, 1)).shape == moganet(torch.randn(1, 3, 37, 50)).shape == (1, 10)
@@ -344,14 +356,28 @@ def test_refusals():
         create_model("resnet50")
     with pytest.raises(TypeError, match="unknown_option"):
         create_model("moganet_xtiny", unknown_option=1)
-    with pytest.raises(ValueError, match=r"out_indices must be from -4 to 3, got \(4,\)"):
+    with pytest.raises(ValueError, match=r"out_indices must be ints from -4 to 3, got \(4,\)"):
         create_model("moganet_xtiny", features_only=True, out_indices=(4,))
     with pytest.raises(ValueError, match="out_indices needs features_only=True"):
         create_model("moganet_xtiny", out_indices=(1,))
-    with pytest.raises(ValueError, match="num_classes must be an int of at least 0, got -1"):
+    with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
         create_model("moganet_xtiny", num_classes=-1)
-    with pytest.raises(ValueError, match=r"drop_path must be at least 0 and below 1, got 1\.0"):
+    with pytest.raises(ValueError, match=r"drop_path_rate must be at least 0 and below 1, got 1\.0"):
         create_model("moganet_xtiny", drop_path_rate=1.0)
+    with pytest.raises(ValueError, match="out_indices must be a sequence of ints, got 2"):
+        create_model("moganet_xtiny", features_only=True, out_indices=2)
+    with pytest.raises(ValueError, match="num_classes must be 0: a network with features_only=True has no classifier"):
+        short("moganet_xtiny", features_only=True).reset_classifier(5)
+    with pytest.raises(ValueError, match="in_chans must be at least 1, got 0"):
+        create_model("moganet_xtiny", in_chans=0)
+    with pytest.raises(ValueError, match="heads must have 4 values, one per stage, got 2"):
+        create_model("edgenext_xx_small", heads=(4, 4))
+    with pytest.raises(ValueError, match="global_block must be from 0 to the depths"):
+        create_model("edgenext_xx_small", global_block=(0, 9, 1, 1))
+    with pytest.raises(ValueError, match="orders must have 4 values"):
+        create_model("hornet_tiny_7x7", orders=(2, 3))
+    with pytest.raises(ValueError, match="depth must have 2 values"):
+        create_model("s2mlpv2_small_7", depth=(1, 1, 1))
     with pytest.raises(ValueError, match="window_size must be"):
         create_model("tiny_moat_0", window_size=((7, 7), None, None, None))
 

@@ -66,3 +66,10 @@ def test_shift_split_attention_is_shift_and_split_attention():
 def test_reduction_is_checked():
     with pytest.raises(ValueError, match="reduction must be at least 1"):
         nn.S2Attention(8, reduction=0)
+
+
+def test_drop_path_is_one_rate_or_one_per_layer():
+    with pytest.raises(ValueError, match="drop_path must be one number or 3 of them, got 1"):
+        nn.S2Block(8, 3, drop_path=[0.1])
+    rates = [layer[0].drop_path.drop_prob for layer in nn.S2Block(8, 2, drop_path=(0.1, 0.2)).model]
+    assert rates == [0.1, 0.2]

@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
+from ..ops._checks import check_integer
 from . import edgenext, hornet, moat, moganet, s2mlpv2
 from ._backbone import Backbone, FeatureInfo, Variant
 from .checkpoint import LoadedCheckpoint, load_checkpoint
@@ -75,6 +76,9 @@ def create_model(
     """
     if name not in _VARIANTS:
         raise ValueError(f"name must be one of {list_models()}, got {name!r}")
+    check_integer("in_chans", in_chans, 1)
+    if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate}")
     variant = _VARIANTS[name]
     arguments = {**variant.arguments, **overrides}
     model = variant.network(

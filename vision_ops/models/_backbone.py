@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops._checks import check_integer
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -29,12 +31,13 @@ class Variant:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    num_classes: int | None = 1000  # of the official weights; None where it is not published
 
     def default_cfg(self) -> dict[str, Any]:
         """What timm's users know as `default_cfg`, and `drop_path_rate`."""
-        names = "url", "input_size", "crop_pct", "interpolation", "mean", "std", "drop_path_rate"
+        names = "url", "input_size", "crop_pct", "interpolation", "mean", "std", "drop_path_rate", "num_classes"
         network = {"classifier": self.network.classifier, "first_conv": self.network.first_conv}
-        return {**{name: getattr(self, name) for name in names}, **network, "num_classes": 1000}
+        return {**{name: getattr(self, name) for name in names}, **network}
 
 
 class FeatureInfo(list[dict[str, Any]]):
@@ -102,9 +105,11 @@ class Backbone(nn.Module, ABC):
         count = len(infos)
         if out_indices is not None and not features_only:
             raise ValueError("out_indices needs features_only=True")
+        if isinstance(out_indices, int):
+            raise ValueError(f"out_indices must be a sequence of ints, got {out_indices}")
         wanted = tuple(range(count)) if out_indices is None else tuple(out_indices)
-        if not wanted or any(not -count <= i < count for i in wanted):
-            raise ValueError(f"out_indices must be from {-count} to {count - 1}, got {wanted}")
+        if not wanted or any(not isinstance(i, int) or not -count <= i < count for i in wanted):
+            raise ValueError(f"out_indices must be ints from {-count} to {count - 1}, got {wanted}")
         self.out_indices = tuple(i % count for i in wanted)
         self.features_only, self.grad_checkpointing = features_only, False
         self.num_stages = max(self.out_indices) + 1 if features_only else count
@@ -140,8 +145,9 @@ class Backbone(nn.Module, ABC):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new classifier, on the device and in the dtype of the network; 0 classes for none."""
-        if not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes must be an int of at least 0, got {num_classes!r}")
+        check_integer("num_classes", num_classes, 0)
+        if num_classes and self.features_only:
+            raise ValueError("num_classes must be 0: a network with features_only=True has no classifier")
         self.num_classes = num_classes
         like = next(self.parameters())
         new: nn.Module = nn.Identity()
@@ -182,13 +188,23 @@ class Backbone(nn.Module, ABC):
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Computes every block again in backward instead of keeping what it saved."""
+        """Computes every block again in backward instead of keeping what it saved.
+
+        Batch norms then update their running statistics twice a step.
+        """
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""
         leaves = "temperature", "relative_position_embedding"
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in leaves}
+
+
+def check_stages(count: int, **sequences: Sequence[Any]) -> None:
+    """Refuses arguments that do not have one value per stage."""
+    for name, values in sequences.items():
+        if len(values) != count:
+            raise ValueError(f"{name} must have {count} values, one per stage, got {len(values)}")
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..nn.edgenext import ConvEncoder, ConvEncoderBNHS, PositionalEncodingFourier, SDTAEncoder, SDTAEncoderBNHS
 from ..nn.layer_norm import LayerNorm2d
-from ._backbone import Backbone, Variant, drop_path_rates
+from ._backbone import Backbone, Variant, check_stages, drop_path_rates
 
 
 class EdgeNeXt(Backbone):
@@ -60,6 +60,10 @@ class EdgeNeXt(Backbone):
     ) -> None:
         super().__init__()
         self.bn_hs, self.head_init_scale = bn_hs, head_init_scale
+        check_stages(len(depths), dims=dims, global_block=global_block, kernel_sizes=kernel_sizes, heads=heads)
+        check_stages(len(depths), use_pos_embd_xca=use_pos_embd_xca, d2_scales=d2_scales)
+        if any(not 0 <= last <= depth for last, depth in zip(global_block, depths, strict=True)):
+            raise ValueError(f"global_block must be from 0 to the depths {tuple(depths)}, got {tuple(global_block)}")
         conv_encoder, sdta_encoder = (ConvEncoderBNHS, SDTAEncoderBNHS) if bn_hs else (ConvEncoder, SDTAEncoder)
 
         def norm(dim: int) -> nn.Module:

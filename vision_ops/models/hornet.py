@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..nn.hornet import GlobalLocalFilter, GnConv, HorBlock
 from ..nn.layer_norm import LayerNorm2d
-from ._backbone import Backbone, Variant, drop_path_rates
+from ._backbone import Backbone, Variant, check_stages, drop_path_rates
 
 
 class HorNet(Backbone):
@@ -51,6 +51,7 @@ class HorNet(Backbone):
     ) -> None:
         super().__init__()
         self.head_init_scale = head_init_scale
+        check_stages(len(depths), orders=orders, filters=filters)
         dims = [base_dim * 2**i for i in range(len(depths))]
         self.downsample_layers, self.stages = nn.ModuleList(), nn.ModuleList()
         for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
@@ -110,10 +111,12 @@ def _variant(size: str, base_dim: int, kind: str, drop_path: float) -> Variant:
     url = None if file is None else f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1"
     side = 384 if kind == "gf_img384" else 224
     arguments = {"base_dim": base_dim, "filters": _FILTERS[kind]}
-    return Variant(HorNet, arguments, url, drop_path, (3, side, side), 1.0 if side == 384 else 0.875)
+    classes = None if size == "large" else 1000
+    crop_pct = 1.0 if side == 384 else 0.875
+    return Variant(HorNet, arguments, url, drop_path, (3, side, side), crop_pct, num_classes=classes)
 
 
-# The weights of hornet_large_* are those of ImageNet-22k, with its number of classes.
+# The weights of hornet_large_* are those of ImageNet-22k: load_checkpoint(..., classifier="resize") takes its classes.
 VARIANTS = {
     **{f"hornet_tiny_{kind}": _variant("tiny", 64, kind, 0.2) for kind in ("7x7", "gf")},
     **{f"hornet_small_{kind}": _variant("small", 96, kind, 0.4) for kind in ("7x7", "gf")},

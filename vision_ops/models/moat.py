@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.moat import MBConv, MOATBlock, RelativeSelfAttention, batch_norm, pad_same
-from ._backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Variant
+from ._backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Variant, check_stages
 
 
 class MOAT(Backbone):
@@ -51,6 +51,7 @@ class MOAT(Backbone):
             raise ValueError(
                 f"window_size must be (None, None, w3, w4), as stages 1 and 2 do not attend, got {window_size}"
             )
+        check_stages(4, dims=dims, depths=depths)
         self.conv_0, self.norm_0 = nn.Conv2d(in_chans, stem, 3, stride=2), batch_norm(stem)
         self.conv_1 = nn.Conv2d(stem, stem, 3, padding=1)
         self.blocks = nn.ModuleList()

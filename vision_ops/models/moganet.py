@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..nn.moganet import MogaBlock, build_norm
-from ._backbone import Backbone, Variant, drop_path_rates
+from ._backbone import Backbone, Variant, check_stages, drop_path_rates
 
 
 class _StemEmbed(nn.Module):
     """Two 3x3 convolutions of stride 2. Keys: projection.{0, 1, 3, 4}."""
 
-    def __init__(self, in_channels: int, embed_dims: int, norm_type: str) -> None:
+    def __init__(self, in_channels: int, embed_dims: int, norm_type: str, fused: bool) -> None:
         super().__init__()
         half = embed_dims // 2
         self.projection = nn.Sequential(
             nn.Conv2d(in_channels, half, 3, stride=2, padding=1),
-            build_norm("conv_norm_type", norm_type, half),
+            build_norm("conv_norm_type", norm_type, half, fused),
             nn.GELU(),
             nn.Conv2d(half, embed_dims, 3, stride=2, padding=1),
-            build_norm("conv_norm_type", norm_type, embed_dims),
+            build_norm("conv_norm_type", norm_type, embed_dims, fused),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,10 +30,10 @@ class _StemEmbed(nn.Module):
 class _PatchEmbed(nn.Module):
     """One 3x3 convolution of stride 2. Keys: projection, norm."""
 
-    def __init__(self, in_channels: int, embed_dims: int, norm_type: str) -> None:
+    def __init__(self, in_channels: int, embed_dims: int, norm_type: str, fused: bool) -> None:
         super().__init__()
         self.projection = nn.Conv2d(in_channels, embed_dims, 3, stride=2, padding=1)
-        self.norm = build_norm("conv_norm_type", norm_type, embed_dims)
+        self.norm = build_norm("conv_norm_type", norm_type, embed_dims, fused)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.projection(x))
@@ -88,11 +88,12 @@ class MogaNet(Backbone):
     ) -> None:
         super().__init__()
         self.head_init_scale = head_init_scale
+        check_stages(len(embed_dims), depths=depths, ffn_ratios=ffn_ratios)
         rates, last = drop_path_rates(drop_path_rate, depths), len(depths) - 1
         for i, (channels, depth) in enumerate(zip(embed_dims, depths, strict=True)):
             dilation = (1, 2, 1) if i == last and not attn_final_dilation else attn_dw_dilation
             before = embed_dims[i - 1] if i else in_chans
-            embed = _PatchEmbed(before, channels, conv_norm_type) if i else _StemEmbed(before, channels, conv_norm_type)
+            embed = (_PatchEmbed if i else _StemEmbed)(before, channels, conv_norm_type, fused)
             blocks = nn.ModuleList(
                 MogaBlock(
                     channels,
@@ -112,7 +113,7 @@ class MogaNet(Backbone):
             )
             self.add_module(f"patch_embed{i + 1}", embed)
             self.add_module(f"blocks{i + 1}", blocks)
-            self.add_module(f"norm{i + 1}", build_norm("stem_norm_type", stem_norm_type, channels))
+            self.add_module(f"norm{i + 1}", build_norm("stem_norm_type", stem_norm_type, channels, fused))
         stages = [(channels, 4 * 2**i) for i, channels in enumerate(embed_dims)]
         self.finish(stages, num_classes, features_only, out_indices)
 

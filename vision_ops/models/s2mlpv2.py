@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..nn.s2mlpv2 import S2Block
-from ._backbone import Backbone, Variant, drop_path_rates
+from ._backbone import Backbone, Variant, check_stages, drop_path_rates
 
 
 class _MeanPool(nn.Module):
@@ -45,6 +45,7 @@ class S2MLPv2(Backbone):
         fused: bool = True,
     ) -> None:
         super().__init__()
+        check_stages(len(patch_size), d_model=d_model, depth=depth, expansion_factor=expansion_factor)
         rates = drop_path_rates(drop_path_rate, depth)
         self.stages, stages, self.reduction = nn.Sequential(), [], 1
         for i, (patch, width) in enumerate(zip(patch_size, d_model, strict=True)):

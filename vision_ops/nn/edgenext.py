@@ -34,6 +34,8 @@ class PositionalEncodingFourier(nn.Module):
 
     def __init__(self, hidden_dim: int = 32, dim: int = 768, temperature: float = 10000) -> None:
         super().__init__()
+        if hidden_dim % 2:
+            raise ValueError(f"hidden_dim must be even, a sine and a cosine for each frequency, got {hidden_dim}")
         self.token_projection = nn.Conv2d(2 * hidden_dim, dim, 1)
         self.hidden_dim, self.temperature = hidden_dim, temperature
         self._tables: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}

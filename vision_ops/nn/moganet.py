@@ -15,11 +15,11 @@ from ._blocks import DropPath, backend
 from .layer_norm import LayerNorm2d
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"GELU": F.gelu, "ReLU": F.relu, "SiLU": F.silu}
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "BN": nn.BatchNorm2d,
-    "SyncBN": nn.SyncBatchNorm,
-    "GN": lambda channels: nn.GroupNorm(channels, channels),
-    "LN2d": LayerNorm2d,
+_NORMS: dict[str, Callable[[int, bool], nn.Module]] = {
+    "BN": lambda channels, fused: nn.BatchNorm2d(channels),
+    "SyncBN": lambda channels, fused: nn.SyncBatchNorm(channels),
+    "GN": lambda channels, fused: nn.GroupNorm(channels, channels),
+    "LN2d": lambda channels, fused: LayerNorm2d(channels, fused=fused),
 }
 
 
@@ -29,11 +29,11 @@ def _activation(argument: str, name: str) -> str:
     return name
 
 
-def build_norm(argument: str, name: str, channels: int) -> nn.Module:
+def build_norm(argument: str, name: str, channels: int, fused: bool) -> nn.Module:
     """A norm of (N, C, H, W). "LN", which the official class accepts and then crashes on, is not one: see "LN2d"."""
     if name not in _NORMS:
         raise ValueError(f"{argument} must be one of {tuple(_NORMS)}, got {name!r}")
-    return _NORMS[name](channels)
+    return _NORMS[name](channels, fused)
 
 
 class ElementScale(nn.Module):
@@ -256,7 +256,7 @@ class MogaBlock(nn.Module):
         super().__init__()
         self.layer_scale_1 = nn.Parameter(torch.full((1, embed_dims, 1, 1), float(init_value)))
         self.layer_scale_2 = nn.Parameter(torch.full((1, embed_dims, 1, 1), float(init_value)))
-        self.norm1 = build_norm("norm_type", norm_type, embed_dims)
+        self.norm1 = build_norm("norm_type", norm_type, embed_dims, fused)
         self.attn = MultiOrderGatedAggregation(
             embed_dims,
             attn_dw_dilation,
@@ -267,7 +267,7 @@ class MogaBlock(nn.Module):
             fused=fused,
         )
         self.drop_path = DropPath(drop_path_rate)
-        self.norm2 = build_norm("norm_type", norm_type, embed_dims)
+        self.norm2 = build_norm("norm_type", norm_type, embed_dims, fused)
         hidden = int(embed_dims * ffn_ratio)
         self.mlp = ChannelAggregationFFN(embed_dims, hidden, act_type=act_type, ffn_drop=drop_rate, fused=fused)
 

@@ -1,5 +1,7 @@
 """S2-MLPv2 (arXiv 2108.01072); its authors published no code: after s2_mlp_v2.py of liuruiyang98/Jittor-MLP."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..ops import fused_s2_attention
@@ -75,7 +77,7 @@ class S2Block(nn.Module):
         expansion_factor: hidden channels over d_model.
         dropout: after both linear layers.
         reduction: as `SplitAttention`.
-        drop_path: stochastic depth of each of the `depth` layers; the article's code has none.
+        drop_path: stochastic depth, of all layers or of each; the article's code has none.
         fused: False runs plain PyTorch.
 
     Keys: model.{layer}.{0, 1}.{norm, fn}.
@@ -89,12 +91,14 @@ class S2Block(nn.Module):
         dropout: float = 0.0,
         *,
         reduction: int = 1,
-        drop_path: float | list[float] = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
         fused: bool = True,
     ) -> None:
         super().__init__()
         hidden = d_model * expansion_factor
-        rates = drop_path if isinstance(drop_path, list) else [drop_path] * depth
+        rates = [drop_path] * depth if isinstance(drop_path, (int, float)) else list(drop_path)
+        if len(rates) != depth:
+            raise ValueError(f"drop_path must be one number or {depth} of them, got {len(rates)}")
 
         def layer(rate: float) -> nn.Sequential:
             mlp = nn.Sequential(

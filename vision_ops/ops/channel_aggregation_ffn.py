@@ -270,10 +270,10 @@ def fused_channel_aggregation_ffn(
         backend: as in `vision_ops.use_backend`.
 
     Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. The GEMMs are PyTorch's; fc2's has
-    the decomposition folded in. Nothing of the hidden width h outlives a chunk of the batch: backward keeps, besides
-    the arguments, one number a pixel, where eager keeps 5h, and computes the rest again. Gradients come in each
-    argument's own dtype and are bitwise repeatable with the same number of threads. Without a kernel for the device,
-    `reference.channel_aggregation_ffn` runs.
+    the decomposition folded in. Backward keeps, besides the arguments, one tensor of the hidden width h, where eager
+    keeps five, and computes the rest again; without gradients nothing of that width outlives a chunk of the batch.
+    Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads. Without a
+    kernel for the device, `reference.channel_aggregation_ffn` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -230,6 +230,7 @@ def _explain(
     backend: str | None = None,
 ) -> Explanation:
     check_tensor("x", x, "B, N, C")
+    check_integer("num_heads", num_heads, 1)
     given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
     return _op.explain(*given, num_heads, _takes_gram(x), backend=backend)
 
