@@ -38,7 +38,7 @@ class use_backend:
     kernels, or a ValueError that says why they cannot run. "reference": plain PyTorch. The `backend=` argument of an op
     takes the same names and wins. The environment variable VISION_OPS_BACKEND, read at import, sets the initial one.
 
-    Under functorch's transforms, forward-mode AD and export to ONNX, which only PyTorch's own ops support, all three run
+    Under functorch's transforms, forward-mode AD and export to ONNX, which only PyTorch's own ops support, all run
     plain PyTorch.
     """
 
