@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -237,22 +239,24 @@ class LPI(nn.Module):
 
 
 class _SDTA(nn.Module):
-    """What both split depthwise transpose attention encoders are made of."""
+    """What both split depthwise transpose attention encoders are made of; they differ in the norm, and in the order."""
+
+    make_norm: ClassVar[Any]  # from channels to a module
 
     def __init__(
         self,
         dim: int,
-        drop_path: float,
-        layer_scale_init_value: float,
-        expan_ratio: int,
-        use_pos_emb: bool,
-        num_heads: int,
-        qkv_bias: bool,
-        attn_drop: float,
-        drop: float,
-        scales: int,
-        norm: Callable[[int], nn.Module],
-        fused: bool,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        expan_ratio: int = 4,
+        use_pos_emb: bool = True,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        drop: float = 0.0,
+        scales: int = 1,
+        *,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         check_integer("scales", scales, 2)
@@ -261,9 +265,9 @@ class _SDTA(nn.Module):
         self.gamma_xca, self.gamma = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(scales - 1))
         self.pos_embd = PositionalEncodingFourier(dim=dim) if use_pos_emb else None
-        self.norm_xca = norm(dim)
+        self.norm_xca = self.make_norm(dim)
         self.xca = XCA(dim, num_heads, qkv_bias, attn_drop, drop, fused=fused)
-        self.norm = norm(dim)
+        self.norm = self.make_norm(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
 
@@ -303,26 +307,7 @@ class SDTAEncoder(_SDTA):
     Input and output are (N, C, H, W). Keys: gamma_xca, gamma, convs, pos_embd, norm_xca, xca, norm, pwconv1, pwconv2.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        drop_path: float = 0.0,
-        layer_scale_init_value: float = 1e-6,
-        expan_ratio: int = 4,
-        use_pos_emb: bool = True,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        drop: float = 0.0,
-        scales: int = 1,
-        *,
-        fused: bool = True,
-    ) -> None:
-        attention = num_heads, qkv_bias, attn_drop, drop
-        norm = lambda channels: nn.LayerNorm(channels, eps=1e-6)
-        super().__init__(
-            dim, drop_path, layer_scale_init_value, expan_ratio, use_pos_emb, *attention, scales, norm, fused
-        )
+    make_norm = staticmethod(partial(nn.LayerNorm, eps=1e-6))
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.with_position(self.cascade(x).permute(0, 2, 3, 1))
@@ -337,25 +322,7 @@ class SDTAEncoderBNHS(_SDTA):
     Here the position is added after norm_xca, and the attention's residual is the normed map.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        drop_path: float = 0.0,
-        layer_scale_init_value: float = 1e-6,
-        expan_ratio: int = 4,
-        use_pos_emb: bool = True,
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        drop: float = 0.0,
-        scales: int = 1,
-        *,
-        fused: bool = True,
-    ) -> None:
-        attention = num_heads, qkv_bias, attn_drop, drop
-        super().__init__(
-            dim, drop_path, layer_scale_init_value, expan_ratio, use_pos_emb, *attention, scales, nn.BatchNorm2d, fused
-        )
+    make_norm = nn.BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.with_position(self.norm_xca(self.cascade(x)).permute(0, 2, 3, 1))
