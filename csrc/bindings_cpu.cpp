@@ -194,6 +194,11 @@ PYBIND11_MODULE(_cpu, m) {
     run([&] { return cpu_kernels().channel_aggregation_ffn->backward(tf, tw, tb, tv, tdscores, tdh, th, tdv, c); });
   });
 
+  m.def("pointwise", [](py::handle x, py::handle w, py::handle b, py::handle z, int combine, py::handle y) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tz = tensor(z), ty = tensor(y);
+    run([&] { return cpu_kernels().pointwise->forward(tx, tw, tb, tz, Combine(combine), ty); });
+  });
+
   m.def("edge_sums", [](py::handle map, py::handle sums) {
     const Tensor4 tmap = tensor(map), tsums = tensor(sums);
     run([&] { return cpu_kernels().shift_split_attention->edge_sums(tmap, tsums); });

@@ -90,3 +90,8 @@ def weight_view(w: Tensor | None) -> tuple[int, ...] | None:
         return None
     taps = w.shape[-1] ** 2 if w.ndim == 4 else 1
     return (w.data_ptr(), DTYPES[w.dtype], 1, w.shape[0], 1, taps, 0, taps, 0, 1)
+
+
+def matrix_view(w: Tensor) -> tuple[int, ...]:
+    """A matrix as a (1, 1, O, I) view."""
+    return (w.data_ptr(), DTYPES[w.dtype], 1, 1, *w.shape, 0, 0, *w.stride())

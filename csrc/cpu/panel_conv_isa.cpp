@@ -153,7 +153,16 @@ struct Pair {
   int64_t y_row, y_column;
   int row_begin, row_end, column_begin, column_end, outputs;
 };
-constexpr int kPairWidths[] = {4, 7, 8};
+constexpr int kPairWidths[] = {4, kRegisters == 32 ? 7 : 5, kRegisters == 32 ? 8 : 6}, kPairCount = 3;
+
+int best_pair(int64_t width) {
+  auto cost = [&](int i) { return ceil_div(width, kPairWidths[i]) * (18 * kPairWidths[i] + 10); };
+  int best = 0;
+  for (int i = 1; i < kPairCount; i++) {
+    if (cost(i) < cost(best)) best = i;
+  }
+  return best;
+}
 
 template <class T, int N, bool Edge>
 void pair(const Pair<T>& t) {
@@ -193,9 +202,13 @@ template <class T>
 void conv_row_pairs(const Panel<const T>& x, int64_t height, const Weights<float>& w, int64_t blocks, DwConv f,
                     RowRange out, const Panel<T>& y) {
   typedef void (*Function)(const Pair<T>&);
-  static const Function inner[] = {pair<T, 4, false>, pair<T, 7, false>, pair<T, 8, false>};
-  static const Function edge[] = {pair<T, 4, true>, pair<T, 7, true>, pair<T, 8, true>};
-  const int size = y.width <= 4 ? 0 : y.width % 8 != 0 && y.width % 7 == 0 ? 1 : 2, width = kPairWidths[size];
+#define VOPS_EACH_PAIR(Edge)                                                                    \
+  {                                                                                             \
+    pair<T, kPairWidths[0], Edge>, pair<T, kPairWidths[1], Edge>, pair<T, kPairWidths[2], Edge> \
+  }
+  static const Function inner[] = VOPS_EACH_PAIR(false), edge[] = VOPS_EACH_PAIR(true);
+#undef VOPS_EACH_PAIR
+  const int size = best_pair(y.width), width = kPairWidths[size];
   Pair<T> t;
   t.x_row = x.row_step;
   t.x_column = x.column_step;

@@ -39,7 +39,7 @@ VOPS_INLINE Cut cut_work(int64_t batch, int64_t blocks, int64_t height, int64_t 
 
 // Blocks of channels that a task takes at once from channels_last tensors, whose cache lines and pages they share: few
 // enough for their panels to fit the cache, or many where the tensor is used in place.
-constexpr int64_t kPackedBlocks = 8, kDirectBlocks = 32;
+constexpr int64_t kPackedBlocks = 8, kDirectBlocks = 2 * kLanes;
 
 // The tasks that keep all threads busy to the end.
 VOPS_INLINE int64_t tasks_for_threads() { return 4 * omp_get_max_threads(); }

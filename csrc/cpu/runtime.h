@@ -13,6 +13,7 @@
 #include "layer_norm_2d.h"
 #include "moga_gate.h"
 #include "multi_order_dwconv.h"
+#include "pointwise.h"
 #include "shift_split_attention.h"
 #include "split_cascade.h"
 
@@ -38,6 +39,7 @@ extern const Error kOutOfMemory;
   X(LayerNorm2dOps, layer_norm_2d)                     \
   X(MogaGateOps, moga_gate)                            \
   X(MultiOrderDwConvOps, multi_order_dwconv)           \
+  X(PointwiseOps, pointwise)                           \
   X(ShiftSplitAttentionOps, shift_split_attention)     \
   X(SplitCascadeOps, split_cascade)
 

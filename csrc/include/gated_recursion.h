@@ -1,4 +1,4 @@
-// The gates of HorNet's recursion; its matrix products are torch's.
+// The gates of HorNet's recursion; its matrix products are those of pointwise.h.
 #pragma once
 #include "tensor.h"
 

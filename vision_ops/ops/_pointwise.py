@@ -1,13 +1,105 @@
-"""1x1 convolutions and their gradients as PyTorch's GEMMs, in any layout and without copies of slices."""
+"""1x1 convolutions and their gradients as matrix products, in any layout and without copies of slices.
+
+In float32 on CPUs the forward products are ours: they take any layout to any other and end in what the ops do next.
+All others are PyTorch's.
+"""
 
 import torch
 from torch import Tensor
 
+from .. import _native
 from ._registration import allocate_channels_last
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = weight x + bias at every pixel of (N, C, H, W). Where x and out differ in layout, the GEMM changes it."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
+    """out = weight x + bias at every pixel of (N, C, H, W), plus another tensor of its shape, which may be out.
+
+    Where x and out differ in layout, the product changes it.
+    """
+    if _multiplies(x, out, plus):
+        _multiply(x, weight, bias, out, plus, _PLUS)
+    elif plus is None:
+        _torch_linear(x, weight, bias, out)
+    else:
+        product = torch.empty_like(out) if plus is out else out
+        _torch_linear(x, weight, bias, product)
+        torch.add(product, plus, out=out)
+
+
+def linear_to(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
+    """`linear` of a channels_last x into any layout. PyTorch's GEMMs take longer to change it than a copy does."""
+    if out.shape[1] == 1 or out.stride(1) == 1 or _multiplies(x, out, plus):
+        return linear(x, weight, bias, out, plus=plus)
+    y = allocate_channels_last(out.shape, out)
+    linear(x, weight, bias, y)
+    if plus is None:
+        out.copy_(y)
+    else:
+        torch.add(y, plus, out=out)
+
+
+def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, out: Tensor) -> bool:
+    """out = (weight x + bias) * factor, where that is one kernel; else False."""
+    if not _multiplies(x, out, factor):
+        return False
+    _multiply(x, weight, bias, out, factor, _TIMES)
+    return True
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`linear` of (M, C): its rows are pixels."""
+    linear(_as_pixels(x), weight, bias, _as_pixels(out))
+
+
+def _as_pixels(rows: Tensor) -> Tensor:
+    return rows.t()[None, :, None]
+
+
+def products(x: Tensor) -> str:
+    """What multiplies tensors like x, for `explain`."""
+    if not _has_kernel(x):
+        return "PyTorch's GEMMs"
+    return f"{_native.kernel_name('cpu')}, PyTorch's GEMMs for the gradients of weights"
+
+
+_NOTHING, _PLUS, _TIMES = range(3)  # Combine in csrc/include/pointwise.h
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, other: Tensor | None, combine: int) -> None:
+    bias = None if bias is None else bias.contiguous()
+    given = _native.view(x), _native.matrix_view(weight), _native.weight_view(bias), _native.view(other)
+    _native.kernels().pointwise(*given, _NOTHING if other is None else combine, _native.view(out))
+
+
+def _multiplies(x: Tensor, out: Tensor, other: Tensor | None) -> bool:
+    """Whether our kernel takes these."""
+    if not _has_kernel(x):
+        return False
+    return _gapless(x) and _lined(out) and (other is None or (_lined(other) and _by_channel(other) == _by_channel(out)))
+
+
+def _has_kernel(x: Tensor) -> bool:
+    # The baseline has none of the instructions that PyTorch's GEMMs choose.
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _native.kernels().isa != "baseline"
+
+
+def _gapless(t: Tensor) -> bool:
+    """Whether one stride leads through the pixels of an image."""
+    _, _, h, w = t.shape
+    return h == 1 or w == 1 or t.stride(2) == w * t.stride(3)
+
+
+def _by_channel(t: Tensor) -> bool:
+    return t.stride(1) == 1 or t.shape[1] == 1
+
+
+def _lined(t: Tensor) -> bool:
+    """Whether its channels are neighbours in memory, or the pixels of its planes."""
+    _, _, h, w = t.shape
+    return _gapless(t) and (_by_channel(t) or h * w == 1 or (t.stride(2) if w == 1 else t.stride(3)) == 1)
+
+
+def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     rows, to = _pixels(x), _pixels(out)
     matrix, to_matrix = _matrix(rows), _matrix(to)
@@ -27,15 +119,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.bmm(left, right, out=to)
     else:
         torch.baddbmm(column, left, right, out=to)
-
-
-def linear_to(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """`linear` of a channels_last x into any layout. A GEMM that changes the layout takes longer than a copy does."""
-    if out.shape[1] == 1 or out.stride(1) == 1:
-        return linear(x, weight, bias, out)
-    y = allocate_channels_last(out.shape, out)
-    linear(x, weight, bias, y)
-    out.copy_(y)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:

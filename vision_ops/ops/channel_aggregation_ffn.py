@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import linear, linear_to, weight_gradient
+from ._pointwise import linear, linear_to, products, weight_gradient
 from ._registration import FusedOp, allocate, device_reasons, empty, without_autocast
 from .dwconv import convolve_backward
 from .gated_recursion import channel_sums, pixel_dense
@@ -218,7 +218,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     kernel = _native.kernel_name(a.x.device.type)
-    return {"depthwise convolution, GELU and aggregation": kernel, "1x1 convolutions": "PyTorch's GEMMs"}
+    return {"depthwise convolution, GELU and aggregation": kernel, "1x1 convolutions": products(a.x)}
 
 
 _op = FusedOp(

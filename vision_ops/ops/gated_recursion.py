@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
-from ._pointwise import linear, weight_gradient
+from ._pointwise import linear, linear_times, products, weight_gradient
 from ._registration import FusedOp, device_reasons, empty, memory_format, without_autocast
 
 
@@ -77,8 +77,9 @@ def run_chain(
     gates.gate(pwa, None, first, p)
     for k, (weight, bias, q) in enumerate(zip(weights, biases, rest, strict=True), start=1):
         u = empty((n, len(weight), h, w), pwa) if k < len(weights) else out
-        linear(p, weight.flatten(1), None, u)
-        gates.gate(u, bias, q, u)
+        if not linear_times(p, weight.flatten(1), bias, q, u):
+            linear(p, weight.flatten(1), None, u)
+            gates.gate(u, bias, q, u)
         p = u
 
 
@@ -191,7 +192,7 @@ def _parts(a: _Arguments) -> dict[str, str]:
 def gate_parts(x: Tensor, widths: list[int]) -> dict[str, str]:
     """What runs the chain for tensors like x."""
     if x.device.type != "cuda":
-        return {"gates": _native.kernel_name(x.device.type), "1x1 convolutions": "PyTorch's GEMMs"}
+        return {"gates": _native.kernel_name(x.device.type), "1x1 convolutions": products(x)}
     from ..kernels.gated_recursion import chain_tile
 
     if chain_tile(widths, x.dtype) is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import linear, linear_to, weight_gradient
+from ._pointwise import linear, linear_to, products, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
 from .feature_decompose import flat, image_means, run_decompose, run_decompose_backward
 from .gated_recursion import channel_sums, pixel_dense
@@ -60,11 +60,10 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
 def _means(x: Tensor, a: _Arguments) -> Tensor:
     """Of proj_1's output, from those of x."""
     means = image_means(x)
-    weight = a.proj_1_weight.flatten(1).to(means.dtype)
-    projected = means.flatten(1) @ weight.t()
-    if a.proj_1_bias is not None:
-        projected += a.proj_1_bias
-    return projected[:, :, None, None]
+    projected = torch.empty_like(means)
+    bias = None if a.proj_1_bias is None else a.proj_1_bias.to(means.dtype)
+    linear(means, a.proj_1_weight.flatten(1).to(means.dtype), bias, projected)
+    return projected
 
 
 def _scratch(a: _Arguments) -> Tensor:
@@ -83,8 +82,7 @@ def _forward(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     multi_order(u, a.dw_weights, a.dw_biases, a.dilations, dw)
     linear(dw, a.pw_weight.flatten(1), a.pw_bias, value)
     run_gate(gate, value, a.double_gate_act, gate)
-    linear_to(gate, a.proj_2_weight.flatten(1), a.proj_2_bias, y)
-    y += a.x
+    linear_to(gate, a.proj_2_weight.flatten(1), a.proj_2_bias, y, plus=a.x)
     return y, p, dw
 
 
@@ -111,15 +109,13 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, p: Tensor, dw: Tens
     ddw, du = product, _scratch(a)
     linear(value, a.pw_weight.flatten(1).t(), None, ddw)
     multi_order_backward(ddw, u, a.dw_weights, a.dw_biases, a.dilations, du, ddws, ddw_biases)
-    linear(gate, a.gate_weight.flatten(1).t(), None, value)
-    du += value
+    linear(gate, a.gate_weight.flatten(1).t(), None, du, plus=du)
     dp = u
     run_decompose_backward(du, p, means, sigma, "silu", dp, flat(dsigma))
     weight_gradient(dp, x, dproj_1)
     channel_sums(dp, dproj_1_bias)
     if dx is not None:
-        linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx)
-        dx += grad
+        linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx, plus=grad)
 
 
 _KERNELS = {"CPU": (_forward, _backward)}
@@ -131,7 +127,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     kernel = _native.kernel_name(a.x.device.type)
-    return {"decomposition, depthwise convolutions and gate": kernel, "1x1 convolutions": "PyTorch's GEMMs"}
+    return {"decomposition, depthwise convolutions and gate": kernel, "1x1 convolutions": products(a.x)}
 
 
 _op = FusedOp(

@@ -1,0 +1,341 @@
+// C = A B by tiles: the rows of a tile are broadcast, its columns are vectors, and its sums stay in registers while the
+// depth, the common index, is run through. A is packed in tiles of kTileRows rows and B in panels of kTileColumns
+// columns, both in steps of kDepth, so that a panel stays in a first-level cache for many tiles.
+#include "lines.h"
+#include "pointwise.h"
+
+namespace vops {
+namespace VOPS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
+constexpr int64_t kDepth = 384;
+// A packed tile is [row][depth] where A is contiguous along the depth, [depth][row] else: copied, never transposed. The
+// pitches are constants, to be displacements in the instructions; powers of two would crowd a few sets of a cache.
+constexpr int64_t kDepthPitch = kDepth + 16, kRowPitch = kLanes, kPackedTile = kRowPitch * kDepthPitch + 16;
+constexpr int64_t kBlockRows = 96 / kTileRows * kTileRows;  // of A in a second-level cache
+
+// Element (row, depth) of A, or (column, depth) of B.
+struct Matrix {
+  const float* data;
+  int64_t line, depth;  // strides
+  Matrix from(int64_t first_line, int64_t first_depth) const {
+    return {data + first_line * line + first_depth * depth, line, depth};
+  }
+};
+
+struct Steps {
+  int64_t count, depth;
+  RowRange operator[](int64_t i) const { return {i * depth / count, (i + 1) * depth / count}; }
+};
+Steps cut_depth(int64_t depth) { return {max64(ceil_div(depth, kDepth), 1), depth}; }
+
+VOPS_INLINE void copy_line(const float* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) store_n(to + i, load_n(from + i, (int)(count - i)), (int)(count - i));
+}
+
+bool tiles_by_row(const Matrix& a) { return a.depth == 1; }
+
+void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, float* tiles) {
+  if (tiles_by_row(a)) {
+    for (int64_t r = 0; r < rows; r++) {
+      copy_line(a.data + r * a.line, depth, tiles + r / kTileRows * kPackedTile + r % kTileRows * kDepthPitch);
+    }
+    for (int64_t r = rows; r % kTileRows; r++) {
+      memset(tiles + r / kTileRows * kPackedTile + r % kTileRows * kDepthPitch, 0, depth * sizeof(float));
+    }
+    return;
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    const float* from = a.data + k * a.depth;
+    float* to = tiles + k * kRowPitch;
+    for (int64_t r = 0; r < rows; r += kTileRows, to += kPackedTile) {
+      const int count = (int)min64(kLanes, rows - r);  // what is beyond the tile is not used
+      if (a.line != 1) {
+        for (int i = 0; i < kLanes; i++) to[i] = i < count ? from[(r + i) * a.line] : 0.f;
+      } else if (count == kLanes) {
+        store(to, load(from + r));
+      } else {
+        store(to, load_n(from + r, count));
+      }
+    }
+  }
+}
+
+// [panel][depth][column], with zeros for columns that are not there.
+void pack_panels(const Matrix& b, int64_t columns, int64_t depth, float* panels) {
+  for (int64_t first = 0; first < columns; first += kLanes) {
+    float* panel = panels + first / kTileColumns * depth * kTileColumns + first % kTileColumns;
+    const float* from = b.data + first * b.line;
+    const int count = (int)min64(kLanes, columns - first);
+    int64_t k = 0;
+    if (b.line == 1) {
+      for (; count == kLanes && k < depth; k++) store(panel + k * kTileColumns, load(from + k * b.depth));
+      for (; k < depth; k++) store(panel + k * kTileColumns, load_n(from + k * b.depth, count));
+    }
+    if (b.depth == 1) {
+      for (; k + kLanes <= depth; k += kLanes) {
+        Float v[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) v[i] = i < count ? load(from + i * b.line + k) : Float{};
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) store(panel + (k + i) * kTileColumns, v[i]);
+      }
+    }
+    for (; k < depth; k++) {
+      for (int i = 0; i < kLanes; i++) panel[k * kTileColumns + i] = i < count ? from[i * b.line + k * b.depth] : 0.f;
+    }
+    if (first + kLanes >= columns && first % kTileColumns == 0) {
+      for (k = 0; k < depth; k++) store(panel + k * kTileColumns + kLanes, Float{});
+    }
+  }
+}
+
+// A tile of the result, with what belongs to it.
+struct Target {
+  float* c;
+  const float* z;
+  int64_t pitch, z_pitch;
+  const float *row_bias, *column_bias;  // of which one at most is there; that of the columns is as long as the tile
+  Combine combine;
+};
+
+struct Sums {
+  Float at[kTileRows][kTileVectors];
+};
+
+// Calls f(row, vector, offset in c, offset in z, load, store) for the vectors of a tile that are there.
+template <class F>
+VOPS_INLINE void for_each_sum(const Target& to, int64_t rows, int64_t columns, const F& f) {
+  const auto get = [](const float* p) { return load(p); };
+  const auto put = [](float* p, Float v) { store(p, v); };
+  if (rows == kTileRows && columns == kTileColumns) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; r++) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVectors; j++) f(r, j, r * to.pitch + j * kLanes, r * to.z_pitch + j * kLanes, get, put);
+    }
+    return;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; r++) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVectors; j++) {
+      const int64_t c = r * to.pitch + j * kLanes, z = r * to.z_pitch + j * kLanes;
+      const int n = (int)min64(columns - j * kLanes, kLanes);
+      if (r >= rows || n <= 0) continue;
+      if (n == kLanes) {
+        f(r, j, c, z, get, put);
+      } else {
+        f(r, j, c, z, [n](const float* p) { return load_n(p, n); }, [n](float* p, Float v) { store_n(p, v, n); });
+      }
+    }
+  }
+}
+
+// What the sums of a tile begin with.
+VOPS_INLINE Sums first_sums(const Target& to, int64_t rows, int64_t columns, bool first) {
+  Sums sums = {};
+  if (!first) {
+    for_each_sum(to, rows, columns, [&](int r, int j, int64_t c, int64_t, const auto& get, const auto&) {
+      sums.at[r][j] = get(to.c + c);
+    });
+    return sums;
+  }
+  if (to.row_bias || to.column_bias) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; r++) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVectors; j++) {
+        sums.at[r][j] = to.column_bias ? load(to.column_bias + j * kLanes) : splat(r < rows ? to.row_bias[r] : 0.f);
+      }
+    }
+  }
+  if (to.combine == kPlus) {
+    for_each_sum(to, rows, columns, [&](int r, int j, int64_t, int64_t z, const auto& get, const auto&) {
+      sums.at[r][j] += get(to.z + z);
+    });
+  }
+  return sums;
+}
+
+template <int64_t row_step, int64_t depth_step>
+VOPS_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, Sums* result) {
+  Sums sums = *result;
+  for (int64_t k = 0; k < depth; k++, a += depth_step, b += kTileColumns) {
+    const Float left = load(b), right = load(b + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; r++) {
+      sums.at[r][0] += left * a[r * row_step];
+      sums.at[r][1] += right * a[r * row_step];
+    }
+  }
+  *result = sums;
+}
+
+// The tiles of packed rows times packed columns. target(row, column) tells where a tile goes.
+template <class F>
+void multiply_block(const float* tiles, bool by_row, int64_t rows, const float* panels, int64_t columns, int64_t depth,
+                    bool first, bool last, const F& target) {
+  for (int64_t j = 0; j < columns; j += kTileColumns) {
+    const float* panel = panels + j * depth;
+    const int64_t width = min64(kTileColumns, columns - j);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const Target to = target(i, j);
+      const int64_t height = min64(kTileRows, rows - i);
+      const float* tile = tiles + i / kTileRows * kPackedTile;
+      Sums sums = first_sums(to, height, width, first);
+      if (by_row) {
+        multiply_tile<kDepthPitch, 1>(tile, panel, depth, &sums);
+      } else {
+        multiply_tile<1, kRowPitch>(tile, panel, depth, &sums);
+      }
+      const bool times = last && to.combine == kTimes;
+      for_each_sum(to, height, width, [&](int r, int k, int64_t c, int64_t z, const auto& get, const auto& put) {
+        put(to.c + c, times ? sums.at[r][k] * get(to.z + z) : sums.at[r][k]);
+      });
+    }
+  }
+}
+
+// The pixels of images that follow each other as those of one do are those of one image.
+struct Pixels {
+  int64_t images, count;
+};
+template <class... Tensors>
+Pixels merged_pixels(const Tensor4& first, const Tensors&... rest) {
+  const Tensor4* all[] = {&first, &rest...};
+  const int64_t images = first.size[0], count = first.size[2] * first.size[3];
+  bool stacked = true;
+  for (const Tensor4* t : all) stacked = stacked && (!t->data || t->stride[0] == count * pixel_stride(*t));
+  return stacked ? Pixels{1, images * count} : Pixels{images, count};
+}
+// (pixel, channel) of an image, from a pixel on.
+Matrix by_pixel(const Tensor4& t, int64_t n, int64_t pixel) {
+  const int64_t step = pixel_stride(t);
+  return {(const float*)t.data + n * t.stride[0] + pixel * step, step, t.stride[1]};
+}
+
+// Neighbours in y are channels: pixels are the rows.
+Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
+                   const Tensor4& y) {
+  const Pixels pixels = merged_pixels(x, y, z);
+  const int64_t depth = x.size[1], columns = y.size[1], panels = ceil_div(columns, kTileColumns);
+  const int64_t padded_columns = panels * kTileColumns;
+  const Steps steps = cut_depth(depth);
+  float* bias = (float*)thread_scratch(kSums, (padded_columns + padded_columns * depth) * sizeof(float));
+  if (!bias) return kOutOfMemory;
+  float* weight = bias + padded_columns;
+  for (int64_t c = 0; b.data && c < columns; c++) bias[c] = ((const float*)b.data)[c * b.stride[1]];
+  for (int64_t c = columns; c < padded_columns; c++) bias[c] = 0.f;
+  const Matrix matrix = {(const float*)w.data, w.stride[2], w.stride[3]};
+  Error error = for_each_task<float>(panels, columns * depth, 0, [&](int64_t panel, float*) {
+    for (int64_t i = 0; i < steps.count; i++) {
+      const RowRange k = steps[i];
+      const int64_t first = panel * kTileColumns, count = min64(kTileColumns, columns - first);
+      float* to = weight + k.begin * padded_columns + first * (k.end - k.begin);
+      pack_panels(matrix.from(first, k.begin), count, k.end - k.begin, to);
+    }
+  });
+  if (error) return error;
+
+  const int64_t tiles = ceil_div(pixels.count, kTileRows), wanted = tasks_for_threads();
+  const int64_t rows = kTileRows * clamp64(ceil_div(tiles * pixels.images, wanted), min64(tiles, 24 / kTileRows),
+                                           kBlockRows / kTileRows);
+  const int64_t blocks = ceil_div(pixels.count, rows), groups = clamp64(wanted / (blocks * pixels.images), 1, panels);
+  const int64_t work = pixels.images * pixels.count * columns * depth;
+  const int64_t scratch = rows / kTileRows * kPackedTile;
+  return for_each_task<float>(pixels.images * blocks * groups, work, scratch, [&](int64_t task, float* packed) {
+    const int64_t n = task / groups / blocks, first = task / groups % blocks * rows;
+    const int64_t count = min64(rows, pixels.count - first), group = task % groups;
+    const int64_t begin = group * panels / groups * kTileColumns;
+    const int64_t end = min64(columns, (group + 1) * panels / groups * kTileColumns);
+    for (int64_t i = 0; i < steps.count; i++) {
+      const RowRange k = steps[i];
+      const int64_t length = k.end - k.begin;
+      const Matrix a = by_pixel(x, n, first).from(0, k.begin);
+      pack_tiles(a, count, length, packed);
+      const float* panel = weight + k.begin * padded_columns + begin * length;
+      float* c = (float*)y.data + n * y.stride[0] + first * pixel_stride(y) + begin;
+      const float* other = (const float*)z.data + n * z.stride[0] + first * pixel_stride(z) + begin;
+      multiply_block(packed, tiles_by_row(a), count, panel, end - begin, length, i == 0, i == steps.count - 1,
+                     [&](int64_t row, int64_t column) {
+                       const int64_t pitch = pixel_stride(y), z_pitch = pixel_stride(z);
+                       Target to = {c + row * pitch + column, nullptr, pitch, z_pitch, nullptr, nullptr, combine};
+                       if (combine) to.z = other + row * z_pitch + column;
+                       if (b.data) to.column_bias = bias + begin + column;
+                       return to;
+                     });
+    }
+  });
+}
+
+// Neighbours in y are pixels: channels are the rows.
+Error forward_planes(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
+                     const Tensor4& y) {
+  const int64_t images = x.size[0], pixels = x.size[2] * x.size[3], depth = x.size[1], rows = y.size[1];
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const Steps steps = cut_depth(depth);
+  float* weight = (float*)thread_scratch(kSums, (rows + steps.count * tiles * kPackedTile) * sizeof(float));
+  if (!weight) return kOutOfMemory;
+  float* bias = weight + steps.count * tiles * kPackedTile;
+  for (int64_t c = 0; b.data && c < rows; c++) bias[c] = ((const float*)b.data)[c * b.stride[1]];
+  const Matrix matrix = {(const float*)w.data, w.stride[2], w.stride[3]};
+  Error error = for_each_task<float>(tiles, rows * depth, 0, [&](int64_t tile, float*) {
+    for (int64_t i = 0; i < steps.count; i++) {
+      const RowRange k = steps[i];
+      const int64_t first = tile * kTileRows, count = min64(kTileRows, rows - first);
+      pack_tiles(matrix.from(first, k.begin), count, k.end - k.begin, weight + (i * tiles + tile) * kPackedTile);
+    }
+  });
+  if (error) return error;
+
+  const int64_t panels = ceil_div(pixels, kTileColumns), wanted = tasks_for_threads();
+  const int64_t columns = kTileColumns * clamp64(ceil_div(panels * images, wanted), 1, 128 / kTileColumns);
+  const int64_t blocks = ceil_div(pixels, columns), groups = clamp64(wanted / (blocks * images), 1, tiles);
+  const int64_t work = images * pixels * rows * depth, length = min64(depth, kDepth);
+  return for_each_task<float>(images * blocks * groups, work, columns * length, [&](int64_t task, float* packed) {
+    const int64_t n = task / groups / blocks, first = task / groups % blocks * columns;
+    const int64_t count = min64(columns, pixels - first), group = task % groups;
+    const int64_t begin = group * tiles / groups, end = min64(rows, (group + 1) * tiles / groups * kTileRows);
+    for (int64_t i = 0; i < steps.count; i++) {
+      const RowRange k = steps[i];
+      pack_panels(by_pixel(x, n, first).from(0, k.begin), count, k.end - k.begin, packed);
+      float* c = (float*)y.data + n * y.stride[0] + first;
+      const float* other = (const float*)z.data + n * z.stride[0] + first;
+      multiply_block(
+          weight + (i * tiles + begin) * kPackedTile, tiles_by_row(matrix), end - begin * kTileRows, packed, count,
+          k.end - k.begin, i == 0, i == steps.count - 1, [&](int64_t row, int64_t column) {
+            row += begin * kTileRows;
+            Target to = {c + row * y.stride[1] + column, nullptr, y.stride[1], z.stride[1], nullptr, nullptr, combine};
+            if (combine) to.z = other + row * z.stride[1] + column;
+            if (b.data) to.row_bias = bias + row;
+            return to;
+          });
+    }
+  });
+}
+
+Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
+              const Tensor4& y) {
+  if (y.size[0] * y.size[1] * y.size[2] * y.size[3] == 0) return nullptr;
+  return (is_channels_last(y) ? forward_rows : forward_planes)(x, w, b, z, combine, y);
+}
+
+}  // namespace
+
+extern const PointwiseOps pointwise_ops;
+const PointwiseOps pointwise_ops = {forward};
+
+}  // namespace VOPS_ISA
+}  // namespace vops

@@ -1,0 +1,19 @@
+// 1x1 convolutions: matrix products over the channels of every pixel, in float32.
+#pragma once
+#include "tensor.h"
+
+namespace vops {
+
+// What becomes of a product and another tensor z.
+enum Combine : int { kNothing = 0, kPlus = 1, kTimes = 2 };
+
+// All pixels of an image have one stride, in every tensor; channels and images have any, but the neighbours of y in
+// memory are its channels or its pixels. Matrices are (1, 1, O, I) with any strides, biases (1, O, 1, 1) views.
+struct PointwiseOps {
+  // y = (W x + b) combined with z, which lies as y does. b may be absent, and z is where there is nothing to combine. z
+  // may be y, to be added.
+  Error (*forward)(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
+                   const Tensor4& y);
+};
+
+}  // namespace vops

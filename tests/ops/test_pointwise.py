@@ -1,0 +1,109 @@
+import pytest
+import torch
+from harness import laid_out
+
+from vision_ops import _native
+from vision_ops.ops import _pointwise
+
+pytestmark = pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_missing))
+
+# Channels and pixels around the tiles of all instruction sets, and depths of one, two and three steps.
+SIZES = [
+    ((1, 1, 1, 1), 1),
+    ((2, 5, 3, 4), 7),
+    ((1, 64, 7, 9), 96),
+    ((3, 385, 5, 5), 33),
+    ((2, 800, 9, 5), 20),
+    ((2, 17, 16, 13), 70),
+    ((2, 3, 1, 40), 129),
+    ((4, 32, 31, 1), 12),
+]
+LAYOUTS = ["contiguous", "channels_last", "slice"]
+
+
+def exact(x, weight, bias):
+    y = torch.einsum("oc,nchw->nohw", weight.double(), x.double())
+    return y if bias is None else y + bias.double()[:, None, None]
+
+
+def close(y, expected, x, weight):
+    """To the rounding of sums as long as the depth."""
+    scale = torch.einsum("oc,nchw->nohw", weight.double().abs(), x.double().abs()).max() + 1
+    assert (y.double() - expected).abs().max() <= 1e-6 * scale
+
+
+def place(t, layout):
+    """Its values in a layout; a slice is one of the channels of a channels_last tensor."""
+    if layout != "slice":
+        return laid_out(t, layout)
+    n, c, h, w = t.shape
+    return laid_out(torch.full((n, c + 6, h, w), 3.0), "channels_last")[:, 3 : c + 3].copy_(t)
+
+
+@pytest.mark.parametrize("size, outputs", SIZES, ids=str)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("y_layout", LAYOUTS)
+def test_linear(size, outputs, x_layout, y_layout):
+    n, c, h, w = size
+    x, y, other = (torch.randn(n, k, h, w) for k in (c, outputs, outputs))
+    x, y, other = place(x, x_layout), place(y.fill_(float("nan")), y_layout), place(other, y_layout)
+    for weight, bias in (torch.randn(outputs, c), torch.randn(outputs)), (torch.randn(c, outputs).t(), None):
+        expected = exact(x, weight, bias)
+        _pointwise.linear(x, weight, bias, y)
+        close(y, expected, x, weight)
+        _pointwise.linear_to(x, weight, bias, y, plus=other)
+        close(y, expected + other, x, weight)
+        own = other.clone()
+        _pointwise.linear(x, weight, bias, own, plus=own)
+        close(own, expected + other, x, weight)
+        if _pointwise.linear_times(x, weight, bias, other, y):
+            close(y / other, expected, x, weight)
+        else:
+            assert _native.kernels().isa == "baseline"
+
+
+def test_writes_nothing_else():
+    whole = laid_out(torch.full((2, 40, 5, 7), 7.0), "channels_last")
+    x = laid_out(torch.randn(2, 9, 5, 7), "channels_last")
+    _pointwise.linear(x, torch.randn(21, 9), None, whole[:, 8:29])
+    assert (whole[:, :8] == 7).all() and (whole[:, 29:] == 7).all() and (whole[:, 8:29] != 7).all()
+
+
+def test_planes_write_nothing_else():
+    whole = torch.full((2, 23, 6, 7), 7.0)
+    _pointwise.linear(torch.randn(2, 9, 6, 7), torch.randn(21, 9), None, whole[:, 1:22])
+    assert (whole[:, 0] == 7).all() and (whole[:, 22] == 7).all() and (whole[:, 1:22] != 7).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sums_do_not_depend_on_the_threads(layout):
+    x, y = (laid_out(torch.randn(2, c, 40, 41), layout) for c in (400, 70))
+    weight, bias, threads = torch.randn(70, 400), torch.randn(70), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            _pointwise.linear(x, weight, bias, y)
+            results.append(y.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_matrix():
+    x, y = torch.randn(37, 50), torch.empty(37, 90)
+    weight, bias = torch.randn(90, 50), torch.randn(90)
+    _pointwise.linear_rows(x, weight, bias, y)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().t() + bias, rtol=1e-5, atol=1e-5)
+    _pointwise.linear_rows(x.half(), weight, None, half := torch.empty(37, 90, dtype=torch.half))
+    torch.testing.assert_close(half.double(), x.double() @ weight.double().t(), rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_pytorch(dtype):
+    x, y = (laid_out(torch.randn(2, c, 4, 5, dtype=dtype), "channels_last") for c in (6, 8))
+    weight, other = torch.randn(8, 6), torch.randn_like(y)
+    assert not _pointwise.linear_times(x, weight, None, other, y)
+    _pointwise.linear(x, weight, None, y, plus=other)
+    expected = exact(x, weight.to(dtype), None) + other
+    assert (y - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
