@@ -201,7 +201,7 @@ class FilterTile : FilterShape<N> {
     const auto in_tile = [](int i) { return i % (N * N) * kPitch + i / (N * N); };
     const int count = lanes_ * N * N, first = opaque(int(threadIdx.x));
     if (t.stride[1] == N * N && t.stride[2] == N && t.stride[3] == 1) {
-#pragma unroll 4
+#pragma unroll 8
       for (int i = first; i < count; i += kBlock) f(i, in_tile(i));
     } else {
 #pragma unroll 1
