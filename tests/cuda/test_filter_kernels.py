@@ -8,7 +8,7 @@ from harness import HALF, LAYOUTS, Case, check_against_reference, laid_out, outp
 from vision_ops import fused_global_filter
 
 SIZES = (7, 12, 14, 24)
-# More images than blocks that the splits make: two or one to a block, forward and backward.
+# More images than a GPU holds blocks: two or three to a block, fewer to the last one.
 MANY = {7: 1059, 24: 267}
 
 

@@ -75,6 +75,7 @@ def _run_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | Non
 
 
 def _run_backward_fft(grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
+    """Where there is no kernel: a compiled graph has the op for every size."""
     if len(x) == 0:  # an FFT refuses empty batches
         if dweight is not None:
             dweight.zero_()
@@ -169,9 +170,9 @@ def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | Non
 
     Half types are computed in float32 and rounded once; autocast leaves both tensors as they are. The transforms are
     our own and need no complex numbers: on CPUs up to 30 x 30, on GPUs for maps of 7, 12, 14 and 24 squared, those of
-    the published networks, but not in float64. Elsewhere `reference.global_filter` runs, whose FFT is then faster, and
-    in compiled graphs, which do not know the size, PyTorch's FFT inside of the op on GPUs. Backward keeps the arguments
-    only; gradients are bitwise repeatable.
+    the published networks, but not in float64. Elsewhere `reference.global_filter` runs, whose FFT is then faster; told
+    to be fused, or in a compiled graph, which does not know the size, the op on GPUs takes PyTorch's FFT itself.
+    Backward keeps the arguments only; gradients are bitwise repeatable.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
