@@ -381,7 +381,6 @@ OPS = {
             shapes.global_filter_cases(),
             build_global_filter,
             quick=("HorNet-T.3", "HorNet-T.4"),
-            devices=("cpu",),
         ),
         Op(
             "dwconv_layer_norm",

@@ -40,6 +40,7 @@ FIRST_CASES = (
     *(("dwconv", case) for case in ("EdgeNeXt-S.4", "MOAT-0.2 entry", "MogaNet-S.1 ffn gelu")),
     *(("layer_norm_2d", f"HorNet-T.{stage}") for stage in (1, 4)),
     *(("gnconv", f"HorNet-T.{stage}") for stage in (1, 2, 3, 4)),
+    *(("global_filter", f"HorNet-T.{stage}") for stage in (3, 4)),
 )
 
 

@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "dwconv_cuda.h"
+#include "global_filter_cuda.h"
 #include "toolchain.h"
 
 using namespace vops;
@@ -78,4 +79,19 @@ PYBIND11_MODULE(_cuda, m) {
           void* const room = reinterpret_cast<void*>(workspace);
           run([&] { return multi_order_dwconv_backward_cuda(tdy, tx, p, grads, tx0, tdx0, room, target); });
         });
+
+  m.def("has_filter_kernel", &has_filter_kernel);
+  m.def("global_filter", [](py::handle x, py::handle w, py::handle y, int device, uintptr_t stream) {
+    const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
+    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
+    run([&] { return global_filter_cuda(tx, tw, ty, target); });
+  });
+  m.def("global_filter_backward_workspace", [](py::handle dy) { return global_filter_backward_workspace(tensor(dy)); });
+  m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw,
+                                     uintptr_t workspace, int device, uintptr_t stream) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
+    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
+    void* const room = reinterpret_cast<void*>(workspace);
+    run([&] { return global_filter_backward_cuda(tdy, tx, tw, tdx, tdw, room, target); });
+  });
 }

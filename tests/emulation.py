@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from vision_ops import _native
-from vision_ops.ops import dwconv, multi_order_dwconv
+from vision_ops.ops import dwconv, global_filter, multi_order_dwconv
 from vision_ops.ops._registration import FusedOp
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DVOPS_EMU"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
+SOURCES = {"dwconv": dwconv, "multi_order_dwconv": multi_order_dwconv, "global_filter": global_filter}
 ORDERS = ("0", "1", "7")  # of the threads: in order, backwards, shuffled
 
 
@@ -129,7 +130,7 @@ def kernels() -> ModuleType:
 @cache
 def _emulated_op(name: str) -> FusedOp:
     """The op of another name, whose kernels for CPU tensors are those for CUDA."""
-    source = {"dwconv": dwconv, "multi_order_dwconv": multi_order_dwconv}[name]
+    source = SOURCES[name]
     return FusedOp(
         f"emulated_{name}",
         source._Arguments,
@@ -137,6 +138,7 @@ def _emulated_op(name: str) -> FusedOp:
         kernels={"CPU": source._KERNELS["CUDA"]},
         reference=source._reference,
         predicate=lambda a: ([], []),
+        autocast=source._op._autocasts,
         parts=source._parts,
     )
 
@@ -145,6 +147,6 @@ def install(monkeypatch: pytest.MonkeyPatch, module: ModuleType, order: str = "7
     """For a test, the public functions run on CPU tensors what they run for CUDA tensors, down to the launches."""
     monkeypatch.setattr(_native, "cuda", module)
     monkeypatch.setattr(_native, "target", lambda t: (0, 0))
-    monkeypatch.setattr(dwconv, "_op", _emulated_op("dwconv"))
-    monkeypatch.setattr(multi_order_dwconv, "_op", _emulated_op("multi_order_dwconv"))
+    for name, source in SOURCES.items():
+        monkeypatch.setattr(source, "_op", _emulated_op(name))
     monkeypatch.setenv("VOPS_EMU_ORDER", order)

@@ -3,13 +3,9 @@
 #pragma once
 #include "dwconv.h"
 #include "multi_order_dwconv.h"
+#include "target.h"
 
 namespace vops {
-
-struct CudaTarget {
-  int device;
-  void* stream;
-};
 
 bool has_march_kernel(int dtype, const DwConv& conv);
 

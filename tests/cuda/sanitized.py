@@ -25,6 +25,16 @@ class Images:
         self.view = (address, dtype, n, c, h, w, h * w * wide, 1, w * wide, wide)
 
 
+class Planes:
+    """The same of an NCHW array."""
+
+    def __init__(self, shape, dtype, first=0):
+        n, c, h, w = shape
+        self.array = np.zeros(n * (first + c) * h * w, ITEM[dtype])
+        address = self.array.ctypes.data + first * h * w * self.array.itemsize
+        self.view = (address, dtype, n, c, h, w, (first + c) * h * w, h * w, w, 1)
+
+
 class Weights:
     def __init__(self, channels, taps, dtype):
         self.array = np.zeros(channels * taps, ITEM[dtype])
@@ -49,9 +59,23 @@ def run(kernel_size, stride, dilation, channels, size, dtype, first):
     engine.dwconv_backward_weight(dy.view, x.view, *sums)
 
 
+def run_filter(size, channels, dtype, first):
+    spectrum = 2 * size * (size // 2 + 1)
+    for layout in (Images, Planes):
+        x, y, dy, dx = (layout((2, channels, size, size), dtype, first) for _ in range(4))
+        weight, dweight = (Weights(channels, spectrum, FLOAT32) for _ in range(2))
+        views = [(*w.view[:4], size, spectrum // size, 0, spectrum, spectrum // size, 1) for w in (weight, dweight)]
+        engine.global_filter(x.view, views[0], y.view, 0, 0)
+        room = np.zeros(engine.global_filter_backward_workspace(dy.view), np.uint8)
+        for wanted in (dx.view, views[1]), (None, views[1]), (dx.view, None):
+            engine.global_filter_backward(dy.view, x.view, views[0], *wanted, room.ctypes.data, 0, 0)
+
+
 cases = itertools.product([(7, 1, 1), (7, 1, 3), (7, 2, 1)], [(8, 0), (12, 4), (9, 1)], [(7, 9), (1, 5)])
 for (kernel_size, stride, dilation), (channels, first), size in cases:
     for dtype in (BFLOAT16, FLOAT32):
         run(kernel_size, stride, dilation, channels, size, dtype, first)
 run(3, 3, 2, 5, (6, 7), FLOAT64, 2)
+for size, channels, first in ((7, 33, 2), (14, 5, 0), (24, 17, 0)):
+    run_filter(size, channels, BFLOAT16, first)
 print("clean")

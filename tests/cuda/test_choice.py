@@ -48,6 +48,16 @@ def test_multi_order():
     assert copies.parts == {"multi_order_dwconv": "CUDA kernels, on channels_last copies"}
 
 
+def test_global_filter():
+    for size, dtype, kernel in (((14, 14), None, True), ((14, 9), None, False), ((14, 14), torch.float64, False)):
+        x = torch.empty(2, 16, *size, dtype=dtype or torch.bfloat16, device="cuda")
+        choice = explain("global_filter", x)
+        assert choice.parts == {"global_filter": "CUDA kernel" if kernel else "PyTorch"}
+        assert bool(choice.slower) != kernel and not choice.cannot
+        fused = explain("global_filter", x, backend="fused").parts
+        assert fused == {"global_filter": "CUDA kernel" if kernel else "PyTorch's FFT"}
+
+
 def test_reasons_against(monkeypatch):
     monkeypatch.setattr(_native, "gpu_missing", lambda index: "the driver is too old")
     assert explain("dwconv", image(), weight(3)).cannot == ["the driver is too old"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vision_ops import _native, fused_dwconv, fused_multi_order_dwconv
+from vision_ops import _native, fused_dwconv, fused_global_filter, fused_multi_order_dwconv
 
 
 @pytest.fixture(autouse=True)
@@ -17,12 +17,14 @@ def gpu():
 def arguments(device="cuda"):
     x = torch.randn(4, 32, 28, 28, device=device).to(memory_format=torch.channels_last)
     shapes = ((32, 5), (12, 5), (16, 7))
-    return x, [torch.randn(c, 1, k, k, device=device) / k for c, k in shapes]
+    weights = [torch.randn(c, 1, k, k, device=device) / k for c, k in shapes]
+    return x, [*weights, torch.randn(32, 14, 8, 2, device=device)]
 
 
 def step(x, weights):
     y = fused_dwconv(x, weights[0], activation="gelu", backend="fused")
-    y = fused_multi_order_dwconv(y, weights, backend="fused")
+    y = fused_multi_order_dwconv(y, weights[:3], backend="fused")
+    y = fused_global_filter(y[:, :, :14, :14], weights[3], backend="fused")
     return y, *torch.autograd.grad(y.square().sum(), (x, *weights))
 
 

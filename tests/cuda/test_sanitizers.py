@@ -7,7 +7,7 @@ import emulation
 import pytest
 
 # The largest family of kernels, and the plain ones: compiling all of them takes too long.
-UNITS = ("dwconv_k7.cu", "dwconv_plain.cu", "dwconv.cu", "multi_order_dwconv.cu")
+UNITS = ("dwconv_k7.cu", "dwconv_plain.cu", "dwconv.cu", "multi_order_dwconv.cu", "global_filter.cu")
 
 
 def library_of(name: str) -> str:

@@ -17,18 +17,18 @@ from harness import (
 from vision_ops import explain, fused_global_filter, reference
 
 
-def make(shape=(2, 20, 14, 14), size=None, *, dtype=torch.float32, layout="contiguous"):
+def make(shape=(2, 20, 14, 14), size=None, *, dtype=torch.float32, device="cpu", layout="contiguous"):
     h, w = size or (shape[2], shape[3] // 2 + 1)
-    x = laid_out(torch.randn(shape, dtype=dtype), layout)
-    return Case(
-        lambda t, backend: fused_global_filter(*t, backend=backend), [x, torch.randn(shape[1], h, w, 2).to(dtype)]
-    )
+    x = laid_out(torch.randn(shape, dtype=dtype, device=device), layout)
+    weight = torch.randn(shape[1], h, w, 2, device=device).to(dtype)
+    return Case(lambda t, backend: fused_global_filter(*t, backend=backend), [x, weight])
 
 
 CASES = [
     ((2, 20, 14, 14), {}),
     ((2, 33, 7, 7), {"layout": "channels_last"}),
     ((1, 16, 24, 24), {"layout": "channels_last"}),
+    ((3, 34, 12, 12), {}),
     ((70, 5, 7, 6), {}),  # several images to a group
     ((2, 3, 15, 33), {}),
     ((2, 3, 5, 8), {"layout": "channels_last"}),
@@ -46,14 +46,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "options"), CASES, ids=str)
-def test_matches_reference(shape, options):
-    check_against_reference(make(shape, **options))
+def test_matches_reference(shape, options, any_device):
+    check_against_reference(make(shape, device=any_device, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
-@pytest.mark.parametrize("size", [None, (5, 9)], ids=str)
-def test_dtypes(dtype, size):
-    check_against_reference(make((2, 20, 14, 9), size, dtype=dtype))
+@pytest.mark.parametrize(("width", "size"), [(9, None), (9, (5, 9)), (14, None)], ids=str)
+def test_dtypes(dtype, width, size, any_device):
+    check_against_reference(make((2, 20, 14, width), size, dtype=dtype, device=any_device))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -62,8 +62,8 @@ def test_layouts(layout, grad_layout):
     check_against_reference(make((2, 24, 9, 11), layout=layout), grad_layout)
 
 
-def test_float32_weight_beside_half_input():
-    case = make(dtype=torch.bfloat16)
+def test_float32_weight_beside_half_input(any_device):
+    case = make(dtype=torch.bfloat16, device=any_device)
     case.tensors[1] = case.tensors[1].float()
     check_against_reference(case)
 
@@ -75,9 +75,9 @@ def test_is_a_circular_convolution():
     torch.testing.assert_close(fused_global_filter(x, weight, backend="fused"), shifted)
 
 
-def test_autocast_leaves_it_alone():
-    case = make()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_leaves_it_alone(any_device):
+    case = make(device=any_device)
+    with torch.autocast(any_device, dtype=torch.bfloat16):
         inside, grad = outputs(case, "fused")
     outside, _ = outputs(case, "fused", grad)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
@@ -89,8 +89,9 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("needed", [0, 1])
-def test_only_one_gradient(needed):
-    case = make()
+@pytest.mark.parametrize("width", [13, 14])
+def test_only_one_gradient(needed, width, any_device):
+    case = make((2, 20, 14, width), device=any_device)
     everything, grad = outputs(case, "fused")
     leaves = [t.detach().requires_grad_(i == needed) for i, t in enumerate(case.tensors)]
     (alone,) = torch.autograd.grad(case.run(leaves, "fused"), leaves[needed], grad)
@@ -103,18 +104,18 @@ def test_keeps_its_arguments_only():
     assert saved_bytes(case, "reference") > 1.5 * sum(t.nbytes for t in case.tensors)
 
 
-def test_bitwise_repeatable():
-    check_bitwise_repeatable(make((9, 40, 14, 14), layout="channels_last"))
+def test_bitwise_repeatable(any_device):
+    check_bitwise_repeatable(make((9, 40, 14, 14), layout="channels_last", device=any_device))
 
 
-def test_compiles():
-    check_compiles([make(), make((2, 20, 7, 9))])
-    check_compiles([make((2, 20, 9, 9), (14, 8), layout="channels_last")], dynamic=False)
+def test_compiles(device):
+    check_compiles([make(device=device), make((2, 20, 7, 9), device=device)])
+    check_compiles([make((2, 20, 9, 9), (14, 8), layout="channels_last", device=device)], dynamic=False)
 
 
-def test_opcheck():
-    check_opcheck("global_filter", make((2, 5, 4, 6)).tensors, tensors=2)
-    check_opcheck("global_filter", make((2, 5, 4, 6), (7, 4)).tensors, tensors=2)
+def test_opcheck(device):
+    check_opcheck("global_filter", make((2, 5, 4, 6), device=device).tensors, tensors=2)
+    check_opcheck("global_filter", make((2, 5, 7, 7), (7, 4), device=device).tensors, tensors=2)
 
 
 def test_hands_large_images_to_the_fft():

@@ -1,5 +1,7 @@
 """The global filter of GFNet and HorNet: a circular convolution as large as the image, learnt in frequency space."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.global_filter import resize_filter
 from ._checks import check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, without_autocast
+from ._registration import FusedOp, device_reasons, empty, without_autocast, workspace
 
 
 class _Arguments(NamedTuple):
@@ -42,13 +44,58 @@ def _forward_cpu(a: _Arguments) -> Tensor:
     return y
 
 
+def _run_backward_cpu(grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
+    views = _native.view(grad), _native.view(x), _planes(weight), _native.view(dx), _planes(dweight)
+    _native.kernels().global_filter_backward(*views)
+
+
+def _has_cuda_kernel(x: Tensor) -> bool:
+    return _native.cuda_kernels().has_filter_kernel(_native.DTYPES[x.dtype], *x.shape[2:])
+
+
 @without_autocast
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+def _forward_cuda(a: _Arguments) -> Tensor:
+    y = _output(a)
+    if not _has_cuda_kernel(a.x):
+        return y.copy_(_reference(a))
+    weight = _resized(a)
+    views = _native.view(a.x), _planes(weight), _native.view(y)
+    _native.cuda_kernels().global_filter(*views, *_native.target(a.x))
+    return y
+
+
+def _run_backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
+    if not _has_cuda_kernel(x):
+        _run_backward_fft(grad, x, weight, dx, dweight)
+        return
+    kernels, grad_view = _native.cuda_kernels(), _native.view(grad)
+    room = workspace(kernels.global_filter_backward_workspace(grad_view) if dweight is not None else 0, weight)
+    views = grad_view, _native.view(x), _planes(weight), _native.view(dx), _planes(dweight)
+    kernels.global_filter_backward(*views, room.data_ptr(), *_native.target(x))
+
+
+def _run_backward_fft(grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
+    """Where there is no kernel: a compiled graph has the op for every size."""
+    if len(x) == 0:  # an FFT refuses empty batches
+        if dweight is not None:
+            dweight.zero_()
+        return
+    spectrum = torch.fft.rfft2(grad.to(weight.dtype), norm="ortho")
+    if dx is not None:
+        filtered = spectrum * torch.view_as_complex(weight).conj()
+        dx.copy_(torch.fft.irfft2(filtered, s=x.shape[2:], norm="ortho"))
+    if dweight is not None:
+        product = (torch.fft.rfft2(x.to(weight.dtype), norm="ortho").conj() * spectrum).sum(0)
+        product[..., 1 : (x.shape[3] + 1) // 2] *= 2  # for the mirror images, which rfft2 leaves out
+        dweight.copy_(torch.view_as_real(product))
+
+
+@without_autocast
+def _backward(run: Callable[..., None], grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
     dx, dweight = grads
     weight = _resized(a)
     found = None if dweight is None else empty(weight.shape, weight)
-    views = _native.view(grad), _native.view(a.x), _planes(weight), _native.view(dx), _planes(found)
-    _native.kernels().global_filter_backward(*views)
+    run(grad, a.x, weight, dx, found)
     if dweight is None or found is None:
         return
     if weight.shape != dweight.shape:
@@ -59,7 +106,10 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     dweight.copy_(found)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+_KERNELS = {
+    "CPU": (_forward_cpu, functools.partial(_backward, _run_backward_cpu)),
+    "CUDA": (_forward_cuda, functools.partial(_backward, _run_backward_cuda)),
+}
 
 
 # Longer sides are an FFT's: the products with matrices of sines and cosines grow with the side (measured, AVX-512).
@@ -69,9 +119,22 @@ _LONGEST_SIDE = 30
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.x, _KERNELS)
     # A compiled graph must not depend on the size.
-    if cannot or torch.compiler.is_compiling() or max(a.x.shape[2:]) <= _LONGEST_SIDE:
+    if cannot or torch.compiler.is_compiling():
         return cannot, []
-    return [], [f"an FFT is faster for sides longer than {_LONGEST_SIDE}, x has {a.x.shape[2]} x {a.x.shape[3]}"]
+    height, width = a.x.shape[2:]
+    if a.x.device.type == "cpu":
+        if max(height, width) <= _LONGEST_SIDE:
+            return [], []
+        return [], [f"an FFT is faster for sides longer than {_LONGEST_SIDE}, x has {height} x {width}"]
+    if _has_cuda_kernel(a.x):
+        return [], []
+    return [], [f"there is no CUDA kernel for {height} x {width} in {str(a.x.dtype).removeprefix('torch.')}"]
+
+
+def _parts(a: _Arguments) -> dict[str, str]:
+    device = a.x.device.type
+    fft = device != "cpu" and not _has_cuda_kernel(a.x)
+    return {"global_filter": "PyTorch's FFT" if fft else _native.kernel_name(device)}
 
 
 _op = FusedOp(
@@ -82,6 +145,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     autocast=False,
+    parts=_parts,
 )
 
 
@@ -105,9 +169,10 @@ def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | Non
         backend: as in `vision_ops.use_backend`.
 
     Half types are computed in float32 and rounded once; autocast leaves both tensors as they are. The transforms are
-    products with matrices of sines and cosines, so no complex numbers are needed; where H or W is longer than 30,
-    `reference.global_filter` runs, whose FFT is then faster, and so it does without a kernel for the device. Backward
-    keeps the arguments only; gradients are bitwise repeatable.
+    our own and need no complex numbers: on CPUs up to 30 x 30, on GPUs for maps of 7, 12, 14 and 24 squared, those of
+    the published networks, but not in float64. Elsewhere `reference.global_filter` runs, whose FFT is then faster; told
+    to be fused, or in a compiled graph, which does not know the size, the op on GPUs takes PyTorch's FFT itself.
+    Backward keeps the arguments only; gradients are bitwise repeatable.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
