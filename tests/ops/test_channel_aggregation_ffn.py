@@ -94,7 +94,7 @@ def test_chunks_of_the_batch(images, dtype, monkeypatch):
     case = make((5, 8, 6, 5), 32, dtype=dtype)
     whole, grad = outputs(case, "fused")
     monkeypatch.setattr(ops, "_CHUNK_BYTES", images * (32 + 64 // dtype.itemsize) * 30 * dtype.itemsize)
-    assert ops._Chunks(ops._Arguments(*case.tensors, True), 0).images == images
+    assert ops._Chunks(ops._Arguments(*case.tensors, True), ops._cpu(case.tensors[0]), 1).images == images
     check_against_reference(case, slack=2)
     for a, b in zip(outputs(case, "fused", grad)[0], whole, strict=True):
         torch.testing.assert_close(
