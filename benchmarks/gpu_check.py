@@ -40,6 +40,8 @@ FIRST_CASES = (
     *(("dwconv", case) for case in ("EdgeNeXt-S.4", "MOAT-0.2 entry", "MogaNet-S.1 ffn gelu")),
     *(("layer_norm_2d", f"HorNet-T.{stage}") for stage in (1, 4)),
     *(("gnconv", f"HorNet-T.{stage}") for stage in (1, 2, 3, 4)),
+    *(("channel_aggregation_ffn", f"MogaNet-S.{stage}") for stage in (1, 2, 3, 4)),
+    *(("moga_aggregation", f"MogaNet-S.{stage}") for stage in (1, 2, 3, 4)),
 )
 
 

@@ -17,14 +17,16 @@ from ._maps import Tile, gelu, gelu_and_slope, pixels_of_block, sum_type, walk
 MOST_PROGRAMS = 1056  # along the pixels, each with a row of partial sums: eight on every multiprocessor of an H200
 
 
-def tile(channels: int) -> Tile:
-    """Hidden widths of the published networks are multiples of 128. A thread has 16 values."""
-    block_c = min(128, power_of_two(channels))
-    return Tile(2048 // block_c, block_c, num_warps=4)
+def tile(t: Tensor) -> Tile:
+    """Hidden widths of the published networks are multiples of 128. A thread has 16 values; half of it in float64."""
+    block_c = min(128, power_of_two(t.shape[1]))
+    return Tile((1024 if t.dtype == torch.float64 else 2048) // block_c, block_c, num_warps=4)
 
 
 @triton.jit
-def _dots(matrix, weight_ptr, p, pixels, channels, SUM_TYPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def _dots(
+    matrix, weight_ptr, p, pixels, channels, SUM_TYPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Of all channels of some pixels with a weight; matrix: where the pixels begin."""
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     for first in range(0, channels, BLOCK_C):
@@ -142,7 +144,7 @@ def scores(h: Tensor, columns: int, weight: Tensor, bias: Tensor | None, scores:
     if h.numel() == 0:
         return
     images, pixels, ((h_n, _, h_p), _) = walk([h, scores])
-    chosen = tile(h.shape[1])
+    chosen = tile(h)
     with torch.cuda.device_of(h):
         scores_kernel[(images * triton.cdiv(pixels, chosen.BLOCK_P),)](
             h,
@@ -165,7 +167,7 @@ def scores_backward(grad: Tensor, weight: Tensor, scores: Tensor, dscores: Tenso
     if grad.numel() == 0:
         return
     images, pixels, ((grad_n, _, grad_p), _) = walk([grad, scores])
-    chosen = tile(grad.shape[1])
+    chosen = tile(grad)
     with torch.cuda.device_of(grad):
         scores_bwd_kernel[(images * triton.cdiv(pixels, chosen.BLOCK_P),)](
             grad,
@@ -191,7 +193,7 @@ def gelu_backward(
         return
     images, pixels, ((u_n, _, u_p), (dh_n, _, dh_p), _) = walk([u, dh, scores])
     channels = u.shape[1]
-    chosen = tile(channels)
+    chosen = tile(u)
     blocks, bundles = images * triton.cdiv(pixels, chosen.BLOCK_P), triton.cdiv(channels, chosen.BLOCK_C)
     programs = min(blocks, triton.cdiv(MOST_PROGRAMS, bundles))
     sums = scratch((programs, channels), dweight.dtype, u.device)

@@ -3,12 +3,19 @@
 import pytest
 import torch
 from harness import Case, check_against_reference, laid_out, outputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vision_ops import reference
 from vision_ops.kernels import channel_aggregation_ffn as kernels
 from vision_ops.ops import channel_aggregation_ffn as ops
 
 pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+@pytest.fixture(autouse=True)
+def no_gaps(monkeypatch):
+    """In fc1's output, as on a GPU."""
+    monkeypatch.setattr(ops, "_fc1_channels", lambda a: a.dw_weight.shape[0])
 
 
 def make(
@@ -107,6 +114,15 @@ def test_only_the_gradients_that_are_asked_for(interpreter, convolution):
         tensors = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors)]
         (alone,) = torch.autograd.grad(case.run(tensors, "fused"), tensors[i], grad)
         torch.testing.assert_close(alone, everything[1 + i])
+
+
+def test_keeps_fc1_without_gaps(monkeypatch):
+    monkeypatch.undo()
+    shapes = [t.shape for t in make(None, (2, 8, 5, 6), 32).tensors]
+    with FakeTensorMode():
+        tensors = [torch.empty(shape, device="cuda") for shape in shapes]
+        kept = ops._output(ops._Arguments(*tensors, True))[2]
+    assert kept.shape == (2, 32, 5, 6) and kept.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("hidden", "columns"), [(512, 520), (9, 16)])

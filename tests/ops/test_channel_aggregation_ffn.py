@@ -45,8 +45,9 @@ def make(shape, hidden, *, kernel=3, bias=True, dtype=torch.float32, parameter_d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("hidden", [64, 37])  # in place, and packed into panels
-def test_matches_reference(hidden, layout, dtype):
-    check_against_reference(make((3, 13, 9, 11), hidden, dtype=dtype, layout=layout), layout, slack=2)
+def test_matches_reference(hidden, layout, dtype, device):
+    case = make((3, 13, 9, 11), hidden, dtype=dtype, layout=layout)
+    check_against_reference(case.on(device), layout, slack=2)
 
 
 @pytest.mark.parametrize(

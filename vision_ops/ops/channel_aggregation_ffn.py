@@ -88,7 +88,9 @@ def _cpu(x: Tensor) -> _Device:
 def _cuda(x: Tensor) -> _Device:
     """The whole batch at once; tensor cores take eight columns."""
     compiled = convolves_cuda(x)
-    convolve, backward = (convolve_cuda, convolve_backward_cuda) if compiled else (convolve_torch, convolve_backward_torch)
+    convolve, backward = (
+        (convolve_cuda, convolve_backward_cuda) if compiled else (convolve_torch, convolve_backward_torch)
+    )
     kernels = functools.partial(_aggregate_cuda, convolve), functools.partial(_aggregate_backward_cuda, convolve)
     return _Device(*kernels, backward, cuda_gates().channel_sums, math.inf, columns=8)
 
@@ -204,8 +206,8 @@ def _aggregate(c: _Chunks, f: Tensor, h: Tensor, scores: Tensor) -> None:
 def _aggregate_backward(
     c: _Chunks, f: Tensor, grad: Tensor, h: Tensor, dh: Tensor, scores: Tensor, dweight: Tensor
 ) -> Tensor:
-    """Returns the gradient of the scores. h is as above once more, dh becomes that of dwconv's result, dweight gets that
-    of decompose."""
+    """Returns the gradient of the scores. h is as above once more, dh becomes the gradient of dwconv's result, dweight
+    that of decompose."""
     dscores = torch.ops.aten.gelu_backward(c.fc2.gradient_of_d(grad), scores)
     parameters, conv = _native_arguments(c)
     views = map(_native.view, (dscores, dh, c.hidden(h)))
@@ -364,9 +366,10 @@ def fused_channel_aggregation_ffn(
 
     Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. The GEMMs are PyTorch's; fc2's has
     the decomposition folded in. Backward keeps, besides the arguments, one tensor of the hidden width h, where eager
-    keeps five, and computes the rest again; without gradients nothing of that width outlives a chunk of the batch.
-    Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads. Without a
-    kernel for the device, `reference.channel_aggregation_ffn` runs.
+    keeps five, and computes the rest again; without gradients nothing of that width outlives the call, on CPUs not even
+    a chunk of the batch. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of
+    threads. On GPUs the depthwise convolution is PyTorch's where the CUDA kernels are missing. Without a kernel for the
+    device, `reference.channel_aggregation_ffn` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

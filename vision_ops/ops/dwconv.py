@@ -158,9 +158,7 @@ def _same_size(weight: Tensor) -> tuple[int, ...]:
     return size, 1, 1, size // 2, size // 2
 
 
-def convolve_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None = None
-) -> None:
+def convolve_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None = None) -> None:
     """The same on a GPU, of channels_dense tensors."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
     _native.cuda_kernels().dwconv(*views, _same_size(weight), ACTIVATION_CODES[activation], *_native.target(x))

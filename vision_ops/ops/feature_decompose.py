@@ -31,7 +31,7 @@ def _output(a: _Arguments) -> Tensor:
 
 
 class Decomposition(NamedTuple):
-    """The kernels of a device. x is pixel_dense in some memory format, sigma (C,) and contiguous; means are (N, C, 1, 1)
+    """The kernels of a device. x is pixel_dense in some memory format, sigma (C,) and contiguous, means (N, C, 1, 1)
     and float32 at least."""
 
     image_means: Callable[[Tensor, Tensor], None]
@@ -152,7 +152,7 @@ def fused_feature_decompose(
 
     Two passes, one for the means and one for the rest; sums and means are float32 (float64 for float64). Backward keeps
     the arguments only. Gradients come in each argument's own dtype and are bitwise repeatable. Without a kernel for the
-    device, `reference.feature_decompose` runs.
+    device, and on CPUs to train on few elements, `reference.feature_decompose` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

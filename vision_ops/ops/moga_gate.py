@@ -132,7 +132,7 @@ def fused_moga_gate(
         backend: as in `vision_ops.use_backend`.
 
     Backward keeps the arguments only. With float16 the product of two activations that nothing bounds may overflow, as
-    in plain PyTorch. Without a kernel for the device, and for few elements, `reference.moga_gate` runs.
+    in plain PyTorch. Without a kernel for the device, and on CPUs for few elements, `reference.moga_gate` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
