@@ -90,15 +90,15 @@ def test_more_blocks_than_programs(interpreter, monkeypatch):
 
 
 def test_a_large_score_is_not_rounded(interpreter):
-    """d is one number for all channels: rounded to a half type its error would add up in all of them."""
+    """d is one number for all channels: rounded to a half type, here by up to 1, its error would add up in all."""
     case = make(interpreter, (1, 32, 5, 5), 64, dtype=torch.bfloat16)
-    case.tensors[-1] = torch.full_like(case.tensors[-1], -1)  # y = fc2(d), constant over the channels
-    case.tensors[5] = torch.ones_like(case.tensors[5])
-    case.tensors[6] = torch.zeros_like(case.tensors[6])
-    case.tensors[8] = torch.full_like(case.tensors[8], 301.3)
+    case.tensors[-1] = torch.full_like(case.tensors[-1], -1)  # y = fc2(d), and fc2 is a mean
+    case.tensors[5] = torch.full_like(case.tensors[5], 1 / 64)
+    case.tensors[6] = torch.full_like(case.tensors[6], -302)
+    case.tensors[8] = torch.full_like(case.tensors[8], 302)
     exact = case.to(torch.float64)
     y, e = case.run(case.tensors, "fused"), exact.run(exact.tensors, "reference")
-    assert (y - e).abs().max() <= 2**-8 * e.abs().max()
+    assert (y - e).abs().max() <= 0.1
 
 
 def test_bitwise_repeatable(interpreter, convolution):
