@@ -368,8 +368,8 @@ def fused_channel_aggregation_ffn(
     the decomposition folded in. Backward keeps, besides the arguments, one tensor of the hidden width h, where eager
     keeps five, and computes the rest again; without gradients nothing of that width outlives the call, on CPUs not even
     a chunk of the batch. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of
-    threads. On GPUs the depthwise convolution is PyTorch's where the CUDA kernels are missing. Without a kernel for the
-    device, `reference.channel_aggregation_ffn` runs.
+    threads. On GPUs where the CUDA kernels are missing, the depthwise convolution is PyTorch's, whose gradients may not
+    be repeatable. Without a kernel for the device, `reference.channel_aggregation_ffn` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
