@@ -329,7 +329,6 @@ OPS = {
             shapes.multi_order_cases(),
             build_moga_gate,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
-            devices=("cpu",),
         ),
         Op(
             "feature_decompose",
@@ -338,7 +337,6 @@ OPS = {
             shapes.multi_order_cases(),
             build_feature_decompose,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
-            devices=("cpu",),
         ),
         Op(
             "moga_aggregation",
@@ -347,7 +345,6 @@ OPS = {
             shapes.multi_order_cases(),
             build_moga_aggregation,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
-            devices=("cpu",),
         ),
         Op(
             "channel_aggregation_ffn",
@@ -356,7 +353,6 @@ OPS = {
             shapes.channel_aggregation_cases(),
             build_channel_aggregation,
             quick=("MogaNet-S.1", "MogaNet-S.3"),
-            devices=("cpu",),
         ),
         Op(
             "gnconv",

@@ -41,6 +41,8 @@ FIRST_CASES = (
     *(("layer_norm_2d", f"HorNet-T.{stage}") for stage in (1, 4)),
     *(("gnconv", f"HorNet-T.{stage}") for stage in (1, 2, 3, 4)),
     *(("global_filter", f"HorNet-T.{stage}") for stage in (3, 4)),
+    *(("channel_aggregation_ffn", f"MogaNet-S.{stage}") for stage in (1, 2, 3, 4)),
+    *(("moga_aggregation", f"MogaNet-S.{stage}") for stage in (1, 2, 3, 4)),
 )
 
 

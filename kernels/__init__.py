@@ -2,8 +2,8 @@
 
 One file an op. A launcher takes tensors (outputs too; the ops allocate them), picks the tile from shapes and dtype
 alone and launches on the tensors' device and its current stream. A tile is a NamedTuple: constants and num_warps;
-nothing else decides how a kernel is compiled. KERNELS names those of the file. tests/kernels runs each in Triton's
-interpreter and compiles it, through its launcher, for every architecture.
+nothing else decides how a kernel is compiled. KERNELS names those of the file; `_maps` is what files share.
+tests/kernels runs each in Triton's interpreter and compiles it, through its launcher, for every architecture.
 """
 
 import torch

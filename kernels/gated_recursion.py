@@ -1,8 +1,6 @@
 """The gates of HorNet's recursion, and its whole chain where it fits on chip.
 
-Tensors are (N, C, H, W) with one stride through the pixels of an image; the tile is [pixels][channels] over any
-strides, so one kernel serves slices of channels_last and of contiguous tensors. Sums over pixels take two stages of
-fixed order.
+Sums over pixels take two stages of fixed order.
 """
 
 from collections.abc import Sequence
@@ -14,22 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._maps import map_tile, pixel_count, pixels_of_block, strides_of, sum_type
 
 MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums: four on every multiprocessor of an H200
-
-
-class GateTile(NamedTuple):
-    BLOCK_P: int
-    BLOCK_C: int
-    num_warps: int
 
 
 class ChainTile(NamedTuple):
     BLOCK_P: int
     num_warps: int
 
-
-GATE_TILES = {True: GateTile(32, 64, num_warps=4), False: GateTile(128, 8, num_warps=4)}  # by whether channels_last
 
 # By the last width, padded to a power of two. Wider chains would hold more than an SM has, as Triton cannot slice a
 # tile: they are PyTorch's GEMMs and the gates.
@@ -54,14 +45,6 @@ def _padded(width: int) -> int:
 
 
 @triton.jit
-def _pixels(block, pixels, BLOCK_P: tl.constexpr):
-    """Image and pixels of a block, in 64 bits: a batch of large maps has more than 2^31 elements."""
-    blocks = tl.cdiv(pixels, BLOCK_P)
-    p = (block % blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    return (block // blocks).to(tl.int64), p[:, None]
-
-
-@triton.jit
 def gate_kernel(
     u_ptr,
     bias_ptr,  # may be None
@@ -82,7 +65,7 @@ def gate_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n, p = _pixels(tl.program_id(0), pixels, BLOCK_P)
+    n, p = pixels_of_block(tl.program_id(0), pixels, BLOCK_P)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
     inside = (p < pixels) & (c < channels)
     u = tl.load(u_ptr + n * u_stride_n + p * u_stride_p + c * u_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
@@ -133,7 +116,7 @@ def gate_bwd_kernel(
         bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     for block in range(program * share, tl.minimum(program * share + share, blocks)):
-        n, p = _pixels(block, pixels, BLOCK_P)
+        n, p = pixels_of_block(block, pixels, BLOCK_P)
         inside = (p < pixels) & (c < channels)
         dp = tl.load(dp_ptr + n * dp_stride_n + p * dp_stride_p + c * dp_stride_c, mask=inside, other=0.0)
         u = tl.load(u_ptr + n * u_stride_n + p * u_stride_p + c * u_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
@@ -180,7 +163,7 @@ def chain_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """p of a tile of pixels stays on chip from the first gate to the last."""
-    n, pixel = _pixels(tl.program_id(0), pixels, BLOCK_P)
+    n, pixel = pixels_of_block(tl.program_id(0), pixels, BLOCK_P)
     c = tl.arange(0, PADDED[0])[None, :]
     inside = (pixel < pixels) & (c < WIDTHS[0])
     pwa_at = pwa_ptr + n * pwa_stride_n + pixel * pwa_stride_p
@@ -209,12 +192,12 @@ def gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     """p = (u + bias) * q; p may be u."""
     if p.numel() == 0:
         return
-    tile, pixels = _gate_tile(u), _pixels_of(u)
+    tile, pixels = map_tile(u), pixel_count(u)
     grid = len(u) * triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(u.shape[1], tile.BLOCK_C)
-    strides = [stride for t in (u, q, p) for stride in _strides(t)]
+    strides = [stride for t in (u, q, p) for stride in strides_of(t)]
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(u):
-        gate_kernel[grid](u, bias, q, p, pixels, u.shape[1], *strides, SUM_TYPE=_sum_type(u), **tile._asdict())
+        gate_kernel[grid](u, bias, q, p, pixels, u.shape[1], *strides, SUM_TYPE=sum_type(u), **tile._asdict())
 
 
 def gate_backward(
@@ -225,18 +208,18 @@ def gate_backward(
         if dbias is not None:
             dbias.zero_()
         return
-    tile, pixels, channels = _gate_tile(u), _pixels_of(u), u.shape[1]
+    tile, pixels, channels = map_tile(u), pixel_count(u), u.shape[1]
     blocks = len(u) * triton.cdiv(pixels, tile.BLOCK_P)
     grid = min(MOST_PROGRAMS, blocks), triton.cdiv(channels, tile.BLOCK_C)
     sums = None
     if dbias is not None:
         wide = torch.promote_types(u.dtype, torch.float32)
         sums = scratch((grid[0], channels), wide, u.device)
-    strides = [stride for t in (dp, u, q, du, dq) for stride in _strides(t)]
+    strides = [stride for t in (dp, u, q, du, dq) for stride in strides_of(t)]
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(u):
         gate_bwd_kernel[grid](
-            dp, u, bias, q, du, dq, sums, blocks, pixels, channels, *strides, SUM_TYPE=_sum_type(u), **tile._asdict()
+            dp, u, bias, q, du, dq, sums, blocks, pixels, channels, *strides, SUM_TYPE=sum_type(u), **tile._asdict()
         )
     if sums is not None:
         dbias.copy_(sums.sum(0))
@@ -255,8 +238,8 @@ def chain(pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[T
         return False
     if out.numel() == 0:
         return True
-    pixels = _pixels_of(pwa)
-    strides = [stride for t in (pwa, dw, out) for stride in _strides(t)]
+    pixels = pixel_count(pwa)
+    strides = [stride for t in (pwa, dw, out) for stride in strides_of(t)]
     with torch.cuda.device_of(pwa):
         chain_kernel[(len(pwa) * triton.cdiv(pixels, tile.BLOCK_P),)](
             pwa,
@@ -272,19 +255,3 @@ def chain(pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[T
             **tile._asdict(),
         )
     return True
-
-
-def _gate_tile(t: Tensor) -> GateTile:
-    return GATE_TILES[t.stride(1) == 1]
-
-
-def _pixels_of(t: Tensor) -> int:
-    return t.shape[2] * t.shape[3]
-
-
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    return t.stride(0), t.stride(1), t.stride(3) if t.shape[3] > 1 else t.stride(2)
-
-
-def _sum_type(t: Tensor) -> tl.dtype:
-    return tl.float64 if t.dtype == torch.float64 else tl.float32

@@ -14,14 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._maps import Tile, sum_type, walk
 
 MOST_PROGRAMS = 528  # of the backward pass, each with a row of partial sums: four on every multiprocessor of an H200
-
-
-class Tile(NamedTuple):
-    BLOCK_P: int
-    BLOCK_C: int
-    num_warps: int
 
 
 class SumTile(NamedTuple):
@@ -189,7 +184,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> N
         return
     last = _channels_last(y)
     x = _walkable(x, last)
-    images, pixels, (x_strides, y_strides) = _walk([x, y])
+    images, pixels, (x_strides, y_strides) = walk([x, y])
     t = tile(x.shape[1], last, x.element_size(), backward=False)
     with torch.cuda.device_of(x):
         layer_norm_2d_fwd_kernel[(images * triton.cdiv(pixels, t.BLOCK_P),)](
@@ -202,7 +197,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> N
             *x_strides,
             *y_strides,
             EPS=eps,
-            SUM_TYPE=_sum_type(x),
+            SUM_TYPE=sum_type(x),
             **t._asdict(),
         )
 
@@ -223,7 +218,7 @@ def backward(
         return
     last = _channels_last(x)
     grad, x = _walkable(grad, last), _walkable(x, last)
-    images, pixels, strides = _walk([grad, x, x if dx is None else dx])
+    images, pixels, strides = walk([grad, x, x if dx is None else dx])
     channels = x.shape[1]
     t = tile(channels, last, x.element_size(), backward=True)
     blocks = images * triton.cdiv(pixels, t.BLOCK_P)
@@ -243,17 +238,13 @@ def backward(
             channels,
             *(stride for of_tensor in strides for stride in of_tensor),
             EPS=eps,
-            SUM_TYPE=_sum_type(x),
+            SUM_TYPE=sum_type(x),
             **t._asdict(),
         )
         if sums is not None:
             layer_norm_2d_sum_kernel[(triton.cdiv(channels, SUM_TILE.BLOCK_C), 2)](
-                sums, dweight, dbias, programs, channels, SUM_TYPE=_sum_type(x), **SUM_TILE._asdict()
+                sums, dweight, dbias, programs, channels, SUM_TYPE=sum_type(x), **SUM_TILE._asdict()
             )
-
-
-def _sum_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def _channels_last(t: Tensor) -> bool:
@@ -268,15 +259,3 @@ def _walkable(t: Tensor, channels_last: bool) -> Tensor:
     if gapless and (adjacent <= 1 or (h * w == 1 and not channels_last)):
         return t
     return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _walk(tensors: list[Tensor]) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """Images, pixels of each, and every tensor's strides from image to image, channel to channel and pixel to pixel.
-
-    Where the images follow each other like pixels in all tensors, as in channels_last ones, they are one image.
-    """
-    n, _, h, w = tensors[0].shape
-    strides = [(t.stride(0), t.stride(1), t.stride(3) if w > 1 else t.stride(2)) for t in tensors]
-    if all(image == h * w * pixel for image, _, pixel in strides):
-        return 1, n * h * w, strides
-    return n, h * w, strides

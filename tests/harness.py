@@ -22,6 +22,9 @@ class Case:
     def to(self, dtype: torch.dtype) -> "Case":
         return Case(self.run, [t if t is None else t.detach().to(dtype) for t in self.tensors])
 
+    def on(self, device: str) -> "Case":
+        return Case(self.run, [t if t is None else t.to(device) for t in self.tensors])
+
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
     """The values of t (N, C, H, W) in another layout."""

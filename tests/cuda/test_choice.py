@@ -58,6 +58,16 @@ def test_global_filter():
         assert fused == {"global_filter": "CUDA kernel" if kernel else "PyTorch's FFT"}
 
 
+@pytest.mark.parametrize("op", ["moga_aggregation", "channel_aggregation_ffn", "gnconv"])
+def test_blocks_without_the_engine(op, monkeypatch):
+    """Their other kernels are Triton's."""
+    pytest.importorskip("triton")
+    for reason, runs in ((None, "CUDA kernel"), ("the driver is too old", "PyTorch")):
+        monkeypatch.setattr(_native, "gpu_missing", lambda index, reason=reason: reason)
+        convolution, *others = explain(op, image()).parts.values()
+        assert convolution == runs and any("Triton" in part for part in others)
+
+
 def test_reasons_against(monkeypatch):
     monkeypatch.setattr(_native, "gpu_missing", lambda index: "the driver is too old")
     assert explain("dwconv", image(), weight(3)).cannot == ["the driver is too old"]

@@ -1,8 +1,11 @@
 import sys
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
+
+from vision_ops.ops import channel_aggregation_ffn, moga_aggregation
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `launches` and `interpreter`
 
@@ -28,3 +31,13 @@ def interpreter(monkeypatch):
         if hasattr(module, "scratch"):
             monkeypatch.setattr(module, "scratch", poisoned)
     return interpreter
+
+
+@pytest.fixture(params=["PyTorch", "emulated"])
+def convolution(request, monkeypatch):
+    """What convolves in an op whose other kernels are Triton's: PyTorch, or the CUDA kernels in the emulation."""
+    if request.param == "emulated":
+        emulation.install(monkeypatch, emulation.kernels())
+        for op in (channel_aggregation_ffn, moga_aggregation):
+            monkeypatch.setattr(op, "convolves_cuda", lambda x: True)
+    return request.param

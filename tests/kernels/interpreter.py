@@ -3,6 +3,7 @@
 TRITON_INTERPRET is set in tests/conftest.py: it has to be, before anything imports triton.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,18 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builder, "create_dot", dot)
     monkeypatch.setattr(builder, "cast_impl", rounded)
+    _patch_once(monkeypatch)
+
+
+def _patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The language is patched at a launch, not again at every call within a kernel: that takes longer than the call."""
+    patch, language = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: patch(language))
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 class _OnCPU(torch.autograd.Function):

@@ -16,15 +16,22 @@ import torch
 from torch import Tensor
 
 from vision_ops import kernels
-from vision_ops.kernels import cross_covariance, gated_recursion, layer_norm_2d, shift_split_attention
+from vision_ops.kernels import (
+    channel_aggregation_ffn,
+    cross_covariance,
+    feature_decompose,
+    gated_recursion,
+    layer_norm_2d,
+    moga_gate,
+    shift_split_attention,
+)
 
 ARCHS = (80, 90, 100)
 
 
 def kernel_modules() -> list[ModuleType]:
-    return [
-        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
-    ]
+    names = [found.name for found in pkgutil.iter_modules(kernels.__path__) if not found.name.startswith("_")]
+    return [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
 
 
 @dataclass(frozen=True)
@@ -173,4 +180,66 @@ def attentions() -> Iterator[Launch]:
                 yield Launch("cross_covariance", named, run, archs)
 
 
-LAUNCHES = (*norms(), *recursions(), *s2(), *attentions())
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def decomposition(channels: int, size: int, dtype: torch.dtype, last: bool, activation: str | None) -> None:
+    x, y = (absent(128, channels, size, size, dtype=dtype, channels_last=last) for _ in range(2))
+    means, sigma = absent(128, channels, 1, 1, dtype=wide(dtype)), absent(channels, dtype=dtype)
+    feature_decompose.image_means(x, means)
+    feature_decompose.decompose(x, means, sigma, activation, y)
+    feature_decompose.decompose_backward(y, x, means, sigma, activation, y, sigma)
+
+
+def gate(channels: int, size: int, dtype: torch.dtype, last: bool, sliced: bool, doubled: bool) -> None:
+    """sliced: gate and value are slices of one tensor."""
+    both = absent(128, 2 * channels, size, size, dtype=dtype, channels_last=last)
+    y = absent(128, channels, size, size, dtype=dtype, channels_last=last)
+    left, right = both.split(channels, dim=1) if sliced else (y, y)
+    moga_gate.gate(left, right, doubled, y)
+    moga_gate.gate_backward(y, left, right, doubled, left, right)
+
+
+def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> None:
+    x = absent(128, channels, size, size, dtype=dtype, channels_last=True)
+    room = absent(128, hidden + 64 // dtype.itemsize, size, size, dtype=dtype, channels_last=True)
+    dh = absent(128, hidden, size, size, dtype=dtype, channels_last=True)
+    scores, of_d = absent(128, 1, size, size, dtype=wide(dtype)), absent(channels, dtype=wide(dtype))
+    weight, bias, dweight = absent(hidden, dtype=dtype), absent(1, dtype=dtype), absent(hidden, dtype=wide(dtype))
+    h = room[:, :hidden]
+    channel_aggregation_ffn.scores(h, 8, weight, bias, scores)
+    channel_aggregation_ffn.scores_backward(x, of_d, scores, scores)
+    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight)
+
+
+MOGANET = (
+    *((32, 8, 56), (64, 8, 28), (96, 4, 14), (192, 4, 7), (128, 4, 14), (256, 4, 7)),
+    *((64, 8, 56), (128, 8, 28), (320, 4, 14), (512, 4, 7), (160, 8, 28), (640, 4, 7)),
+    *((96, 8, 56), (192, 8, 28), (480, 4, 14), (960, 4, 7)),
+)
+
+
+def moganet() -> Iterator[Launch]:
+    for channels, ratio, size in MOGANET:
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            # Of two stages by default: one for every architecture, one that leaves blocks and vectors incomplete.
+            first = (channels, size, dtype) == (64, 56, torch.bfloat16)
+            archs = ARCHS if first else (90,) if (channels, size, dtype) == (512, 7, torch.float32) else ()
+            of, hidden = f"{channels}x{size}x{size} {str(dtype)[6:]}", channels * ratio
+            run = functools.partial(aggregation, channels, hidden, size, dtype)
+            yield Launch("channel_aggregation_ffn", f"{hidden} of {of}", run, archs)
+            for last in (True, False):
+                named, usual = f"{of} {'channels_last' if last else 'contiguous'}", archs if last else ()
+                for activation in ("silu", "gelu", None) if channels == 64 else ("silu",):
+                    run = functools.partial(decomposition, channels, size, dtype, last, activation)
+                    yield Launch(
+                        "feature_decompose", f"{named} {activation}", run, usual if activation == "silu" else ()
+                    )
+                for sliced, doubled in ((False, False), (True, True)):
+                    run = functools.partial(gate, channels, size, dtype, last, sliced, doubled)
+                    form = f"{named}{', slices, doubled' if sliced else ''}"
+                    yield Launch("moga_gate", form, run, usual if sliced != first else ())
+
+
+LAUNCHES = (*norms(), *recursions(), *s2(), *attentions(), *moganet())

@@ -45,8 +45,9 @@ def make(shape, hidden, *, kernel=3, bias=True, dtype=torch.float32, parameter_d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("hidden", [64, 37])  # in place, and packed into panels
-def test_matches_reference(hidden, layout, dtype):
-    check_against_reference(make((3, 13, 9, 11), hidden, dtype=dtype, layout=layout), layout, slack=2)
+def test_matches_reference(hidden, layout, dtype, device):
+    case = make((3, 13, 9, 11), hidden, dtype=dtype, layout=layout)
+    check_against_reference(case.on(device), layout, slack=2)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_chunks_of_the_batch(images, dtype, monkeypatch):
     case = make((5, 8, 6, 5), 32, dtype=dtype)
     whole, grad = outputs(case, "fused")
     monkeypatch.setattr(ops, "_CHUNK_BYTES", images * (32 + 64 // dtype.itemsize) * 30 * dtype.itemsize)
-    assert ops._Chunks(ops._Arguments(*case.tensors, True), 0).images == images
+    assert ops._Chunks(ops._Arguments(*case.tensors, True), ops._cpu(case.tensors[0]), 1).images == images
     check_against_reference(case, slack=2)
     for a, b in zip(outputs(case, "fused", grad)[0], whole, strict=True):
         torch.testing.assert_close(
@@ -110,15 +111,15 @@ def test_float32_parameters_beside_half_input(dtype):
 
 
 def test_a_large_score_is_not_rounded():
-    """d is one number for all channels: rounded to a half type its error would add up in all of them."""
+    """d is one number for all channels: rounded to a half type, here by up to 1, its error would add up in all."""
     case = make((1, 32, 5, 5), 64, dtype=torch.bfloat16)
-    case.tensors[-1] = torch.full_like(case.tensors[-1], -1)  # y = fc2(d), constant over the channels
-    case.tensors[5] = torch.ones_like(case.tensors[5])
-    case.tensors[8] = torch.full_like(case.tensors[8], 301.3)
-    case.tensors[6] = torch.zeros_like(case.tensors[6])
+    case.tensors[-1] = torch.full_like(case.tensors[-1], -1)  # y = fc2(d), and fc2 is a mean
+    case.tensors[5] = torch.full_like(case.tensors[5], 1 / 64)
+    case.tensors[6] = torch.full_like(case.tensors[6], -302)
+    case.tensors[8] = torch.full_like(case.tensors[8], 302)
     exact = case.to(torch.float64)
     y, e = case.run(case.tensors, "fused"), exact.run(exact.tensors, "reference")
-    assert (y - e).abs().max() <= 2**-8 * e.abs().max()
+    assert (y - e).abs().max() <= 0.1
 
 
 def test_reference_is_the_definition():

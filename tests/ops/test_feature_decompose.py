@@ -28,8 +28,9 @@ def make(shape, *, activation="silu", dtype=torch.float32, sigma_dtype=None, lay
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_matches_reference(layout, dtype, activation):
-    check_against_reference(make((3, 37, 9, 11), activation=activation, dtype=dtype, layout=layout), layout)
+def test_matches_reference(layout, dtype, activation, device):
+    case = make((3, 37, 9, 11), activation=activation, dtype=dtype, layout=layout)
+    check_against_reference(case.on(device), layout)
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,6 @@ def make(size=(2, 9, 7), widths=(8, 16, 32), *, bias=True, dtype=torch.float32, 
     return Case(run, [pwa, dw, *weights, *biases])
 
 
-def on(device, case):
-    return Case(case.run, [t if t is None else t.to(device) for t in case.tensors])
-
-
 CASES = [
     {},
     {"layout": "channels_last"},
@@ -56,19 +52,19 @@ CASES = [
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_matches_reference(options, device):
-    check_against_reference(on(device, make(**options)))
+    check_against_reference(make(**options).on(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes(dtype, layout, device):
-    check_against_reference(on(device, make(dtype=dtype, layout=layout)))
+    check_against_reference(make(dtype=dtype, layout=layout).on(device))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
 def test_layouts(layout, grad_layout, device):
-    check_against_reference(on(device, make(layout=layout)), grad_layout)
+    check_against_reference(make(layout=layout).on(device), grad_layout)
 
 
 @pytest.mark.parametrize(("layout", "dw_layout"), [("channels_last", "contiguous"), ("contiguous", "channel_slice")])

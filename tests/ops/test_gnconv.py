@@ -45,10 +45,6 @@ def make(
     return Case(run, [laid_out(torch.randn(shape, dtype=dtype), layout), *projections, *weights, *biases])
 
 
-def on(device, case):
-    return Case(case.run, [t if t is None else t.to(device) for t in case.tensors])
-
-
 CASES = [
     {},
     {"layout": "channels_last"},
@@ -70,19 +66,19 @@ CASES = [
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_matches_reference(options, device):
     # Of one channel, gradients of weights are single numbers, whose rounding is luck.
-    check_against_reference(on(device, make(**options)), slack=3.0 if options.get("shape", (0, 0))[1] == 1 else 1.0)
+    check_against_reference(make(**options).on(device), slack=3.0 if options.get("shape", (0, 0))[1] == 1 else 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes(dtype, layout, device):
-    check_against_reference(on(device, make(dtype=dtype, layout=layout)))
+    check_against_reference(make(dtype=dtype, layout=layout).on(device))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
 def test_layouts(layout, grad_layout, device):
-    check_against_reference(on(device, make(layout=layout)), grad_layout)
+    check_against_reference(make(layout=layout).on(device), grad_layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

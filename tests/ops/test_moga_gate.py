@@ -25,8 +25,9 @@ def make(shape, *, doubled=False, dtype=torch.float32, layout="contiguous", valu
 @pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_matches_reference(layout, dtype, doubled):
-    check_against_reference(make((3, 37, 9, 11), doubled=doubled, dtype=dtype, layout=layout), layout)
+def test_matches_reference(layout, dtype, doubled, device):
+    case = make((3, 37, 9, 11), doubled=doubled, dtype=dtype, layout=layout)
+    check_against_reference(case.on(device), layout)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 14, 14), (1, 7, 1, 1), (5, 20, 5, 1), (2, 3, 1, 33), (0, 8, 5, 5)], ids=str)

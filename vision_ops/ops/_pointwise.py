@@ -20,6 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus:
         _multiply(x, weight, bias, out, plus, _PLUS)
     elif plus is None:
         _torch_linear(x, weight, bias, out)
+    elif plus is out and bias is None and (pair := _matrices(x, out)):
+        pair[1].addmm_(pair[0], weight.to(x.dtype).t())
     else:
         product = torch.empty_like(out) if plus is out else out
         _torch_linear(x, weight, bias, product)
@@ -101,14 +103,13 @@ def _lined(t: Tensor) -> bool:
 
 def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    rows, to = _pixels(x), _pixels(out)
-    matrix, to_matrix = _matrix(rows), _matrix(to)
-    if matrix is not None and to_matrix is not None:
+    if pair := _matrices(x, out):
         if bias is None:
-            torch.mm(matrix, weight.t(), out=to_matrix)
+            torch.mm(pair[0], weight.t(), out=pair[1])
         else:
-            torch.addmm(bias, matrix, weight.t(), out=to_matrix)
+            torch.addmm(bias, pair[0], weight.t(), out=pair[1])
         return
+    rows, to = _pixels(x), _pixels(out)
     many = weight.expand(len(x), *weight.shape)
     if to.stride(2) == 1:
         left, right, column = rows, many.transpose(1, 2), bias
@@ -125,17 +126,16 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
     """out = the gradient of the weight (O, I) or (O, I, 1, 1) of linear(x), given that of its result."""
     if out is None:
         return
-    out, rows, columns = out.flatten(1), _pixels(x), _pixels(grad)
-    matrix, grad_matrix = _matrix(rows), _matrix(columns)
-    if matrix is not None and grad_matrix is not None:
+    out = out.flatten(1)
+    if pair := _matrices(grad, x):
         if out.dtype == x.dtype:
-            torch.mm(grad_matrix.t(), matrix, out=out)
+            torch.mm(pair[0].t(), pair[1], out=out)
         else:
-            out.copy_(torch.mm(grad_matrix.t(), matrix))
+            out.copy_(torch.mm(pair[0].t(), pair[1]))
         return
     # Image by image: half types would round every image's share if they were summed in place.
     total = torch.zeros_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
-    for image, grad_image in zip(rows, columns, strict=True):
+    for image, grad_image in zip(_pixels(x), _pixels(grad), strict=True):
         total += torch.mm(grad_image.t(), image)
     out.copy_(total)
 
@@ -143,6 +143,12 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
 def _pixels(t: Tensor) -> Tensor:
     """(N, H * W, C), a view wherever one stride leads through the pixels."""
     return t.flatten(2).transpose(1, 2)
+
+
+def _matrices(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both as (N * H * W, C), if these are views."""
+    a, b = _matrix(_pixels(x)), _matrix(_pixels(y))
+    return None if a is None or b is None else (a, b)
 
 
 def _matrix(pixels: Tensor) -> Tensor | None:

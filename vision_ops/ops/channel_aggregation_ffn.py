@@ -1,6 +1,8 @@
 """MogaNet's channel aggregation, whole: two 1x1 convolutions around a depthwise one, GELU and the decomposition."""
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +14,16 @@ from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
 from ._pointwise import linear, linear_to, products, weight_gradient
 from ._registration import FusedOp, allocate, device_reasons, empty, without_autocast
-from .dwconv import convolve_backward
-from .gated_recursion import channel_sums, pixel_dense
+from .dwconv import (
+    convolution_name,
+    convolve_backward,
+    convolve_backward_cuda,
+    convolve_backward_torch,
+    convolve_cuda,
+    convolve_torch,
+    convolves_cuda,
+)
+from .gated_recursion import channel_sums, cuda_gates, pixel_dense
 
 # Of a chunk of the batch in hidden channels: its three tensors stay in a third-level cache between the passes.
 _CHUNK_BYTES = 6 * 2**20
@@ -41,7 +51,7 @@ def _reference(a: _Arguments) -> Tensor:
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """y; of every pixel the score, whose GELU is d; and fc1's output, or nothing of it. h is cheap to compute again."""
     n, _, h, w = a.x.shape
-    kept = allocate((n if a.keep else 0, _hidden_channels(a), h, w), a.x, torch.channels_last)
+    kept = allocate((n if a.keep else 0, _fc1_channels(a), h, w), a.x, torch.channels_last)
     return empty(a.x.shape, a.x), allocate((n, 1, h, w), a.x, dtype=_wide(a.x)), kept
 
 
@@ -55,6 +65,36 @@ def _hidden_channels(a: _Arguments) -> int:
     return a.dw_weight.shape[0] + _LINE_BYTES // a.x.dtype.itemsize
 
 
+def _fc1_channels(a: _Arguments) -> int:
+    """No room on a GPU, whose GEMM adds the bias on its way only if its result has no gaps."""
+    return a.dw_weight.shape[0] if a.x.device.type == "cuda" else _hidden_channels(a)
+
+
+class _Device(NamedTuple):
+    """The kernels of a device, and what suits it."""
+
+    aggregate: Callable[..., None]
+    aggregate_backward: Callable[..., Tensor]
+    convolve_backward: Callable[..., None]
+    channel_sums: Callable[[Tensor, Tensor | None], None]
+    chunk_bytes: float
+    columns: int  # fc2's matrix has a multiple of so many
+
+
+def _cpu(x: Tensor) -> _Device:
+    return _Device(_aggregate, _aggregate_backward, convolve_backward, channel_sums, _CHUNK_BYTES, columns=1)
+
+
+def _cuda(x: Tensor) -> _Device:
+    """The whole batch at once; tensor cores take eight columns."""
+    compiled = convolves_cuda(x)
+    convolve, backward = (
+        (convolve_cuda, convolve_backward_cuda) if compiled else (convolve_torch, convolve_backward_torch)
+    )
+    kernels = functools.partial(_aggregate_cuda, convolve), functools.partial(_aggregate_backward_cuda, convolve)
+    return _Device(*kernels, backward, cuda_gates().channel_sums, math.inf, columns=8)
+
+
 class _Fc2:
     """fc2 of h + sigma * (h - d), as one matrix for [h | d]: W2 (1 + sigma) and a column -(W2 sigma) for d.
 
@@ -62,21 +102,24 @@ class _Fc2:
     whose rounding errors would add up.
     """
 
-    def __init__(self, a: _Arguments) -> None:
+    def __init__(self, a: _Arguments, multiple: int) -> None:
+        """multiple: of which the columns are, filled up with zeros."""
         wide, hidden = _wide(a.x), a.dw_weight.shape[0]
         self.weight, self.sigma = a.fc2_weight.flatten(1), a.sigma.flatten().to(wide)
-        self.hidden, self.columns = hidden, hidden + (2 if a.x.dtype.itemsize == 2 else 1)
+        self.hidden, self.end = hidden, hidden + (2 if a.x.dtype.itemsize == 2 else 1)
+        self.columns = -(-self.end // multiple) * multiple
         self.of_d = (self.weight.to(wide) @ self.sigma).neg_()
         self.matrix = allocate((len(self.weight), self.columns), a.x)
         torch.mul(self.weight, 1 + self.sigma, out=self.matrix[:, :hidden])
-        self.matrix[:, hidden:] = self.of_d[:, None]
+        self.matrix[:, hidden : self.end] = self.of_d[:, None]
+        self.matrix[:, self.end :] = 0
 
     def append(self, scores: Tensor, h: Tensor) -> None:
         """Writes d behind the channels of h."""
         d = F.gelu(scores)
         column = h[:, self.hidden : self.hidden + 1]
         column.copy_(d)
-        for k in range(self.hidden + 1, self.columns):
+        for k in range(self.hidden + 1, self.end):
             h[:, k : k + 1].copy_(d.sub_(column))
 
     def gradient_of_d(self, grad: Tensor) -> Tensor:
@@ -118,19 +161,16 @@ class _Total:
 class _Chunks:
     """The images that are taken at once, and tensors of hidden channels for them."""
 
-    def __init__(self, a: _Arguments, tensors: int) -> None:
+    def __init__(self, a: _Arguments, device: _Device, tensors: int) -> None:
         n, _, h, w = a.x.shape
-        self.a, self.fc2 = a, _Fc2(a)
+        self.a, self.fc2 = a, _Fc2(a, device.columns)
         channels = _hidden_channels(a)
-        self.images = max(1, min(n, _CHUNK_BYTES // (channels * h * w * a.x.dtype.itemsize)))
-        shape = self.images, channels, h, w
-        self.tensors = [allocate(shape, a.x, torch.channels_last) for _ in range(tensors)]
+        self.images = int(max(1, min(n, device.chunk_bytes // (channels * h * w * a.x.dtype.itemsize))))
+        widths = channels, *[_fc1_channels(a)] * (tensors - 1)
+        self.tensors = [allocate((self.images, width, h, w), a.x, torch.channels_last) for width in widths]
         self.dw_weight = a.dw_weight.contiguous()
         self.dw_bias = None if a.dw_bias is None else a.dw_bias.contiguous()
         self.decompose_weight = a.decompose_weight.flatten().contiguous()
-        self.parameters = tuple(map(_native.weight_view, (self.dw_weight, self.dw_bias, self.decompose_weight)))
-        size = self.dw_weight.shape[-1]
-        self.conv = size, 1, 1, size // 2, size // 2
 
     def __iter__(self) -> Iterator[tuple[slice, list[Tensor]]]:
         n = len(self.a.x)
@@ -147,28 +187,83 @@ class _Chunks:
         return self.hidden(f)
 
 
+def _native_arguments(c: _Chunks) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    size = c.dw_weight.shape[-1]
+    parameters = c.dw_weight, c.dw_bias, c.decompose_weight
+    return tuple(map(_native.weight_view, parameters)), (size, 1, 1, size // 2, size // 2)
+
+
+def _aggregate(c: _Chunks, f: Tensor, h: Tensor, scores: Tensor) -> None:
+    """scores = decompose h, h = GELU(dwconv f), with d behind its channels."""
+    parameters, conv = _native_arguments(c)
+    views = _native.view(c.hidden(h)), _native.view(scores)
+    _native.kernels().channel_aggregation(_native.view(f), *parameters, *views, conv)
+    if c.a.decompose_bias is not None:
+        scores += c.a.decompose_bias
+    c.fc2.append(scores, h)
+
+
+def _aggregate_backward(
+    c: _Chunks, f: Tensor, grad: Tensor, h: Tensor, dh: Tensor, scores: Tensor, dweight: Tensor
+) -> Tensor:
+    """Returns the gradient of the scores. h is as above once more, dh becomes the gradient of dwconv's result, dweight
+    that of decompose."""
+    dscores = torch.ops.aten.gelu_backward(c.fc2.gradient_of_d(grad), scores)
+    parameters, conv = _native_arguments(c)
+    views = map(_native.view, (dscores, dh, c.hidden(h)))
+    sums = _native.weight_view(dweight)
+    _native.kernels().channel_aggregation_backward(_native.view(f), *parameters, *views, sums, conv)
+    c.fc2.append(scores, h)
+    return dscores
+
+
+def _aggregate_cuda(convolve: Callable[..., None], c: _Chunks, f: Tensor, h: Tensor, scores: Tensor) -> None:
+    from ..kernels import channel_aggregation_ffn as triton
+
+    h, fc2, bias = c.hidden(h), c.fc2, c.a.decompose_bias
+    convolve(f, c.dw_weight, c.dw_bias, h, "gelu")
+    triton.scores(h, fc2.columns - fc2.hidden, c.decompose_weight, bias, scores)
+
+
+def _aggregate_backward_cuda(
+    convolve: Callable[..., None],
+    c: _Chunks,
+    f: Tensor,
+    grad: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    scores: Tensor,
+    dweight: Tensor,
+) -> Tensor:
+    from ..kernels import channel_aggregation_ffn as triton
+
+    h, fc2, dscores = c.hidden(h), c.fc2, allocate(scores.shape, scores)
+    triton.scores_backward(grad, fc2.of_d, scores, dscores)
+    convolve(f, c.dw_weight, c.dw_bias, h)
+    triton.gelu_backward(h, dh, fc2.columns - fc2.hidden, c.decompose_weight, scores, dscores, dweight)
+    return dscores
+
+
 @without_autocast
-def _forward(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    y, scores, kept = _output(a)
-    chunks, x = _Chunks(a, 1 if a.keep else 2), pixel_dense(a.x, torch.channels_last)
+def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    device, (y, scores, kept) = on(a.x), _output(a)
+    chunks, x = _Chunks(a, device, 1 if a.keep else 2), pixel_dense(a.x, torch.channels_last)
     fc2 = chunks.fc2
     kept[:, fc2.hidden :] = 0  # a result of the op, if only for its backward pass
     for part, (h, *rest) in chunks:
-        f, s = chunks.fc1(x[part], kept[part] if a.keep else rest[0]), scores[part]
-        views = _native.view(chunks.hidden(h)), _native.view(s)
-        _native.kernels().channel_aggregation(_native.view(f), *chunks.parameters, *views, chunks.conv)
-        if a.decompose_bias is not None:
-            s += a.decompose_bias
-        fc2.append(s, h)
+        f = chunks.fc1(x[part], kept[part] if a.keep else rest[0])
+        device.aggregate(chunks, f, h, scores[part])
         linear_to(h[:, : fc2.columns], fc2.matrix, a.fc2_bias, y[part])
     return y, scores, kept
 
 
 @without_autocast
-def _backward(grads: list[Any], grad: Tensor, a: _Arguments, scores: Tensor, kept: Tensor) -> None:
+def _backward(
+    on: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, scores: Tensor, kept: Tensor
+) -> None:
     dx, dfc1, dfc1_bias, ddw, ddw_bias, dfc2, dfc2_bias, ddecompose, ddecompose_bias, dsigma = grads
-    x, grad = (pixel_dense(t, torch.channels_last) for t in (a.x, grad))
-    chunks = _Chunks(a, 2 if a.keep else 3)
+    device, x, grad = on(a.x), *(pixel_dense(t, torch.channels_last) for t in (a.x, grad))
+    chunks = _Chunks(a, device, 2 if a.keep else 3)
     fc2, c = chunks.fc2, a.x.shape[1]
 
     def total(t: Tensor | None, *shape: int) -> _Total:
@@ -182,20 +277,15 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, scores: Tensor, kep
     totals = product, of_decompose, of_decompose_bias, of_fc2_bias, of_fc1, of_fc1_bias, of_dw, of_dw_bias
     for part, (h, dh, *rest) in chunks:
         f, g = chunks.hidden(kept[part]) if a.keep else chunks.fc1(x[part], rest[0]), grad[part]
-        dh = chunks.hidden(dh)
-        linear(g, fc2.matrix[:, : fc2.hidden].t(), None, dh)
-        ds = torch.ops.aten.gelu_backward(fc2.gradient_of_d(g), scores[part])
-        views = map(_native.view, (ds, dh, chunks.hidden(h)))
-        sums = _native.weight_view(of_decompose.part)
-        _native.kernels().channel_aggregation_backward(_native.view(f), *chunks.parameters, *views, sums, chunks.conv)
-        channel_sums(ds, of_decompose_bias.part)
-        channel_sums(g, of_fc2_bias.part)
-        if product.part is not None:
-            fc2.append(scores[part], h)
-            weight_gradient(g, h[:, : fc2.columns], product.part)
-        du, df = dh, chunks.hidden(h)
-        convolve_backward(du, f, chunks.dw_weight, df, of_dw.part, of_dw_bias.part)
-        channel_sums(df, of_fc1_bias.part)
+        du = chunks.hidden(dh)
+        linear(g, fc2.matrix[:, : fc2.hidden].t(), None, du)
+        ds = device.aggregate_backward(chunks, f, g, h, du, scores[part], of_decompose.part)
+        device.channel_sums(ds, of_decompose_bias.part)
+        device.channel_sums(g, of_fc2_bias.part)
+        weight_gradient(g, h[:, : fc2.columns], product.part)
+        df = chunks.hidden(h)
+        device.convolve_backward(du, f, chunks.dw_weight, df, of_dw.part, of_dw_bias.part)
+        device.channel_sums(df, of_fc1_bias.part)
         weight_gradient(df, x[part], of_fc1.part)
         if dx is not None:
             linear_to(df, a.fc1_weight.flatten(1).t(), None, dx[part])
@@ -209,7 +299,10 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, scores: Tensor, kep
         t.write(given)
 
 
-_KERNELS = {"CPU": (_forward, _backward)}
+_KERNELS = {
+    key: (functools.partial(_forward, device), functools.partial(_backward, device))
+    for key, device in (("CPU", _cpu), ("CUDA", _cuda))
+}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -217,8 +310,10 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    return {"depthwise convolution, GELU and aggregation": kernel, "1x1 convolutions": products(a.x)}
+    gemms = {"1x1 convolutions": products(a.x)}
+    if a.x.device.type != "cuda":
+        return {"depthwise convolution, GELU and aggregation": _native.kernel_name(a.x.device.type), **gemms}
+    return {"depthwise convolution and GELU": convolution_name(a.x), "aggregation": "Triton kernels", **gemms}
 
 
 _op = FusedOp(
@@ -271,9 +366,10 @@ def fused_channel_aggregation_ffn(
 
     Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. The GEMMs are PyTorch's; fc2's has
     the decomposition folded in. Backward keeps, besides the arguments, one tensor of the hidden width h, where eager
-    keeps five, and computes the rest again; without gradients nothing of that width outlives a chunk of the batch.
-    Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads. Without a
-    kernel for the device, `reference.channel_aggregation_ffn` runs.
+    keeps five, and computes the rest again; without gradients nothing of that width outlives the call, on CPUs not even
+    a chunk of the batch. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of
+    threads. On GPUs where the CUDA kernels are missing, the depthwise convolution is PyTorch's, whose gradients may not
+    be repeatable. Without a kernel for the device, `reference.channel_aggregation_ffn` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

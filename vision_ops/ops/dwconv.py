@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native, reference
@@ -157,10 +158,10 @@ def _same_size(weight: Tensor) -> tuple[int, ...]:
     return size, 1, 1, size // 2, size // 2
 
 
-def convolve_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def convolve_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None = None) -> None:
     """The same on a GPU, of channels_dense tensors."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.cuda_kernels().dwconv(*views, _same_size(weight), 0, *_native.target(x))
+    _native.cuda_kernels().dwconv(*views, _same_size(weight), ACTIVATION_CODES[activation], *_native.target(x))
 
 
 def convolve_backward_cuda(
@@ -172,6 +173,50 @@ def convolve_backward_cuda(
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
         kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, room.data_ptr(), *target)
+
+
+def convolves_cuda(x: Tensor) -> bool:
+    """Whether the compiled CUDA kernels run on the device of x; else PyTorch convolves there."""
+    return x.device.type == "cuda" and not device_reasons(x, _KERNELS)
+
+
+def convolution_name(x: Tensor) -> str:
+    """What convolves x in the ops whose own kernels are Triton's on a GPU."""
+    device = x.device.type
+    return "PyTorch" if device == "cuda" and not convolves_cuda(x) else _native.kernel_name(device)
+
+
+def convolve_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str | None = None,
+    *,
+    dilation: int = 1,
+) -> None:
+    bias, padding = None if bias is None else bias.to(x.dtype), dilation * (weight.shape[-1] // 2)
+    u = F.conv2d(x, weight.to(x.dtype), bias, padding=padding, dilation=dilation, groups=len(weight))
+    y.copy_(ACTIVATIONS[activation](u))
+
+
+def convolve_backward_torch(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    dilation: int = 1,
+) -> None:
+    padding = dilation * (weight.shape[-1] // 2)
+    geometry = [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(weight)
+    needs = [True, dweight is not None, dbias is not None]
+    found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), [len(weight)], *geometry, needs)
+    for given, t in zip((dx, dweight, dbias), found, strict=True):
+        if given is not None:
+            given.copy_(t)
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}

@@ -1,5 +1,7 @@
 """MogaNet's feature decomposition: every pixel's difference from its image's mean, weighted, is added to it."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,20 +30,42 @@ def _output(a: _Arguments) -> Tensor:
     return empty(a.x.shape, a.x)
 
 
-def image_means(x: Tensor) -> Tensor:
-    """(N, C, 1, 1), in float32 at least. x is pixel_dense in some memory format, here and below."""
+class Decomposition(NamedTuple):
+    """The kernels of a device. x is pixel_dense in some memory format, sigma (C,) and contiguous, means (N, C, 1, 1)
+    and float32 at least."""
+
+    image_means: Callable[[Tensor, Tensor], None]
+    run: Callable[[Tensor, Tensor, Tensor, str | None, Tensor], None]
+    run_backward: Callable[..., None]
+
+
+def cpu_decomposition() -> Decomposition:
+    return Decomposition(_image_means, _decompose, _decompose_backward)
+
+
+def cuda_decomposition() -> Decomposition:
+    from ..kernels import feature_decompose as triton
+
+    return Decomposition(triton.image_means, triton.decompose, triton.decompose_backward)
+
+
+def image_means(kernels: Decomposition, x: Tensor) -> Tensor:
     means = allocate((*x.shape[:2], 1, 1), x, dtype=torch.promote_types(x.dtype, torch.float32))
-    _native.kernels().image_means(_native.view(x), _native.view(means))
+    kernels.image_means(x, means)
     return means
 
 
-def run_decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
-    """means: of x, from `image_means` or, where they are known before x is, in its form. sigma: (C,), contiguous."""
+def _image_means(x: Tensor, means: Tensor) -> None:
+    _native.kernels().image_means(_native.view(x), _native.view(means))
+
+
+def _decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
+    """means: of x, from `image_means` or, where they are known before x is, in its form."""
     views = _native.view(x), _native.view(means), _native.weight_view(sigma), _native.view(y)
     _native.kernels().feature_decompose(*views, ACTIVATION_CODES[activation])
 
 
-def run_decompose_backward(
+def _decompose_backward(
     grad: Tensor,
     x: Tensor,
     means: Tensor,
@@ -60,23 +84,26 @@ def flat(sigma: Tensor | None) -> Tensor | None:
     return None if sigma is None else sigma.reshape(-1).contiguous()
 
 
-def _forward_cpu(a: _Arguments) -> Tensor:
-    y, x = _output(a), pixel_dense(a.x, memory_format(a.x))
-    run_decompose(x, image_means(x), flat(a.sigma), a.activation, y)
+def _forward(device: Callable[[], Decomposition], a: _Arguments) -> Tensor:
+    kernels, y, x = device(), _output(a), pixel_dense(a.x, memory_format(a.x))
+    kernels.run(x, image_means(kernels, x), flat(a.sigma), a.activation, y)
     return y
 
 
-def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+def _backward(device: Callable[[], Decomposition], grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     given, dsigma = grads
-    wanted = memory_format(a.x)
+    kernels, wanted = device(), memory_format(a.x)
     x, grad = (pixel_dense(t, wanted) for t in (a.x, grad))
     dx = given if given is None or pixel_dense(given, wanted) is given else empty(x.shape, x)
-    run_decompose_backward(grad, x, image_means(x), flat(a.sigma), a.activation, dx, flat(dsigma))
+    kernels.run_backward(grad, x, image_means(kernels, x), flat(a.sigma), a.activation, dx, flat(dsigma))
     if given is not dx:
         given.copy_(dx)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+_KERNELS = {
+    key: (functools.partial(_forward, device), functools.partial(_backward, device))
+    for key, device in (("CPU", cpu_decomposition), ("CUDA", cuda_decomposition))
+}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -125,7 +152,7 @@ def fused_feature_decompose(
 
     Two passes, one for the means and one for the rest; sums and means are float32 (float64 for float64). Backward keeps
     the arguments only. Gradients come in each argument's own dtype and are bitwise repeatable. Without a kernel for the
-    device, `reference.feature_decompose` runs.
+    device, and on CPUs to train on few elements, `reference.feature_decompose` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -5,15 +5,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native, reference
+from .. import reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._pointwise import linear, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
-from .dwconv import convolve, convolve_backward, convolve_backward_cuda, convolve_cuda
+from .dwconv import (
+    convolution_name,
+    convolve,
+    convolve_backward,
+    convolve_backward_cuda,
+    convolve_backward_torch,
+    convolve_cuda,
+    convolve_torch,
+    convolves_cuda,
+)
 from .gated_recursion import ChainAgain, Gates, check_chain, cpu_gates, cuda_gates, gate_parts, pixel_dense, run_chain
 
 
@@ -60,30 +68,9 @@ def _cpu(x: Tensor) -> _Device:
 
 
 def _cuda(x: Tensor) -> _Device:
-    if _convolves(x):
+    if convolves_cuda(x):
         return _Device(cuda_gates(), convolve_cuda, convolve_backward_cuda)
-    return _Device(cuda_gates(), _torch_convolve, _torch_convolve_backward)
-
-
-def _convolves(x: Tensor) -> bool:
-    """Whether the compiled CUDA kernels run on the device of x; else PyTorch convolves."""
-    return x.device.type == "cuda" and not device_reasons(x, _KERNELS)
-
-
-def _torch_convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    parameters = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    y.copy_(F.conv2d(x, *parameters, padding=weight.shape[-1] // 2, groups=len(weight)))
-
-
-def _torch_convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
-) -> None:
-    geometry = [1, 1], [weight.shape[-1] // 2] * 2, [1, 1], False, [0, 0], len(weight)
-    needs = [True, dweight is not None, dbias is not None]
-    found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), [len(weight)], *geometry, needs)
-    for given, t in zip((dx, dweight, dbias), found, strict=True):
-        if given is not None:
-            given.copy_(t)
+    return _Device(cuda_gates(), convolve_torch, convolve_backward_torch)
 
 
 # In between everything is channels_last, whatever x is: the GEMMs at either end change the layout on their way.
@@ -148,10 +135,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    device, order = a.x.device.type, len(a.pw_weights) + 1
-    convolution = "PyTorch" if device == "cuda" and not _convolves(a.x) else _native.kernel_name(device)
-    widths = [a.x.shape[1] >> k for k in reversed(range(order))]
-    return {"depthwise convolution": convolution, **gate_parts(a.x, widths)}
+    widths = [a.x.shape[1] >> k for k in reversed(range(len(a.pw_weights) + 1))]
+    return {"depthwise convolution": convolution_name(a.x), **gate_parts(a.x, widths)}
 
 
 _op = FusedOp(

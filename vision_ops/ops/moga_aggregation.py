@@ -1,7 +1,8 @@
 """MogaNet's spatial aggregation, whole: four 1x1 convolutions around the decomposition, the multi-order depthwise
 convolution and the gate."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,19 @@ from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
 from ._pointwise import linear, linear_to, products, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
-from .feature_decompose import flat, image_means, run_decompose, run_decompose_backward
-from .gated_recursion import channel_sums, pixel_dense
-from .moga_gate import run_gate, run_gate_backward
-from .multi_order_dwconv import check_branches, multi_order, multi_order_backward
+from .dwconv import convolution_name, convolves_cuda
+from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
+from .gated_recursion import channel_sums, cuda_gates, pixel_dense
+from .moga_gate import Gate, cpu_gate, cuda_gate
+from .multi_order_dwconv import (
+    check_branches,
+    multi_order,
+    multi_order_backward,
+    multi_order_backward_cuda,
+    multi_order_backward_torch,
+    multi_order_cuda,
+    multi_order_torch,
+)
 
 
 class _Arguments(NamedTuple):
@@ -57,9 +67,28 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return empty(a.x.shape, a.x), allocate_channels_last(a.x.shape, a.x), allocate_channels_last(a.x.shape, a.x)
 
 
-def _means(x: Tensor, a: _Arguments) -> Tensor:
+class _Device(NamedTuple):
+    decomposition: Decomposition
+    gate: Gate
+    channel_sums: Callable[[Tensor, Tensor | None], None]
+    multi_order: Callable[..., None]
+    multi_order_backward: Callable[..., None]
+
+
+def _cpu(x: Tensor) -> _Device:
+    return _Device(cpu_decomposition(), cpu_gate(), channel_sums, multi_order, multi_order_backward)
+
+
+def _cuda(x: Tensor) -> _Device:
+    kernels = cuda_decomposition(), cuda_gate(), cuda_gates().channel_sums
+    if convolves_cuda(x):
+        return _Device(*kernels, multi_order_cuda, multi_order_backward_cuda)
+    return _Device(*kernels, multi_order_torch, multi_order_backward_torch)
+
+
+def _means(device: _Device, x: Tensor, a: _Arguments) -> Tensor:
     """Of proj_1's output, from those of x."""
-    means = image_means(x)
+    means = image_means(device.decomposition, x)
     projected = torch.empty_like(means)
     bias = None if a.proj_1_bias is None else a.proj_1_bias.to(means.dtype)
     linear(means, a.proj_1_weight.flatten(1).to(means.dtype), bias, projected)
@@ -72,53 +101,58 @@ def _scratch(a: _Arguments) -> Tensor:
 
 # In between everything is channels_last, whatever x is.
 @without_autocast
-def _forward(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    y, p, dw = _output(a)
+def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    device, (y, p, dw) = on(a.x), _output(a)
     x = pixel_dense(a.x, torch.channels_last)
     linear(x, a.proj_1_weight.flatten(1), a.proj_1_bias, p)
     u, gate, value = _scratch(a), _scratch(a), _scratch(a)
-    run_decompose(p, _means(x, a), flat(a.sigma), "silu", u)
+    device.decomposition.run(p, _means(device, x, a), flat(a.sigma), "silu", u)
     linear(u, a.gate_weight.flatten(1), a.gate_bias, gate)
-    multi_order(u, a.dw_weights, a.dw_biases, a.dilations, dw)
+    device.multi_order(u, a.dw_weights, a.dw_biases, a.dilations, dw)
     linear(dw, a.pw_weight.flatten(1), a.pw_bias, value)
-    run_gate(gate, value, a.double_gate_act, gate)
+    device.gate.run(gate, value, a.double_gate_act, gate)
     linear_to(gate, a.proj_2_weight.flatten(1), a.proj_2_bias, y, plus=a.x)
     return y, p, dw
 
 
 @without_autocast
-def _backward(grads: list[Any], grad: Tensor, a: _Arguments, p: Tensor, dw: Tensor) -> None:
+def _backward(
+    on: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, p: Tensor, dw: Tensor
+) -> None:
     dx, dproj_1, dproj_1_bias, dgate, dgate_bias, dpw, dpw_bias, dproj_2, dproj_2_bias, dsigma, ddws, ddw_biases = grads
-    x, given = (pixel_dense(t, torch.channels_last) for t in (a.x, grad))
-    means, sigma = _means(x, a), flat(a.sigma)
+    device, x, given = on(a.x), *(pixel_dense(t, torch.channels_last) for t in (a.x, grad))
+    means, sigma = _means(device, x, a), flat(a.sigma)
     u, gate, value, product = (_scratch(a) for _ in range(4))
-    run_decompose(p, means, sigma, "silu", u)
+    device.decomposition.run(p, means, sigma, "silu", u)
     linear(u, a.gate_weight.flatten(1), a.gate_bias, gate)
     linear(dw, a.pw_weight.flatten(1), a.pw_bias, value)
     if dproj_2 is not None:
-        run_gate(gate, value, a.double_gate_act, product)
+        device.gate.run(gate, value, a.double_gate_act, product)
         weight_gradient(given, product, dproj_2)
-    channel_sums(given, dproj_2_bias)
+    device.channel_sums(given, dproj_2_bias)
 
     linear(given, a.proj_2_weight.flatten(1).t(), None, product)
-    run_gate_backward(product, gate, value, a.double_gate_act, gate, value)
+    device.gate.run_backward(product, gate, value, a.double_gate_act, gate, value)
     weight_gradient(gate, u, dgate)
-    channel_sums(gate, dgate_bias)
+    device.channel_sums(gate, dgate_bias)
     weight_gradient(value, dw, dpw)
-    channel_sums(value, dpw_bias)
+    device.channel_sums(value, dpw_bias)
     ddw, du = product, _scratch(a)
     linear(value, a.pw_weight.flatten(1).t(), None, ddw)
-    multi_order_backward(ddw, u, a.dw_weights, a.dw_biases, a.dilations, du, ddws, ddw_biases)
+    device.multi_order_backward(ddw, u, a.dw_weights, a.dw_biases, a.dilations, du, ddws, ddw_biases)
     linear(gate, a.gate_weight.flatten(1).t(), None, du, plus=du)
     dp = u
-    run_decompose_backward(du, p, means, sigma, "silu", dp, flat(dsigma))
+    device.decomposition.run_backward(du, p, means, sigma, "silu", dp, flat(dsigma))
     weight_gradient(dp, x, dproj_1)
-    channel_sums(dp, dproj_1_bias)
+    device.channel_sums(dp, dproj_1_bias)
     if dx is not None:
         linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx, plus=grad)
 
 
-_KERNELS = {"CPU": (_forward, _backward)}
+_KERNELS = {
+    key: (functools.partial(_forward, device), functools.partial(_backward, device))
+    for key, device in (("CPU", _cpu), ("CUDA", _cuda))
+}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -126,8 +160,11 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    return {"decomposition, depthwise convolutions and gate": kernel, "1x1 convolutions": products(a.x)}
+    gemms = {"1x1 convolutions": products(a.x)}
+    if a.x.device.type != "cuda":
+        kernel = _native.kernel_name(a.x.device.type)
+        return {"decomposition, depthwise convolutions and gate": kernel, **gemms}
+    return {"depthwise convolutions": convolution_name(a.x), "decomposition and gate": "Triton kernels", **gemms}
 
 
 _op = FusedOp(
@@ -189,7 +226,9 @@ def fused_moga_aggregation(
     Parameters have the dtype of x, or float32 beside a half x. The GEMMs are PyTorch's. The mean of p is proj_1 of the
     mean of x. Backward keeps, besides the arguments, the outputs of proj_1 and of the depthwise convolutions, 3C
     numbers a pixel with x, where eager keeps 11C. Gradients come in each argument's own dtype and are bitwise
-    repeatable with the same number of threads. Without a kernel for the device, `reference.moga_aggregation` runs.
+    repeatable with the same number of threads. On GPUs where the CUDA kernels are missing, the depthwise convolutions
+    are PyTorch's, whose gradients may not be repeatable. Without a kernel for the device, `reference.moga_aggregation`
+    runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

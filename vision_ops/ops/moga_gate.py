@@ -1,5 +1,7 @@
 """MogaNet's gate: the product of two branches through SiLU."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,35 +28,55 @@ def _output(a: _Arguments) -> Tensor:
     return empty(a.gate.shape, a.gate)
 
 
-def run_gate(gate: Tensor, value: Tensor, doubled: bool, y: Tensor) -> None:
-    """All in one memory format, pixel_dense; here and below."""
+class Gate(NamedTuple):
+    """The kernels of a device. Tensors are all in one memory format, pixel_dense."""
+
+    run: Callable[[Tensor, Tensor, bool, Tensor], None]
+    run_backward: Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, Tensor | None], None]
+
+
+def cpu_gate() -> Gate:
+    return Gate(_gate, _gate_backward)
+
+
+def cuda_gate() -> Gate:
+    from ..kernels import moga_gate as triton
+
+    return Gate(triton.gate, triton.gate_backward)
+
+
+def _gate(gate: Tensor, value: Tensor, doubled: bool, y: Tensor) -> None:
+    """y may be gate or value."""
     _native.kernels().moga_gate(*map(_native.view, (gate, value, y)), doubled)
 
 
-def run_gate_backward(
+def _gate_backward(
     grad: Tensor, gate: Tensor, value: Tensor, doubled: bool, dgate: Tensor | None, dvalue: Tensor | None
 ) -> None:
     """The gradients may be gate and value."""
     _native.kernels().moga_gate_backward(*map(_native.view, (grad, gate, value, dgate, dvalue)), doubled)
 
 
-def _forward_cpu(a: _Arguments) -> Tensor:
+def _forward(device: Callable[[], Gate], a: _Arguments) -> Tensor:
     y, wanted = _output(a), memory_format(a.gate)
-    run_gate(pixel_dense(a.gate, wanted), pixel_dense(a.value, wanted), a.double_gate_act, y)
+    device().run(pixel_dense(a.gate, wanted), pixel_dense(a.value, wanted), a.double_gate_act, y)
     return y
 
 
-def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
+def _backward(device: Callable[[], Gate], grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     wanted = memory_format(a.gate)
     gate, value, grad = (pixel_dense(t, wanted) for t in (a.gate, a.value, grad))
     found = [t if t is None or pixel_dense(t, wanted) is t else empty(gate.shape, gate) for t in grads]
-    run_gate_backward(grad, gate, value, a.double_gate_act, *found)
+    device().run_backward(grad, gate, value, a.double_gate_act, *found)
     for given, t in zip(grads, found, strict=True):
         if given is not t:
             given.copy_(t)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+_KERNELS = {
+    key: (functools.partial(_forward, device), functools.partial(_backward, device))
+    for key, device in (("CPU", cpu_gate), ("CUDA", cuda_gate))
+}
 
 
 def _torch_is_faster(a: _Arguments) -> bool:
@@ -110,7 +132,7 @@ def fused_moga_gate(
         backend: as in `vision_ops.use_backend`.
 
     Backward keeps the arguments only. With float16 the product of two activations that nothing bounds may overflow, as
-    in plain PyTorch. Without a kernel for the device, and for few elements, `reference.moga_gate` runs.
+    in plain PyTorch. Without a kernel for the device, and on CPUs for few elements, `reference.moga_gate` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -19,6 +19,7 @@ from ._registration import (
     to_channels_dense,
     workspace,
 )
+from .dwconv import convolve_backward_torch, convolve_torch
 
 
 class _Arguments(NamedTuple):
@@ -108,13 +109,23 @@ def _rest(a: _Arguments) -> Tensor:
 
 
 def _forward_cuda(a: _Arguments) -> Tensor:
-    y, p, x0 = _output(a), _Parameters(a), _rest(a)
-    x, out = a.x, y
+    y = _output(a)
+    multi_order_cuda(a.x, (a.w0, a.w1, a.w2), (a.b0, a.b1, a.b2), a.dilations, y)
+    return y
+
+
+def multi_order_cuda(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dilations: list[int], y: Tensor
+) -> None:
+    """`multi_order` on a GPU."""
+    a, out = _Arguments._make([x, *weights, *biases, dilations]), y
+    p, x0 = _Parameters(a), _rest(a)
     if _marches(a):
         x, out = to_channels_dense(x), y if channels_dense(y) else allocate_channels_last(y.shape, y)
     views = _native.view(x), p.weights, p.biases, _native.view(out), p.convs, _native.view(x0)
     _native.cuda_kernels().multi_order_dwconv(*views, *_native.target(x))
-    return y if out is y else y.copy_(out)
+    if out is not y:
+        y.copy_(out)
 
 
 def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
@@ -133,6 +144,56 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     kernels.multi_order_dwconv_backward(*inputs, *outputs, p.convs, *rooms, *_native.target(x))
     if dx is not None and out is not dx:
         dx.copy_(out)
+
+
+def multi_order_backward_cuda(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dilations: list[int],
+    dx: Tensor,
+    dweights: Sequence[Tensor | None],
+    dbiases: Sequence[Tensor | None],
+) -> None:
+    _backward_cuda([dx, *dweights, *dbiases], grad, _Arguments._make([x, *weights, *biases, dilations]))
+
+
+def _branches(t: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    _, c1, c2 = (len(w) for w in weights)
+    return t.split([t.shape[1] - c1 - c2, c1, c2], dim=1)
+
+
+def multi_order_torch(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], dilations: list[int], y: Tensor
+) -> None:
+    """The same by PyTorch's convolutions, of channels_last tensors."""
+    x0 = allocate_channels_last(x.shape, x)
+    convolve_torch(x, weights[0], biases[0], x0, dilation=dilations[0])
+    (first, *rest), (to_first, *to) = _branches(x0, weights), _branches(y, weights)
+    to_first.copy_(first)
+    for i, (part, to_part) in enumerate(zip(rest, to, strict=True), start=1):
+        convolve_torch(part, weights[i], biases[i], to_part, dilation=dilations[i])
+
+
+def multi_order_backward_torch(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dilations: list[int],
+    dx: Tensor,
+    dweights: Sequence[Tensor | None],
+    dbiases: Sequence[Tensor | None],
+) -> None:
+    x0, dx0 = allocate_channels_last(x.shape, x), allocate_channels_last(x.shape, x)
+    convolve_torch(x, weights[0], biases[0], x0, dilation=dilations[0])
+    dx0_parts, grad_parts, x0_parts = (_branches(t, weights) for t in (dx0, grad, x0))
+    dx0_parts[0].copy_(grad_parts[0])
+    for i in (1, 2):
+        given = grad_parts[i], x0_parts[i], weights[i], dx0_parts[i], dweights[i], dbiases[i]
+        convolve_backward_torch(*given, dilation=dilations[i])
+    convolve_backward_torch(dx0, x, weights[0], dx, dweights[0], dbiases[0], dilation=dilations[0])
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}

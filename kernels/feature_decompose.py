@@ -1,0 +1,281 @@
+"""MogaNet's feature decomposition: the difference from an image's mean, weighted, is added, and all of it activated.
+
+With z = x + sigma * (x - mean) and dz = dy * act'(z): dsigma = the sum of dz * (x - mean), and dx = (1 + sigma) * dz -
+sigma * the mean of dz. The backward pass computes dz twice, for the sums and for dx, from what it reads anyway. Sums
+have two stages of fixed order: a program's share of an image, then the shares, whose number depends on the shape only.
+Means, and all sums, are contiguous and float32 at least.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import scratch
+from ._maps import (
+    gelu_and_slope,
+    map_tile,
+    pixel_count,
+    pixels_of_block,
+    silu_and_slope,
+    strides_of,
+    sum_type,
+)
+
+SHARE_PIXELS = 256  # at least, of an image that several programs sum
+PROGRAMS = 2112  # that share the sums of a batch: sixteen for every multiprocessor of an H200
+
+
+class SumTile(NamedTuple):
+    BLOCK: int
+    num_warps: int
+
+
+SUM_TILE = SumTile(BLOCK=128, num_warps=4)
+
+
+@triton.jit
+def _activated(z, ACTIVATION: tl.constexpr):
+    """And the slope, of which nothing remains where nobody uses it."""
+    if ACTIVATION == "silu":
+        y, slope = silu_and_slope(z)
+    elif ACTIVATION == "gelu":
+        y, slope = gelu_and_slope(z)
+    else:
+        y, slope = z, tl.zeros_like(z) + 1.0
+    return y, slope
+
+
+@triton.jit
+def _share(pixels, shares, BLOCK_P: tl.constexpr):
+    """Image, first pixel and end of a program: whole blocks, but for the last one of an image."""
+    length = tl.cdiv(tl.cdiv(pixels, shares), BLOCK_P) * BLOCK_P
+    begin = tl.program_id(0) % shares * length
+    return (tl.program_id(0) // shares).to(tl.int64), begin, tl.minimum(begin + length, pixels)
+
+
+@triton.jit
+def image_sums_kernel(
+    x_ptr,
+    partial_ptr,  # [image][share][channels]
+    shares,
+    pixels,
+    channels,
+    stride_n,
+    stride_c,
+    stride_p,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, begin, end = _share(pixels, shares, BLOCK_P)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel.to(tl.int64)[None, :]
+    total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    for first in range(begin, end, BLOCK_P):
+        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+        inside = (p < end) & (c < channels)
+        total += tl.load(x_ptr + n * stride_n + p * stride_p + c * stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    to = partial_ptr + tl.program_id(0).to(tl.int64) * channels + channel
+    tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, count, BLOCK: tl.constexpr):
+    """[image][share][length] -> [image][length], divided by count: rounded, not approximated as by Triton's float32
+    division, so that a constant image is its mean."""
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), sums_ptr.dtype.element_ty)
+    for share in range(shares):
+        total += tl.load(partial_ptr + (n * shares + share) * length + i, mask=i < length, other=0.0)
+    counts = tl.zeros_like(total) + count
+    if total.dtype == tl.float32:
+        mean = tl.div_rn(total, counts)
+    else:
+        mean = total / counts
+    tl.store(sums_ptr + n * length + i, mean, mask=i < length)
+
+
+@triton.jit
+def decompose_kernel(
+    x_ptr,
+    means_ptr,
+    sigma_ptr,
+    y_ptr,
+    pixels,
+    channels,
+    x_stride_n,
+    x_stride_c,
+    x_stride_p,
+    y_stride_n,
+    y_stride_c,
+    y_stride_p,
+    ACTIVATION: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, p = pixels_of_block(tl.program_id(0), pixels, BLOCK_P)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+    inside = (p < pixels) & (c < channels)
+    x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
+    sigma = tl.load(sigma_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
+    y, _ = _activated(x + sigma * (x - mean), ACTIVATION)
+    tl.store(y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decompose_sums_kernel(
+    grad_ptr,
+    x_ptr,
+    means_ptr,
+    sigma_ptr,
+    partial_ptr,  # [image][share][2][channels]: of dz and of dz * (x - mean)
+    shares,
+    pixels,
+    channels,
+    grad_stride_n,
+    grad_stride_c,
+    grad_stride_p,
+    x_stride_n,
+    x_stride_c,
+    x_stride_p,
+    ACTIVATION: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, begin, end = _share(pixels, shares, BLOCK_P)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = channel.to(tl.int64)[None, :]
+    mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
+    sigma = tl.load(sigma_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
+    of_dz = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    of_product = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    for first in range(begin, end, BLOCK_P):
+        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+        inside = (p < end) & (c < channels)
+        grad = tl.load(grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c, mask=inside, other=0.0)
+        x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+        _, slope = _activated(x + sigma * (x - mean), ACTIVATION)
+        dz = grad.to(SUM_TYPE) * slope
+        of_dz += dz
+        of_product += dz * (x - mean)
+    to = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + channel
+    tl.store(to, tl.sum(of_dz, axis=0), mask=channel < channels)
+    tl.store(to + channels, tl.sum(of_product, axis=0), mask=channel < channels)
+
+
+@triton.jit
+def decompose_bwd_kernel(
+    grad_ptr,
+    x_ptr,
+    means_ptr,
+    sigma_ptr,
+    sums_ptr,  # [image][2][channels], the first of dz
+    dx_ptr,
+    pixels,
+    channels,
+    grad_stride_n,
+    grad_stride_c,
+    grad_stride_p,
+    x_stride_n,
+    x_stride_c,
+    x_stride_p,
+    dx_stride_n,
+    dx_stride_c,
+    dx_stride_p,
+    ACTIVATION: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, p = pixels_of_block(tl.program_id(0), pixels, BLOCK_P)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+    inside = (p < pixels) & (c < channels)
+    grad = tl.load(grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c, mask=inside, other=0.0)
+    x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
+    sigma = tl.load(sigma_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
+    mean_dz = tl.load(sums_ptr + n * 2 * channels + c, mask=c < channels, other=0.0) / pixels
+    _, slope = _activated(x + sigma * (x - mean), ACTIVATION)
+    dz = grad.to(SUM_TYPE) * slope
+    dx = dz + sigma * (dz - mean_dz)
+    to = dx_ptr + n * dx_stride_n + p * dx_stride_p + c * dx_stride_c
+    tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+KERNELS = (image_sums_kernel, sum_shares_kernel, decompose_kernel, decompose_sums_kernel, decompose_bwd_kernel)
+
+
+def image_means(x: Tensor, means: Tensor) -> None:
+    """means: (N, C, 1, 1)."""
+    if x.numel() == 0:
+        return
+    tile, (n, channels), pixels = map_tile(x), x.shape[:2], pixel_count(x)
+    columns = triton.cdiv(channels, tile.BLOCK_C)
+    shares = _shares(x, columns)
+    partial = scratch((n, shares, channels), means.dtype, x.device)
+    with torch.cuda.device_of(x):
+        image_sums_kernel[(n * shares, columns)](
+            x, partial, shares, pixels, channels, *strides_of(x), SUM_TYPE=sum_type(x), **tile._asdict()
+        )
+        _sum_shares(partial, means, pixels)
+
+
+def decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
+    if x.numel() == 0:
+        return
+    tile, channels, pixels = map_tile(x), x.shape[1], pixel_count(x)
+    grid = len(x) * triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(channels, tile.BLOCK_C)
+    constants = {"ACTIVATION": activation, "SUM_TYPE": sum_type(x), **tile._asdict()}
+    with torch.cuda.device_of(x):
+        decompose_kernel[grid](x, means, sigma, y, pixels, channels, *strides_of(x), *strides_of(y), **constants)
+
+
+def decompose_backward(
+    grad: Tensor,
+    x: Tensor,
+    means: Tensor,
+    sigma: Tensor,
+    activation: str | None,
+    dx: Tensor | None,
+    dsigma: Tensor | None,
+) -> None:
+    """dx may be grad."""
+    if x.numel() == 0:
+        if dsigma is not None:
+            dsigma.zero_()
+        return
+    tile, (n, channels), pixels = map_tile(x), x.shape[:2], pixel_count(x)
+    columns = triton.cdiv(channels, tile.BLOCK_C)
+    shares = _shares(x, columns)
+    partial = scratch((n, shares, 2, channels), means.dtype, x.device)
+    sums = scratch((n, 2, channels), means.dtype, x.device)
+    strides = *strides_of(grad), *strides_of(x)
+    constants = {"ACTIVATION": activation, "SUM_TYPE": sum_type(x), **tile._asdict()}
+    with torch.cuda.device_of(x):
+        decompose_sums_kernel[(n * shares, columns)](
+            grad, x, means, sigma, partial, shares, pixels, channels, *strides, **constants
+        )
+        _sum_shares(partial, sums, 1)
+        if dx is not None:
+            decompose_bwd_kernel[(n * triton.cdiv(pixels, tile.BLOCK_P), columns)](
+                grad, x, means, sigma, sums, dx, pixels, channels, *strides, *strides_of(dx), **constants
+            )
+    if dsigma is not None:
+        dsigma.copy_(sums[:, 1].sum(0))
+
+
+def _sum_shares(partial: Tensor, sums: Tensor, count: int) -> None:
+    n, shares, length = len(partial), partial.shape[1], sums[0].numel()
+    grid = n, triton.cdiv(length, SUM_TILE.BLOCK)
+    sum_shares_kernel[grid](partial, sums, shares, length, count, **SUM_TILE._asdict())
+
+
+def _shares(x: Tensor, columns: int) -> int:
+    return max(1, min(pixel_count(x) // SHARE_PIXELS, triton.cdiv(PROGRAMS, len(x) * columns)))
