@@ -82,9 +82,11 @@ def check_against_reference(case: Case, grad_layout: str = "contiguous", slack: 
         eager_error = relative_error(
             b, e
         )  # NaN where eager itself goes wrong: it does for some bfloat16 weight gradients
-        allowed = 2 * (0.0 if math.isnan(eager_error) else eager_error) + FLOOR[case.tensors[0].dtype]
+        allowed = slack * (2 * (0.0 if math.isnan(eager_error) else eager_error) + FLOOR[case.tensors[0].dtype])
+        if e.numel() == 1:  # one sum, which may cancel: eager's own error says little of what is usual
+            allowed *= 4
         error = relative_error(a, e)
-        assert error <= slack * allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+        assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def check_gradients(case: Case, second: bool = True) -> None:

@@ -143,6 +143,14 @@ VOPS_INLINE void for_each_sum(const Target& to, int64_t rows, int64_t columns, c
   }
 }
 
+// So that what a tile ends with arrives while it is computed.
+VOPS_INLINE void prefetch_rows(const float* p, int64_t pitch, int64_t rows) {
+  for (int64_t r = 0; r < rows; r++, p += pitch) {
+    __builtin_prefetch(p, 1);
+    __builtin_prefetch(p + kTileColumns - 1, 1);
+  }
+}
+
 // What the sums of a tile begin with.
 VOPS_INLINE Sums first_sums(const Target& to, int64_t rows, int64_t columns, bool first) {
   Sums sums = {};
@@ -194,13 +202,15 @@ void multiply_block(const float* tiles, bool by_row, int64_t rows, const float* 
       const Target to = target(i, j);
       const int64_t height = min64(kTileRows, rows - i);
       const float* tile = tiles + i / kTileRows * kPackedTile;
+      const bool times = last && to.combine == kTimes;
+      if (first) prefetch_rows(to.c, to.pitch, height);
+      if (times) prefetch_rows(to.z, to.z_pitch, height);
       Sums sums = first_sums(to, height, width, first);
       if (by_row) {
         multiply_tile<kDepthPitch, 1>(tile, panel, depth, &sums);
       } else {
         multiply_tile<1, kRowPitch>(tile, panel, depth, &sums);
       }
-      const bool times = last && to.combine == kTimes;
       for_each_sum(to, height, width, [&](int r, int k, int64_t c, int64_t z, const auto& get, const auto& put) {
         put(to.c + c, times ? sums.at[r][k] * get(to.z + z) : sums.at[r][k]);
       });

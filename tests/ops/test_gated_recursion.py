@@ -1,6 +1,7 @@
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_functorch_and_export():
     pwa, dw, weight, bias = make(widths=(4, 8)).tensors
 
     def f(p):
-        return fused_gated_recursion(p, dw, [weight], [bias])
+        return fused_gated_recursion(p, dw, [weight], [bias], backend="fused")
 
     def g(p):
         return reference.gated_recursion(p, dw, [weight], [bias])
@@ -183,8 +184,18 @@ def test_functorch_and_export():
 
 
 def test_explains():
-    parts = explain("gated_recursion", torch.randn(1, 8, 4, 4)).parts
+    parts = explain("gated_recursion", torch.randn(1, 8, 4, 4), backend="fused").parts
     assert "C++" in parts["gates"] and "GEMM" in parts["1x1 convolutions"]
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_hands_over_where_torch_is_faster(isa, monkeypatch):
+    monkeypatch.setattr(_native, "kernels", lambda: SimpleNamespace(isa=isa))
+    pwa, dw, *_ = make().tensors
+    assert bool(explain("gated_recursion", pwa, dw).slower) == (isa == "avx2")
+    assert explain("gated_recursion", pwa.requires_grad_(), dw).parts == {"gated_recursion": "PyTorch"}
+    with torch.no_grad():
+        assert bool(explain("gated_recursion", pwa, dw).slower) == (isa == "avx2")
 
 
 P, D, W, B = torch.randn(2, 4, 5, 5), torch.randn(2, 12, 5, 5), torch.randn(8, 4), torch.randn(8)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import (
@@ -198,17 +200,22 @@ def test_backward_keeps_the_arguments_only(device):
     assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
 
 
-def test_hands_over_where_torch_is_faster():
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_hands_over_where_torch_is_faster(isa, monkeypatch):
+    monkeypatch.setattr(_native, "kernels", lambda: SimpleNamespace(isa=isa))
     small, large = (torch.randn(1, 64, s, s).to(memory_format=torch.channels_last) for s in (14, 112))
     weight = torch.ones(64)
     found = explain("layer_norm_2d", small, weight, weight)
-    assert found.parts == {"layer_norm_2d": "PyTorch"} and "few elements" in found.slower[0]
+    assert found.parts == {"layer_norm_2d": "PyTorch"} and "faster for this channels_last" in found.slower[0]
     for kept in (large, small.contiguous(), small.double()):
         assert "C++" in explain("layer_norm_2d", kept, weight, weight).parts["layer_norm_2d"]
     assert "C++" in explain("layer_norm_2d", small, weight, weight, backend="fused").parts["layer_norm_2d"]
     medium = torch.randn(1, 64, 45, 45).to(memory_format=torch.channels_last)
-    assert "C++" in explain("layer_norm_2d", medium).parts["layer_norm_2d"]
-    assert explain("layer_norm_2d", medium.requires_grad_()).parts == {"layer_norm_2d": "PyTorch"}
+    expected = {"avx2": (True, True, True), "avx512": (False, True, False)}[isa]
+    found = [
+        explain("layer_norm_2d", t).parts for t in (medium, medium.detach().requires_grad_(), large.requires_grad_())
+    ]
+    assert [part == {"layer_norm_2d": "PyTorch"} for part in found] == list(expected)
 
 
 def test_module_has_the_official_parameters():

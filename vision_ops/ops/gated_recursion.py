@@ -11,7 +11,7 @@ from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._pointwise import linear, linear_times, products, weight_gradient
-from ._registration import FusedOp, device_reasons, empty, memory_format, without_autocast
+from ._registration import FusedOp, _any_requires_grad, device_reasons, empty, memory_format, without_autocast
 
 
 class _Arguments(NamedTuple):
@@ -182,7 +182,14 @@ _KERNELS = {
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.pwa, _KERNELS, triton=True), []
+    cannot = device_reasons(a.pwa, _KERNELS, triton=True)
+    if cannot or a.pwa.device.type != "cpu":
+        return cannot, []
+    if torch.is_grad_enabled() and _any_requires_grad(a):
+        return [], ["on CPUs PyTorch trains faster, keeping every p_k where the kernels compute them again"]
+    if _native.kernels().isa != "avx512":
+        return [], ["PyTorch is faster on CPUs without AVX-512"]
+    return [], []
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
@@ -248,7 +255,8 @@ def fused_gated_recursion(
 
     Returns (N, d_last, H, W). The GEMMs are PyTorch's; bias and gate are one pass. Backward keeps the arguments only
     and computes every p_k again. Gradients come in each argument's own dtype and are bitwise repeatable with the same
-    number of threads. Without a kernel for the device, `reference.gated_recursion` runs.
+    number of threads. Without a kernel for the device, `reference.gated_recursion` runs; so it does on CPUs where
+    PyTorch is faster, in training and without AVX-512 (`explain` tells). `fused_gnconv` always has the kernels.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
