@@ -19,8 +19,8 @@ AGAINST = {"same_layout": "its layout", "all_layouts": "any layout"}
 LEGEND = (
     "Times faster: time of the best peer, eager PyTorch, torch.compile or sdpa (scaled_dot_product_attention, where it "
     "can write the op), over that of the fused op; median and quartiles of interleaved rounds, ~ where the quartiles "
-    "are more than 5 % off the median. nchw: contiguous, nhwc: channels_last. Floor: max(min bytes / copy rate, flops / "
-    "GEMM rate). Saved MB: kept for the backward pass by the fused op, eager MB: by eager."
+    "are more than 5 % off the median. nchw: contiguous, nhwc: channels_last. Floor: max(min bytes / copy rate, "
+    "flops / GEMM rate). Saved MB: kept for the backward pass by the fused op, eager MB: by eager."
 )
 
 
