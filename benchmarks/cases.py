@@ -260,7 +260,8 @@ def build_cross_covariance(shape: shapes.XcaShape, setting: Setting) -> Problem:
 
 
 def sdpa_cross_covariance(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-    """Its tokens are our channels."""
+    """Its tokens are our channels. Copied, as its fast kernels want neighbours along the last dimension."""
+    q, k, v = (t.contiguous() for t in (q, k, v))
     q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
