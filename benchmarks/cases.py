@@ -12,11 +12,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vision_ops
 from benchmarks import shapes
 from vision_ops import reference
+from vision_ops.reference.xca import merge_heads, split_heads
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -84,7 +86,7 @@ def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument
 class Op:
     """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run; `devices` have kernels.
 
-    pixels: x and y are (N, H, W, C).
+    pixels: x and y are (N, H, W, C). others: more ways to write it in PyTorch, peers of their names.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Op:
     compile_in_quick: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     pixels: bool = False
+    others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     def laid_out(self, values: Tensor, layout: str) -> Tensor:
         """An x or y in this layout."""
@@ -256,6 +259,13 @@ def build_cross_covariance(shape: shapes.XcaShape, setting: Setting) -> Problem:
     return Problem((q, k, v, setting.normal(heads).abs().view(heads, 1, 1)), flops)
 
 
+def sdpa_cross_covariance(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    """Its tokens are our channels. Copied, as its fast kernels want neighbours along the last dimension."""
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
 def build_xca(shape: shapes.XcaShape, setting: Setting) -> Problem:
     tokens, channels, heads = shape.tokens, shape.channels, shape.heads
     x = setting.normal(setting.batch, tokens, channels)
@@ -265,6 +275,20 @@ def build_xca(shape: shapes.XcaShape, setting: Setting) -> Problem:
     flops = 2 * setting.batch * tokens * channels * (4 * channels + 2 * channels // heads)
     parameters = qkv, setting.normal(3 * channels), temperature, proj, setting.normal(channels)
     return Problem((x, *parameters), flops, {"num_heads": heads})
+
+
+def sdpa_xca(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    temperature: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    *,
+    num_heads: int,
+) -> Tensor:
+    q, k, v = split_heads(F.linear(x, qkv_weight, qkv_bias), num_heads)
+    return F.linear(merge_heads(sdpa_cross_covariance(q, k, v, temperature)), proj_weight, proj_bias)
 
 
 def split_mlps(channels: int, setting: Setting) -> tuple[Tensor, Tensor]:
@@ -401,6 +425,7 @@ OPS = {
             shapes.xca_cases(),
             build_xca,
             quick=("EdgeNeXt-S.2", "EdgeNeXt-S.3"),
+            others={"sdpa": sdpa_xca},
         ),
         Op(
             "cross_covariance",
@@ -409,6 +434,7 @@ OPS = {
             shapes.xca_cases(),
             build_cross_covariance,
             quick=("EdgeNeXt-S.3",),
+            others={"sdpa": sdpa_cross_covariance},
         ),
         Op(
             "shift_split_attention",

@@ -307,7 +307,7 @@ class Races:
             report.rates["bfloat16"] = asdict(rates)
             layouts, modes = ("contiguous", "channels_last"), ("forward", "train")
             self._plan = Plan(self._setting, layouts, modes, Rule(self._seconds), stopwatch, rates)
-        results = Race(OPS[op], case, peers, self._plan).run(lambda stage: None)
+        results = Race(OPS[op], case, (*peers, *OPS[op].others), self._plan).run(lambda stage: None)
         report.results = [r for r in report.results if (r.op, r.case) != (OPS[op].name, case)] + results
         report.write(self._folder)
         bad = [f"{result.mode}: {result.status}, {result.detail}" for result in results if result.status != "ok"]

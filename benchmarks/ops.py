@@ -114,7 +114,8 @@ def _cases(op: Op, quick: bool) -> Sequence[str]:
 
 
 def _peers(op: Op, quick: bool) -> Sequence[str]:
-    return [peer for peer in PEERS if peer != "compile" or op.compile_in_quick or not quick]
+    peers = [peer for peer in PEERS if peer != "compile" or op.compile_in_quick or not quick]
+    return peers if quick else [*peers, *op.others]
 
 
 def _draw(report: Report, folder: Path, console: Console) -> None:

@@ -40,7 +40,7 @@ def compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tens
 
 def make_step(kind: str, op: Op, problem: Problem, grad_output: Tensor, mode: str) -> Callable[[], tuple[Tensor, ...]]:
     """A call that returns the output and, in mode "train", the gradients of problem.inputs."""
-    function = op.fused if kind == "fused" else op.reference
+    function = op.fused if kind == "fused" else op.others.get(kind, op.reference)
     if kind == "compile":
         function = compiled(function, grad_output.device.type)
     args, options, inputs = problem.args, problem.options, problem.inputs

@@ -17,10 +17,10 @@ WIDTH = 120
 SHORT = {"contiguous": "nchw", "channels_last": "nhwc", "forward": "fwd", "train": "train"}
 AGAINST = {"same_layout": "its layout", "all_layouts": "any layout"}
 LEGEND = (
-    "Times faster: time of the best peer, eager PyTorch or torch.compile, over that of the fused op; median and "
-    "quartiles of interleaved rounds, ~ where the quartiles are more than 5 % off the median. nchw: contiguous, nhwc: "
-    "channels_last. Floor: max(min bytes / copy rate, flops / GEMM rate). Saved MB: kept for the backward pass by the "
-    "fused op, eager MB: by eager."
+    "Times faster: time of the best peer, eager PyTorch, torch.compile or sdpa (scaled_dot_product_attention, where it "
+    "can write the op), over that of the fused op; median and quartiles of interleaved rounds, ~ where the quartiles "
+    "are more than 5 % off the median. nchw: contiguous, nhwc: channels_last. Floor: max(min bytes / copy rate, "
+    "flops / GEMM rate). Saved MB: kept for the backward pass by the fused op, eager MB: by eager."
 )
 
 

@@ -1,9 +1,10 @@
 """Attention between channels: products over the tokens, the softmax between them, products by head.
 
-Heads have 12 to 64 channels, so a tile holds several narrow ones, `group`, and computes all their products: those of
-two heads are thrown away, which costs less than tiles filled up with zeros. Tokens have any strides. Sums over the
-tokens have two stages of fixed order: a program's own chunk, then the chunks, whose number depends on the shape only.
-Offsets within a sample have 32 bits.
+Heads have 12 to 96 channels. A tile holds several narrow ones, `group`, and computes all their products: those of two
+heads are thrown away, which costs less than tiles filled up with zeros. Of a head with more than 64 channels it
+computes some rows, as the registers do not hold them all. Tokens have any strides. Sums over the tokens have two stages
+of fixed order: a program's own chunk, then the chunks, whose number depends on the shape only. Offsets within a sample
+have 32 bits.
 """
 
 from typing import NamedTuple
@@ -20,22 +21,26 @@ MOST_CHUNKS, LEAST_TOKENS = 16, 256  # of a sum over the tokens
 
 class Tile(NamedTuple):
     GROUP: int  # heads
-    BLOCK_D: int  # their channels, side by side
+    BLOCK_I: int  # rows of their matrices, all or some
+    BLOCK_J: int  # columns, all of them: the channels of the heads, side by side
     BLOCK_N: int
     num_warps: int
 
 
-def tile(heads: int, d: int) -> Tile:
-    """About 64 channels of whole heads; the registers hold no wider products."""
+def tile(heads: int, d: int, dtype: torch.dtype) -> Tile:
+    """About 64 channels of whole heads, or some rows of a wider one: what the registers hold without spills."""
+    if d > 64:
+        tokens, warps = (16, 4) if dtype == torch.float32 else (32, 8)
+        return Tile(1, 32, power_of_two(d), tokens, warps)
     group = min(heads, max(1, 64 // d))
-    block_d = max(16, power_of_two(group * d))
-    return Tile(group, block_d, BLOCK_N=32, num_warps=8)
+    side = max(16, power_of_two(group * d))
+    return Tile(group, side, side, BLOCK_N=32, num_warps=8)
 
 
 @triton.jit
-def _channels(group, heads, d, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Head, channel in it, and whether they are there, of the channels of a group of heads."""
-    i = tl.arange(0, BLOCK_D)
+def _channels(group, first, heads, d, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Head, channel in it, and whether they are there, of the channels of a group of heads from the first on."""
+    i = first + tl.arange(0, BLOCK)
     head = group * GROUP + i // d
     return head, i % d, (i < GROUP * d) & (head < heads)
 
@@ -72,22 +77,27 @@ def gram_kernel(
     SUM_TYPE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     sample, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
-    head, c, there = _channels(tl.program_id(1), heads, d, GROUP, BLOCK_D)
+    head_j, j, there_j = _channels(tl.program_id(1), 0, heads, d, GROUP, BLOCK_J)
+    head_i, i, there_i, stored = head_j, j, there_j, there_j
+    if BLOCK_I < BLOCK_J:
+        head_i, i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I)
+        stored = there_j & (tl.program_id(2) == 0)
     a_ptr += sample * a_b
     b_ptr += sample * b_b
-    gram = tl.zeros((BLOCK_D, BLOCK_D), SUM_TYPE)
-    of_a = tl.zeros((BLOCK_D,), SUM_TYPE)
-    of_b = tl.zeros((BLOCK_D,), SUM_TYPE)
+    gram = tl.zeros((BLOCK_I, BLOCK_J), SUM_TYPE)
+    of_a = tl.zeros((BLOCK_I,), SUM_TYPE)
+    of_b = tl.zeros((BLOCK_J,), SUM_TYPE)
     end = tl.minimum(tokens, chunk * share + share)
     for first in range(chunk * share, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        inside = (n < end)[:, None] & there[None, :]
-        a = tl.load(a_ptr + (head * a_h + c * a_d)[None, :] + (n * a_n)[:, None], mask=inside, other=0.0)
-        b = tl.load(b_ptr + (head * b_h + c * b_d)[None, :] + (n * b_n)[:, None], mask=inside, other=0.0)
+        in_a, in_b = (n < end)[:, None] & there_i[None, :], (n < end)[:, None] & there_j[None, :]
+        a = tl.load(a_ptr + (head_i * a_h + i * a_d)[None, :] + (n * a_n)[:, None], mask=in_a, other=0.0)
+        b = tl.load(b_ptr + (head_j * b_h + j * b_d)[None, :] + (n * b_n)[:, None], mask=in_b, other=0.0)
         gram += tl.dot(tl.trans(a.to(DOT_TYPE)), b.to(DOT_TYPE), out_dtype=SUM_TYPE, input_precision="tf32x3")
         if norms_ptr is not None:
             wide_a, wide_b = a.to(SUM_TYPE), b.to(SUM_TYPE)
@@ -95,18 +105,18 @@ def gram_kernel(
                 of_a += tl.sum(wide_a * wide_a, axis=0)
                 of_b += tl.sum(wide_b * wide_b, axis=0)
             else:
-                u_at = u_ptr + sample * u_b + (head * u_h + c * u_d)[None, :] + (n * u_n)[:, None]
-                v_at = v_ptr + sample * v_b + (head * v_h + c * v_d)[None, :] + (n * v_n)[:, None]
-                of_a += tl.sum(wide_a * tl.load(u_at, mask=inside, other=0.0).to(SUM_TYPE), axis=0)
-                of_b += tl.sum(wide_b * tl.load(v_at, mask=inside, other=0.0).to(SUM_TYPE), axis=0)
+                u_at = u_ptr + sample * u_b + (head_i * u_h + i * u_d)[None, :] + (n * u_n)[:, None]
+                v_at = v_ptr + sample * v_b + (head_j * v_h + j * v_d)[None, :] + (n * v_n)[:, None]
+                of_a += tl.sum(wide_a * tl.load(u_at, mask=in_a, other=0.0).to(SUM_TYPE), axis=0)
+                of_b += tl.sum(wide_b * tl.load(v_at, mask=in_b, other=0.0).to(SUM_TYPE), axis=0)
     part = sample * chunks + chunk
-    own = (head[:, None] == head[None, :]) & there[:, None] & there[None, :]
-    to = sums_ptr + part * heads * d * d + ((head * d + c) * d)[:, None] + c[None, :]
+    own = (head_i[:, None] == head_j[None, :]) & there_i[:, None] & there_j[None, :]
+    to = sums_ptr + part * heads * d * d + ((head_i * d + i) * d)[:, None] + j[None, :]
     tl.store(to, gram, mask=own)
     if norms_ptr is not None:
-        to_norms = norms_ptr + part * 2 * heads * d + head * d + c
-        tl.store(to_norms, of_a, mask=there)
-        tl.store(to_norms + heads * d, of_b, mask=there)
+        norms_ptr += part * 2 * heads * d
+        tl.store(norms_ptr + head_i * d + i, of_a, mask=there_i)
+        tl.store(norms_ptr + heads * d + head_j * d + j, of_b, mask=stored)
 
 
 @triton.jit
@@ -217,31 +227,39 @@ def apply_kernel(
     SUM_TYPE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     blocks = tl.cdiv(tokens, BLOCK_N)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    head, c, there = _channels(tl.program_id(1), heads, d, GROUP, BLOCK_D)
+    head_j, j, there_j = _channels(tl.program_id(1), 0, heads, d, GROUP, BLOCK_J)
+    head_i, i, there_i = head_j, j, there_j
+    if BLOCK_I < BLOCK_J:
+        head_i, i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (n < tokens)[:, None] & there[None, :]
-    own = (head[:, None] == head[None, :]) & there[:, None] & there[None, :]
+    in_x, in_y = (n < tokens)[:, None] & there_j[None, :], (n < tokens)[:, None] & there_i[None, :]
+    own = (head_j[:, None] == head_i[None, :]) & there_j[:, None] & there_i[None, :]
     # Transposed, [j][i]: tokens are the rows.
     matrix_ptr += sample * heads * d * d
-    at = (head * d * d + c * matrix_i)[None, :] + (c * matrix_j)[:, None]
+    at = (head_i * d * d + i * matrix_i)[None, :] + (j * matrix_j)[:, None]
     matrix = tl.load(matrix_ptr + at, mask=own, other=0.0).to(DOT_TYPE)
-    x_at = x_ptr + sample * x_b + (head * x_h + c * x_d)[None, :] + (n * x_n)[:, None]
-    x = tl.load(x_at, mask=inside, other=0.0).to(DOT_TYPE)
+    x_at = x_ptr + sample * x_b + (head_j * x_h + j * x_d)[None, :] + (n * x_n)[:, None]
+    x = tl.load(x_at, mask=in_x, other=0.0).to(DOT_TYPE)
     y = tl.dot(x, matrix, out_dtype=SUM_TYPE, input_precision="tf32x3")
     if z_ptr is not None:
-        scale = tl.load(scale_ptr + sample * scale_b + head * scale_h + c * scale_d, mask=there, other=0.0)
-        z_at = z_ptr + sample * z_b + (head * z_h + c * z_d)[None, :] + (n * z_n)[:, None]
-        y += scale[None, :] * tl.load(z_at, mask=inside, other=0.0).to(SUM_TYPE)
-    y_at = y_ptr + sample * y_b + (head * y_h + c * y_d)[None, :] + (n * y_n)[:, None]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        scale = tl.load(scale_ptr + sample * scale_b + head_i * scale_h + i * scale_d, mask=there_i, other=0.0)
+        z_at = z_ptr + sample * z_b + (head_i * z_h + i * z_d)[None, :] + (n * z_n)[:, None]
+        y += scale[None, :] * tl.load(z_at, mask=in_y, other=0.0).to(SUM_TYPE)
+    y_at = y_ptr + sample * y_b + (head_i * y_h + i * y_d)[None, :] + (n * y_n)[:, None]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_y)
 
 
 KERNELS = (gram_kernel, sum_chunks_kernel, cosine_softmax_kernel, cosine_softmax_bwd_kernel, apply_kernel)
+
+
+def _grid(first: int, heads: int, d: int, t: Tile) -> tuple[int, int, int]:
+    return first, triton.cdiv(heads, t.GROUP), triton.cdiv(d, t.BLOCK_I) if t.BLOCK_I < t.BLOCK_J else 1
 
 
 def gram(
@@ -250,7 +268,7 @@ def gram(
     batch, heads, d, tokens = a.shape
     if u is a and v is b:
         u = v = None
-    t = tile(heads, d)
+    t = tile(heads, d, a.dtype)
     if a.dtype == torch.float32:
         t = t._replace(BLOCK_N=16)  # three products for one take more registers
     share = triton.cdiv(triton.cdiv(tokens, min(max(1, tokens // LEAST_TOKENS), MOST_CHUNKS)), t.BLOCK_N) * t.BLOCK_N
@@ -260,7 +278,7 @@ def gram(
         sums = scratch((batch, chunks, heads, d, d), out.dtype, out.device)
         sums_of_norms = None if norms is None else scratch((batch, chunks, 2, heads, d), out.dtype, out.device)
     with torch.cuda.device_of(a):
-        gram_kernel[(batch * chunks, triton.cdiv(heads, t.GROUP))](
+        gram_kernel[_grid(batch * chunks, heads, d, t)](
             a,
             b,
             u,
@@ -333,9 +351,9 @@ def apply(
     z: Tensor | None = None,
 ) -> None:
     batch, heads, d, tokens = x.shape
-    t = tile(heads, d)
+    t = tile(heads, d, x.dtype)
     with torch.cuda.device_of(x):
-        apply_kernel[(batch * triton.cdiv(tokens, t.BLOCK_N), triton.cdiv(heads, t.GROUP))](
+        apply_kernel[_grid(batch * triton.cdiv(tokens, t.BLOCK_N), heads, d, t)](
             matrix,
             x,
             scale,
@@ -367,7 +385,7 @@ class RowsTile(NamedTuple):
 
 
 def rows_tile(d: int) -> RowsTile:
-    return RowsTile(16, max(16, power_of_two(d)), num_warps=4)
+    return RowsTile(16 if d <= 64 else 8, max(16, power_of_two(d)), num_warps=4)
 
 
 def _dot_type(*tensors: Tensor) -> tl.dtype:

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import SECTIONS, calibration, cases, gpu_check, networks, small_calls
 from benchmarks import __main__ as cli
@@ -151,6 +152,18 @@ def test_small_calls_of_a_right_op_and_a_wrong_one(tiny):
         problems = small_calls.problems(tiny[name], "cpu", (torch.float32,))
         found = [small_calls.call(tiny[name], problem) for _, problem in problems]
         assert [text is not None for text in found] == [expected] * 2
+
+
+def test_small_calls_leave_out_the_float64_that_an_op_leaves_to_pytorch():
+    pytest.importorskip("triton")
+
+    def dtypes(name):
+        with FakeTensorMode():  # no GPU, but its device
+            return {problem.args[0].dtype for _, problem in small_calls.problems(cases.OPS[name], "cuda", every)}
+
+    every = small_calls.DTYPES
+    assert dtypes("layer_norm_2d") == set(every)
+    assert dtypes("xca") == dtypes("cross_covariance") == set(every) - {torch.float64}
 
 
 def test_small_calls_in_their_own_process():

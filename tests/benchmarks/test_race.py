@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -128,6 +129,23 @@ def test_a_peer_that_does_not_compile_is_left_out(monkeypatch):
             "RuntimeError: no compiler here"
         ] * 2
         assert all(fused.all_layouts.peer.startswith("eager/") for fused in result.fused())
+
+
+def test_another_way_to_write_the_op_is_a_peer_of_its_name():
+    def slow(*args, **options):
+        time.sleep(0.01)
+        return reference.dwconv(*args, **options)
+
+    def run_of(eager, other):
+        shapes, ways = {"tiny": DWConvShape(8, 6, 3)}, {"other": other}
+        op = cases.Op("dwconv", reference.dwconv, eager, shapes, cases.build_dwconv, quick=(), others=ways)
+        return race.Race(op, "tiny", ("eager", "other"), PLAN).run(lambda stage: None)
+
+    for ways, best in (((slow, reference.dwconv), "other"), ((reference.dwconv, slow), "eager")):
+        for result in run_of(*ways):
+            assert result.status == "ok"
+            assert {provider.kind for provider in result.providers} == {"fused", "eager", "other"}
+            assert all(fused.same_layout.peer == f"{best}/{fused.layout}" for fused in result.fused())
 
 
 def test_the_allowed_error_is_twice_that_of_eager_and_a_floor():

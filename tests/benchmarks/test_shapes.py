@@ -3,6 +3,8 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.cases import OPS, Setting, dwconv_flops
+from benchmarks.providers import make_step
+from benchmarks.verify import complaints
 from vision_ops import reference
 
 SETTING = Setting("cpu", torch.float32, "channels_last", batch=2)
@@ -67,6 +69,18 @@ def test_problems_have_their_layout_and_the_same_values_in_both(op):
         assert op.laid_out(nchw.inputs[0], "channels_last").stride() == nhwc.inputs[0].stride()
     assert all(map(torch.equal, nhwc.inputs, nchw.inputs))
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in nhwc.inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "kind"), [(op.name, kind) for op in OPS.values() for kind in op.others])
+def test_other_ways_to_write_an_op_agree_with_the_reference(name, kind, dtype):
+    op = OPS[name]
+    problem = op.problem("EdgeNeXt-S.4", Setting("cpu", dtype, "contiguous", batch=2))
+    grad = torch.randn_like(op.reference(*problem.args, **problem.options))
+    other, eager = (make_step(k, op, problem, grad, "train")() for k in (kind, "eager"))
+    exact = make_step("eager", op, problem.to(torch.float64), grad.double(), "train")()
+    assert not torch.equal(other[0], eager[0])  # it is another way
+    assert complaints(other, eager, exact) == []
 
 
 def test_the_entry_of_a_moat_stage_halves_the_size():

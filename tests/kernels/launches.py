@@ -169,9 +169,10 @@ def attention(tokens: int, channels: int, heads: int, dtype: torch.dtype, batch:
 
 def attentions() -> Iterator[Launch]:
     edgenext = ((1024, 96, 8), (256, 160, 8), (64, 304, 8), (256, 288, 8), (256, 100, 4), (64, 192, 4))
-    for tokens, channels, heads in (*edgenext, (196, 384, 8), (196, 512, 8)):
+    wide = (64, 584, 8), (196, 768, 8)
+    for tokens, channels, heads in (*edgenext, (196, 384, 8), (196, 512, 8), *wide):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            usual = (tokens, channels) in ((1024, 96), (64, 304))
+            usual = (tokens, channels) in ((1024, 96), (64, 304), *((n, c) for n, c, _ in wide))
             archs = ARCHS if usual and dtype == torch.bfloat16 else (90,) if usual and dtype == torch.float32 else ()
             # The tokens of one sample are summed in chunks.
             for batch in (128, 1) if tokens == 1024 else (128,):

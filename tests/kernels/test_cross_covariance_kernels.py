@@ -62,6 +62,16 @@ def test_head_widths_and_chunks(shape):
     check_against_reference(make(shape))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 2, 73, 40), torch.float32), ((1, 2, 73, 9), torch.bfloat16), ((1, 1, 96, 520), torch.bfloat16)],
+    ids=str,
+)
+def test_wide_heads(shape, dtype):
+    """Their rows are shared by programs, the last of which has fewer; the norms of k are stored by one."""
+    check_against_reference(make(shape, dtype, token_major=True))
+
+
 def test_rows_of_zeros():
     case = make((1, 2, 12, 20))
     case.tensors[0][:, 0, 3] = 0
@@ -87,7 +97,7 @@ def test_xca(gram, dtype, tokens):
     check_against_reference(Case(run, [x, weights[0], biases[0], temperature, weights[1], biases[1]]))
 
 
-@pytest.mark.parametrize("d", [12, 25])
+@pytest.mark.parametrize("d", [12, 25, 73])
 def test_float64_of_the_softmax(d):
     """The Gram form has its backward pass in float64; the compiled kernels are the measure."""
     from vision_ops.kernels import cross_covariance as kernels

@@ -138,7 +138,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
-_MOST_CHANNELS = 64  # of a head, whose products a Triton program holds in registers
+_MOST_CHANNELS = 96  # of a head, of whose matrix a Triton program holds some rows in registers
 
 
 def triton_reasons(x: Tensor, channels: int) -> list[str]:
@@ -203,7 +203,7 @@ def fused_cross_covariance(
     Norms are F.normalize's, 1e-12 at least; a row of zeros gives cosines of 0, in every dtype. Grams, norms and softmax
     are float32 (float64 for float64). Backward keeps the arguments only and computes the attention again. Gradients
     come in each argument's own dtype and are bitwise repeatable. Without a kernel for the device, and on GPUs for
-    float64 and for heads of more than 64 channels, `reference.cross_covariance` runs.
+    float64 and for heads of more than 96 channels, `reference.cross_covariance` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -266,7 +266,7 @@ def fused_xca(
     moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's. Backward keeps, besides the
     arguments, [q | k | v], or in the Gram form nothing. Gradients come in each argument's own dtype and are bitwise
     repeatable with the same number of threads. Without a kernel for the device, and on GPUs for float64
-    and for heads of more than 64 channels, `reference.xca` runs.
+    and for heads of more than 96 channels, `reference.xca` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
