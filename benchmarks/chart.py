@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,15 +19,27 @@ COLOURS = {"forward": "#4c78a8", "train": "#f58518"}
 BAR = 0.38
 
 
+Row = tuple[str, str, str]  # op, case, shape
+
+
 def draw(report: Report, folder: Path) -> None:
-    for op, dtype in dict.fromkeys((result.op, result.dtype) for result in report.results):
-        results = [result for result in report.results if (result.op, result.dtype) == (op, dtype) and result.fused()]
-        if results:
-            _draw_op(report, op, dtype, results, folder / f"{op}-{dtype}.png")
+    """Every op on its own, and where there are several, all of them together."""
+    for dtype in dict.fromkeys(result.dtype for result in report.results):
+        results = [result for result in report.results if result.dtype == dtype and result.fused()]
+        ops = list(dict.fromkeys(result.op for result in results))
+        for op in ops:
+            own = [result for result in results if result.op == op]
+            _draw_rows(report, op, {_row(r): f"{r.case}  {r.shape}" for r in own}, own, folder / f"{op}-{dtype}.png")
+        if len(ops) > 1:
+            rows = {_row(r): f"{r.op}  {r.case}" for r in results}
+            _draw_rows(report, "vision_ops", rows, results, folder / f"all-{dtype}.png")
 
 
-def _draw_op(report: Report, op: str, dtype: str, results: Sequence[CaseResult], path: Path) -> None:
-    cases = list(dict.fromkeys((result.case, result.shape) for result in results))
+def _row(result: CaseResult) -> Row:
+    return result.op, result.case, result.shape
+
+
+def _draw_rows(report: Report, name: str, rows: Mapping[Row, str], results: Sequence[CaseResult], path: Path) -> None:
     layouts = [layout for layout in LAYOUTS if any(provider.layout == layout for provider in results[0].fused())]
     figure, panels = plt.subplots(
         1,
@@ -36,22 +48,23 @@ def _draw_op(report: Report, op: str, dtype: str, results: Sequence[CaseResult],
         sharey=True,
         squeeze=False,
         layout="constrained",
-        figsize=(4 + 4 * len(layouts), 1.8 + 0.42 * len(cases)),
+        figsize=(4 + 4 * len(layouts), 1.8 + 0.42 * len(rows)),
     )
     for axes, layout in zip(panels[0], layouts, strict=True):
-        _draw_panel(axes, layout, cases, results)
+        _draw_panel(axes, layout, rows, results)
     panels[0][0].invert_yaxis()
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    where = f"{report.machine_name}, {dtype}, batch {results[0].batch}"
-    figure.suptitle(f"{op}: how many times faster than the best peer\n{where}", fontsize=11)
+    where = f"{report.machine_name}, {results[0].dtype}, batch {results[0].batch}"
+    figure.suptitle(f"{name}: how many times faster than the best peer\n{where}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_panel(axes: Axes, layout: str, cases: list[tuple[str, str]], results: Sequence[CaseResult]) -> None:
+def _draw_panel(axes: Axes, layout: str, rows: Mapping[Row, str], results: Sequence[CaseResult]) -> None:
+    places = {row: place for place, row in enumerate(rows)}
     for mode, offset in zip(MODES, (-BAR / 2, BAR / 2), strict=True):
         bars = {
-            cases.index((result.case, result.shape)) + offset: provider
+            places[_row(result)] + offset: provider
             for result in results
             if result.mode == mode
             for provider in result.fused()
@@ -75,6 +88,6 @@ def _draw_panel(axes: Axes, layout: str, cases: list[tuple[str, str]], results: 
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12, y=0.01)
-    axes.set_yticks(range(len(cases)), [f"{case}  {shape}" for case, shape in cases], fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows.values()), fontsize=8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -277,12 +277,12 @@ Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const T
       pack_tiles(a, count, length, packed);
       const float* panel = weight + k.begin * padded_columns + begin * length;
       float* c = (float*)y.data + n * y.stride[0] + first * pixel_stride(y) + begin;
-      const float* other = (const float*)z.data + n * z.stride[0] + first * pixel_stride(z) + begin;
       multiply_block(packed, tiles_by_row(a), count, panel, end - begin, length, i == 0, i == steps.count - 1,
                      [&](int64_t row, int64_t column) {
                        const int64_t pitch = pixel_stride(y), z_pitch = pixel_stride(z);
                        Target to = {c + row * pitch + column, nullptr, pitch, z_pitch, nullptr, nullptr, combine};
-                       if (combine) to.z = other + row * z_pitch + column;
+                       if (combine)
+                         to.z = (const float*)z.data + n * z.stride[0] + (first + row) * z_pitch + begin + column;
                        if (b.data) to.column_bias = bias + begin + column;
                        return to;
                      });
@@ -322,13 +322,12 @@ Error forward_planes(const Tensor4& x, const Tensor4& w, const Tensor4& b, const
       const RowRange k = steps[i];
       pack_panels(by_pixel(x, n, first).from(0, k.begin), count, k.end - k.begin, packed);
       float* c = (float*)y.data + n * y.stride[0] + first;
-      const float* other = (const float*)z.data + n * z.stride[0] + first;
       multiply_block(
           weight + (i * tiles + begin) * kPackedTile, tiles_by_row(matrix), end - begin * kTileRows, packed, count,
           k.end - k.begin, i == 0, i == steps.count - 1, [&](int64_t row, int64_t column) {
             row += begin * kTileRows;
             Target to = {c + row * y.stride[1] + column, nullptr, y.stride[1], z.stride[1], nullptr, nullptr, combine};
-            if (combine) to.z = other + row * z.stride[1] + column;
+            if (combine) to.z = (const float*)z.data + n * z.stride[0] + row * z.stride[1] + first + column;
             if (b.data) to.row_bias = bias + row;
             return to;
           });

@@ -1,5 +1,5 @@
 // The depthwise part of MogaNet's channel aggregation: h = gelu(conv(f) + b) and the score of every pixel, the sum of
-// v[c] * h[c] over its channels. The matrix products around it are those of pointwise.h.
+// v[c] * h[c] over its channels. The matrix products around it are those of pointwise.h or torch's.
 #pragma once
 #include "dwconv.h"
 

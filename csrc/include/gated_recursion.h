@@ -1,4 +1,4 @@
-// The gates of HorNet's recursion; its matrix products are those of pointwise.h.
+// The gates of HorNet's recursion; its matrix products are those of pointwise.h or torch's.
 #pragma once
 #include "tensor.h"
 

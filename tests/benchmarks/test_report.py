@@ -1,7 +1,7 @@
 import csv
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -103,4 +103,8 @@ def test_the_chart_is_drawn(report, tmp_path):
 
     report.results.append(result("one", 3.0, 3.0, mode="train"))
     chart.draw(report, tmp_path)
-    assert (tmp_path / "dwconv-float32.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["dwconv-float32.png"]
+    report.results.append(replace(result("one", 1.2, 1.1), op="xca"))
+    chart.draw(report, tmp_path)
+    for name in ("dwconv", "xca", "all"):
+        assert (tmp_path / f"{name}-float32.png").read_bytes().startswith(b"\x89PNG")

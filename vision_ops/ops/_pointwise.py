@@ -48,18 +48,9 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor,
     return True
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """`linear` of (M, C): its rows are pixels."""
-    linear(_as_pixels(x), weight, bias, _as_pixels(out))
-
-
-def _as_pixels(rows: Tensor) -> Tensor:
-    return rows.t()[None, :, None]
-
-
 def products(x: Tensor) -> str:
     """What multiplies tensors like x, for `explain`."""
-    if not _has_kernel(x):
+    if not (_has_kernel(x) and _gapless(x)):
         return "PyTorch's GEMMs"
     return f"{_native.kernel_name('cpu')}, PyTorch's GEMMs for the gradients of weights"
 

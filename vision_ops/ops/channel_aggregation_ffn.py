@@ -1,7 +1,6 @@
 """MogaNet's channel aggregation, whole: two 1x1 convolutions around a depthwise one, GELU and the decomposition."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from .dwconv import (
 from .gated_recursion import channel_sums, cuda_gates, pixel_dense
 
 # Of a chunk of the batch in hidden channels: its three tensors stay in a third-level cache between the passes.
-_CHUNK_BYTES = 6 * 2**20
+_CHUNK_BYTES, _WHOLE_BATCH = 6 * 2**20, 2**62
 _LINE_BYTES = 64  # of a cache
 
 
@@ -77,7 +76,7 @@ class _Device(NamedTuple):
     aggregate_backward: Callable[..., Tensor]
     convolve_backward: Callable[..., None]
     channel_sums: Callable[[Tensor, Tensor | None], None]
-    chunk_bytes: float
+    chunk_bytes: int
     columns: int  # fc2's matrix has a multiple of so many
 
 
@@ -92,7 +91,7 @@ def _cuda(x: Tensor) -> _Device:
         (convolve_cuda, convolve_backward_cuda) if compiled else (convolve_torch, convolve_backward_torch)
     )
     kernels = functools.partial(_aggregate_cuda, convolve), functools.partial(_aggregate_backward_cuda, convolve)
-    return _Device(*kernels, backward, cuda_gates().channel_sums, math.inf, columns=8)
+    return _Device(*kernels, backward, cuda_gates().channel_sums, _WHOLE_BATCH, columns=8)
 
 
 class _Fc2:
@@ -165,7 +164,7 @@ class _Chunks:
         n, _, h, w = a.x.shape
         self.a, self.fc2 = a, _Fc2(a, device.columns)
         channels = _hidden_channels(a)
-        self.images = int(max(1, min(n, device.chunk_bytes // (channels * h * w * a.x.dtype.itemsize))))
+        self.images = max(1, min(n, device.chunk_bytes // (channels * h * w * a.x.dtype.itemsize)))
         widths = channels, *[_fc1_channels(a)] * (tensors - 1)
         self.tensors = [allocate((self.images, width, h, w), a.x, torch.channels_last) for width in widths]
         self.dw_weight = a.dw_weight.contiguous()
@@ -364,10 +363,11 @@ def fused_channel_aggregation_ffn(
         sigma: (h,) or (1, h, 1, 1); autocast leaves it as it is.
         backend: as in `vision_ops.use_backend`.
 
-    Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. The GEMMs are PyTorch's; fc2's has
-    the decomposition folded in. Backward keeps, besides the arguments, one tensor of the hidden width h, where eager
-    keeps five, and computes the rest again; without gradients nothing of that width outlives the call, on CPUs not even
-    a chunk of the batch. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of
+    Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. GEMMs are PyTorch's, but for those
+    in float32 on CPUs with AVX2 or AVX-512, of which only the gradients of weights are. That of fc2 has the
+    decomposition folded in. Backward keeps, besides the arguments, one tensor of the hidden width h, where eager keeps
+    five, and computes the rest again; without gradients nothing of that width outlives the call, on CPUs not even a
+    chunk of the batch. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of
     threads. On GPUs where the CUDA kernels are missing, the depthwise convolution is PyTorch's, whose gradients may not
     be repeatable. Without a kernel for the device, `reference.channel_aggregation_ffn` runs.
 

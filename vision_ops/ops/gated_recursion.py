@@ -253,10 +253,11 @@ def fused_gated_recursion(
         pw_biases: (d_{k+1},), as the weights; each or all may be None.
         backend: as in `vision_ops.use_backend`.
 
-    Returns (N, d_last, H, W). The GEMMs are PyTorch's; bias and gate are one pass. Backward keeps the arguments only
-    and computes every p_k again. Gradients come in each argument's own dtype and are bitwise repeatable with the same
-    number of threads. Without a kernel for the device, `reference.gated_recursion` runs; so it does on CPUs where
-    PyTorch is faster, in training and without AVX-512 (`explain` tells). `fused_gnconv` always has the kernels.
+    Returns (N, d_last, H, W). Bias and gate are one pass, or where the products are ours, in float32 on CPUs, their
+    end. Backward keeps the arguments only and computes every p_k again. Gradients come in each argument's own dtype and
+    are bitwise repeatable with the same number of threads. Without a kernel for the device, `reference.gated_recursion`
+    runs; so it does on CPUs where PyTorch is faster, in training and without AVX-512 (`explain` tells). `fused_gnconv`
+    always has the kernels.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

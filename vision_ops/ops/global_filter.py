@@ -172,7 +172,7 @@ def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | Non
     our own and need no complex numbers: on CPUs up to 30 x 30, on GPUs for maps of 7, 12, 14 and 24 squared, those of
     the published networks, but not in float64. Elsewhere `reference.global_filter` runs, whose FFT is then faster; told
     to be fused, or in a compiled graph, which does not know the size, the op on GPUs takes PyTorch's FFT itself.
-    Backward keeps the arguments only; gradients are bitwise repeatable.
+    Backward keeps the arguments only; gradients are bitwise repeatable, on GPUs not that of an interpolated weight.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

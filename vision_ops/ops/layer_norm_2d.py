@@ -128,7 +128,7 @@ def fused_layer_norm_2d(
     Statistics are float32 (float64 for float64), the variance is that of x - mean. Gradients are bitwise repeatable and
     come in each argument's own dtype; backward keeps the arguments only and computes the statistics again. Without a
     kernel for the device, `reference.layer_norm_2d` runs; so it does on CPUs where PyTorch's own is faster: for small
-    channels_last tensors, and without AVX-512 in training (`explain` tells).
+    channels_last tensors, and for float32 ones without AVX-512 in training (`explain` tells).
 
     Raises:
         TypeError, ValueError: an argument is not as above.
