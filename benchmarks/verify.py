@@ -26,6 +26,8 @@ def _complaint(fused: Tensor, eager: Tensor, exact: Tensor) -> str | None:
     if math.isnan(of_eager):  # oneDNN's bfloat16 weight gradients are NaN at times
         of_eager = 0.0
     error, allowed = _error(fused, exact), 2 * of_eager + FLOORS[eager.dtype] * _largest(exact)
+    if exact.numel() == 1:  # one sum, which may cancel: eager's own error says little of what is usual
+        allowed *= 4
     # Written so that a NaN fails too.
     return None if error <= allowed else f"error {error:.2e}, allowed {allowed:.2e}"
 

@@ -162,6 +162,12 @@ def test_the_allowed_error_is_twice_that_of_eager_and_a_floor():
     assert not judge(0.25, 0, torch.bfloat16)
 
 
+def test_one_number_may_err_four_times_as_much():
+    exact = torch.tensor([1.0], dtype=torch.float64)
+    assert not complaints([(exact + 0.07).float()], [(exact + 0.01).float()], [exact])
+    assert complaints([(exact + 0.09).float()], [(exact + 0.01).float()], [exact])
+
+
 def test_another_dtype_or_shape_is_refused():
     exact = torch.ones(4, dtype=torch.float64)
     assert complaints([exact], [exact.float()], [exact])
