@@ -179,20 +179,27 @@ PYBIND11_MODULE(_cpu, m) {
       return ops.backward(tdy, tx, tmean, tsigma, tdx, tdsigma, Activation(activation));
     });
   });
-  m.def("channel_aggregation", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle h,
-                                  py::handle scores, const py::tuple& size) {
-    const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), th = tensor(h);
-    const Tensor4 tscores = tensor(scores);
-    const DwConv c = conv(size);
-    run([&] { return cpu_kernels().channel_aggregation_ffn->forward(tf, tw, tb, tv, th, tscores, c); });
+  m.def("channel_aggregation", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle c, py::handle h,
+                                  py::handle d, py::handle scores, const py::tuple& size) {
+    const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), tc = tensor(c), th = tensor(h);
+    const Tensor4 td = tensor(d), tscores = tensor(scores);
+    const DwConv k = conv(size);
+    run([&] { return cpu_kernels().channel_aggregation_ffn->forward(tf, tw, tb, tv, tc, th, td, tscores, k); });
   });
-  m.def("channel_aggregation_backward", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle dscores,
-                                           py::handle dh, py::handle h, py::handle dv, const py::tuple& size) {
-    const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), tdscores = tensor(dscores);
-    const Tensor4 tdh = tensor(dh), th = tensor(h), tdv = tensor(dv);
-    const DwConv c = conv(size);
-    run([&] { return cpu_kernels().channel_aggregation_ffn->backward(tf, tw, tb, tv, tdscores, tdh, th, tdv, c); });
-  });
+  m.def("channel_aggregation_backward",
+        [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle scores, py::handle dd, py::handle dh,
+           py::handle h, py::handle d, py::handle df, py::handle dw, py::handle db, py::handle dv, py::handle dc,
+           py::handle df_sums, int64_t first, const py::tuple& size) {
+          const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), tscores = tensor(scores);
+          const Tensor4 tdd = tensor(dd), tdh = tensor(dh), th = tensor(h), td = tensor(d);
+          const ChannelAggregationFfnGrads grads = {tensor(df), tensor(dw), tensor(db),
+                                                    tensor(dv), tensor(dc), tensor(df_sums)};
+          const DwConv k = conv(size);
+          run([&] {
+            const ChannelAggregationFfnOps& ops = *cpu_kernels().channel_aggregation_ffn;
+            return ops.backward(tf, tw, tb, tv, tscores, tdd, tdh, th, td, grads, first, k);
+          });
+        });
 
   m.def("pointwise", [](py::handle x, py::handle w, py::handle b, py::handle z, int combine, py::handle y) {
     const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tz = tensor(z), ty = tensor(y);

@@ -5,13 +5,6 @@ namespace vops {
 namespace VOPS_ISA {
 namespace {
 
-struct Pass {
-  Tensor4 f, w, b, v, h;
-  DwConv conv;
-  Tensor4 dh;      // present: the backward pass
-  Tensor4 scores;  // or their gradients
-};
-
 // The normal distribution function is 1/2 and an odd function of u, here u times a polynomial of u^2, fitted on
 // [-5.5, 5.5] with an error of 1e-7. vec.h's form, which is exact relative to tails of 1e-20, takes twice the time, and
 // gelu is half the time of the forward pass.
@@ -23,227 +16,431 @@ constexpr float kPolynomial[kTerms] = {
     0.010227952152490616f,  -0.006820345763117075f,  0.004621581640094519f,  -0.002418042393401265f,
     0.0007202630513347685f, -0.0005295611335895956f, 0.0006315109203569591f, -0.00023629680799786001f};
 
-VOPS_INLINE Float fast_normal_cdf(Float u) {
-  const Float mapped = u * u * (2 / (kTail * kTail)) - 1.f;  // to [-1, 1] inside
-  Float q = splat(kPolynomial[kTerms - 1]);
-#pragma GCC unroll 16
-  for (int k = kTerms - 2; k >= 0; k--) q = q * mapped + kPolynomial[k];
-  const Float inside = u * q + .5f;
-  return u < -kTail ? splat(0.f) : u > kTail ? splat(1.f) : inside;
+// Vectors that go through a polynomial side by side: every multiply-add waits for the one before it.
+constexpr int kJam = 4;
+template <int count>
+struct Count {
+  static constexpr int value = count;
+};
+// Calls f(block, how many blocks from there on).
+template <int jam, class F>
+VOPS_INLINE void for_each_jam(int64_t blocks, const F& f) {
+  int64_t b = 0;
+  for (; b + jam <= blocks; b += jam) f(b, Count<jam>());
+  for (; b < blocks; b++) f(b, Count<1>());
 }
 
-// The two epilogues of a vector of the convolution, in which u becomes h.
-VOPS_INLINE Float gelu_of(Float u) { return u * fast_normal_cdf(u); }
-VOPS_INLINE Double gelu_of(Double u) {
-  for (int k = 0; k < kLanes; k++) u[k] = gelu(u[k]);
-  return u;
+template <int N>
+VOPS_INLINE void fast_normal_cdf(const Float (&u)[N], Float (&cdf)[N]) {
+  Float mapped[N], square[N], odd[N];  // of the powers of `mapped`, even ones and odd ones are summed apart
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++) {
+    mapped[i] = u[i] * u[i] * (2 / (kTail * kTail)) - 1.f;  // to [-1, 1] inside
+    square[i] = mapped[i] * mapped[i];
+    cdf[i] = splat(kPolynomial[kTerms - 2]);
+    odd[i] = splat(kPolynomial[kTerms - 1]);
+  }
+#pragma GCC unroll 16
+  for (int k = kTerms - 4; k >= 0; k -= 2) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
+      cdf[i] = cdf[i] * square[i] + kPolynomial[k];
+      odd[i] = odd[i] * square[i] + kPolynomial[k + 1];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++) {
+    const Float inside = u[i] * (odd[i] * mapped[i] + cdf[i]) + .5f;
+    cdf[i] = u[i] < -kTail ? splat(0.f) : u[i] > kTail ? splat(1.f) : inside;
+  }
 }
-// Returns gelu'(u).
-VOPS_INLINE Float gelu_and_slope(Float& u) {
-  const Float cdf = fast_normal_cdf(u), slope = cdf + u * exp(u * u * -.5f) * 0.39894228040f;
-  u *= cdf;
-  return slope;
+
+// u becomes h.
+template <int N>
+VOPS_INLINE void gelu_of(Float (&u)[N]) {
+  Float cdf[N];
+  fast_normal_cdf(u, cdf);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++) u[i] *= cdf[i];
 }
-VOPS_INLINE Double gelu_and_slope(Double& u) {
-  Double slope = u;
-  for (int k = 0; k < kLanes; k++) slope[k] = gelu_grad(u[k]), u[k] = gelu(u[k]);
-  return slope;
+template <int N>
+VOPS_INLINE void gelu_of(Double (&u)[N]) {
+  for (int i = 0; i < N; i++) {
+    for (int k = 0; k < kLanes; k++) u[i][k] = gelu(u[i][k]);
+  }
+}
+// And slope = gelu'(u).
+template <int N>
+VOPS_INLINE void gelu_and_slope(Float (&u)[N], Float (&slope)[N]) {
+  fast_normal_cdf(u, slope);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++) {
+    const Float exponent = u[i] * u[i] * -.5f, h = u[i] * slope[i];
+    Int n;
+    const Float p = exp_reduced(exponent < -87.f ? splat(-87.f) : exponent, n);
+    slope[i] += u[i] * 0.39894228040f * (p * (Float)((n + 127) << 23));
+    u[i] = h;
+  }
+}
+template <int N>
+VOPS_INLINE void gelu_and_slope(Double (&u)[N], Double (&slope)[N]) {
+  for (int i = 0; i < N; i++) {
+    for (int k = 0; k < kLanes; k++) slope[i][k] = gelu_grad(u[i][k]), u[i][k] = gelu(u[i][k]);
+  }
 }
 
 // How the work is cut, by shape only: what is summed over tasks must not depend on the threads. A task takes some
 // blocks of channels of some rows of some images.
 struct Plan {
-  bool direct;  // the kernels work on the tensors in place
   int64_t blocks, together, bundles, taps;
   Cut cut;
-  int64_t group_rows;  // are computed and stored while they are in the first-level caches
+  int64_t group_rows;  // are computed while they are in the first-level caches
   int64_t units() const { return cut.groups * cut.chunks; }
   int64_t tasks() const { return bundles * units(); }
 };
-Plan plan_of(const Pass& p, int64_t element) {
-  const int64_t batch = p.f.size[0], channels = p.f.size[1], height = p.f.size[2], width = p.f.size[3];
-  const bool direct = p.conv.kernel == 3 && channels % kLanes == 0 && p.f.dtype != kFloat64;
+// direct: the kernels work on the tensors in place. least_rows: of a task, if there are as many.
+Plan plan_of(const Tensor4& h, DwConv conv, bool direct, int64_t element, int64_t least_rows) {
+  const int64_t batch = h.size[0], channels = h.size[1], height = h.size[2], width = h.size[3];
   const int64_t blocks = ceil_div(channels, kLanes), together = min64(blocks, direct ? kDirectBlocks : kPackedBlocks);
   const int64_t bundles = ceil_div(blocks, together);
   const int64_t row_bytes = direct ? 1 : together * kLanes * width * element;
-  const Cut cut = cut_work(batch, bundles, height, width, row_bytes, p.conv.kernel - 1, kFixedTasks);
-  return {direct, blocks, together, bundles, p.conv.kernel * p.conv.kernel, cut, clamp64(128 / width, 2, cut.rows)};
+  const Cut cut = cut_work(batch, bundles, height, width, row_bytes, least_rows, kFixedTasks);
+  return {blocks, together, bundles, conv.kernel * conv.kernel, cut, clamp64(64 / width * 2, 2, cut.rows)};
 }
 
-// Of pixels that hold u, lying `step` elements apart with their blocks `block_step` apart: u becomes h, and the sums
-// over the channels of v * h go to the scores.
-template <class A, class T>
-VOPS_INLINE void finish_forward(T* u, int64_t step, int64_t block_step, int64_t pixels, int64_t blocks, const A* v,
-                                A* scores) {
-  for (int64_t i = 0; i < pixels; i++, u += step) {
-    Vec<A> sum = {};
-    for (int64_t b = 0; b < blocks; b++) {
-      const Vec<A> h = gelu_of(load(u + b * block_step));
-      store(u + b * block_step, h);
-      sum += h * load(v + b * kLanes);
-    }
-    scores[i] = sum_of_lanes<A>(sum);
-  }
-}
-
-// u becomes h, and dh becomes du; the sums over the pixels of dscores * h are added to dv.
-template <class A, class T>
-VOPS_INLINE void finish_backward(T* u, int64_t u_step, int64_t u_block, T* dh, int64_t dh_step, int64_t dh_block,
-                                 int64_t pixels, int64_t blocks, const A* v, const A* dscores, A* dv) {
-  for (int64_t i = 0; i < pixels; i++, u += u_step, dh += dh_step) {
-    const Vec<A> dscore = Vec<A>{} + dscores[i];
-    for (int64_t b = 0; b < blocks; b++) {
-      Vec<A> h = load(u + b * u_block);
-      const Vec<A> slope = gelu_and_slope(h);
-      store(u + b * u_block, h);
-      store(dh + b * dh_block, (load(dh + b * dh_block) + dscore * load(v + b * kLanes)) * slope);
-      store(dv + b * kLanes, load(dv + b * kLanes) + dscore * h);
-    }
-  }
-}
-
-template <class A>
-struct Scratch {
-  A *weights, *v, *source, *out, *dh;
-  int64_t weight_step, source_step, out_step;
-  static int64_t source_rows(const Pass& p, const Plan& plan) {
-    return min64(p.f.size[2], plan.cut.rows + p.conv.kernel - 1);
-  }
-  static int64_t elements(const Pass& p, const Plan& plan) {
-    const int64_t panels = plan.direct ? 0 : source_rows(p, plan) + 2 * plan.group_rows;
-    return plan.together * kLanes * (plan.taps + 2 + panels * p.f.size[3]);
-  }
-  Scratch(const Pass& p, const Plan& plan, A* data)
-      : weight_step((plan.taps + 1) * kLanes),
-        source_step(source_rows(p, plan) * p.f.size[3] * kLanes),
-        out_step(plan.group_rows * p.f.size[3] * kLanes) {
-    weights = data;
-    v = weights + plan.together * weight_step;
-    source = v + plan.together * kLanes;
-    out = source + plan.together * source_step;
-    dh = out + plan.together * out_step;
-  }
-};
-
-// Rows of image n in place: first the convolution into h, then the epilogue while h is in the cache.
+// Pixels of tensors are too far apart for the processor to foresee them: a pixel's blocks, two pixels ahead.
 template <class T>
-void run_rows_direct(const Pass& p, int64_t n, Channels c, RowRange rows, const Weights<float>& w, const float* v,
-                     float* scores, float* dv) {
-  const int64_t width = p.f.size[3], blocks = c.blocks();
-  const Panel<T> out = tensor_panel<T>(p.h, n, c.begin);
-  conv_rows(tensor_panel<const T>(p.f, n, c.begin), p.f.size[2], w, blocks, p.conv, rows, out);
-  for (int64_t i = rows.begin; i < rows.end; i++, scores += width) {
-    if (p.dh.data) {
-      const Panel<T> dh = tensor_panel<T>(p.dh, n, c.begin);
-      finish_backward<float>(out.at(i, 0), out.column_step, kLanes, dh.at(i, 0), dh.column_step, kLanes, width, blocks,
-                             v, scores, dv);
-    } else {
-      finish_forward<float>(out.at(i, 0), out.column_step, kLanes, width, blocks, v, scores);
-    }
-  }
+VOPS_INLINE void prefetch_blocks(const Panel<T>& panel, T* pixel, int64_t blocks) {
+  const int64_t per_line = max64(64 / (kLanes * sizeof(T)), 1);
+  pixel += 2 * panel.column_step;
+  for (int64_t b = 0; b < blocks; b += per_line) __builtin_prefetch(pixel + b * panel.block_step, 1);
 }
 
-template <class A>
-void run_rows_packed(const Pass& p, int64_t n, Channels c, RowRange rows, int64_t first_row, const Scratch<A>& s,
-                     const Weights<A>& w, A* scores, A* dv) {
-  const int64_t width = p.f.size[3], pixels = rows.size() * width;
-  const Panel<const A> in = packed_panel<const A>(s.source, first_row, width, s.source_step);
-  const Panel<A> out = packed_panel(s.out, rows.begin, width, s.out_step);
-  for (int64_t b = 0; b < c.blocks(); b++)
-    conv_rows(in.block(b), p.f.size[2], w.block(b), 1, p.conv, rows, out.block(b));
-  if (p.dh.data) {
-    pack_rows(p.dh, n, c, rows.begin, rows.end, s.dh, s.out_step);
-    finish_backward<A>(s.out, kLanes, s.out_step, s.dh, kLanes, s.out_step, pixels, c.blocks(), s.v, scores, dv);
-    unpack_rows<A>(s.dh, s.out_step, p.dh, n, c, rows.begin, rows.end);
-  } else {
-    finish_forward<A>(s.out, kLanes, s.out_step, pixels, c.blocks(), s.v, scores);
-  }
-  unpack_rows<A>(s.out, s.out_step, p.h, n, c, rows.begin, rows.end);
-}
-
-// scores: of the images, for every bundle of blocks apart. dv: [task][together][lane], added to.
-template <class A>
-Error run(const Pass& p, const Plan& plan, A* scores, A* dv) {
-  const int64_t batch = p.f.size[0], channels = p.f.size[1], height = p.f.size[2], width = p.f.size[3];
-  const int64_t work = batch * channels * height * width * (plan.taps + 32);
-  return for_each_task<A>(plan.tasks(), work, Scratch<A>::elements(p, plan), [&](int64_t task, A* data) {
-    const int64_t unit = task % plan.units(), bundle = task / plan.units();
-    const Channels c = channels_of_blocks(channels, bundle * plan.together, plan.together);
-    const Scratch<A> s(p, plan, data);
-    pack_weight(p.w, c, s.weights, s.weight_step);
-    pack_bias(p.b, c, s.weights + plan.taps * kLanes, s.weight_step);
-    pack_bias(p.v, c, s.v, kLanes);
-    const Weights<A> weights = {s.weights, s.weights + plan.taps * kLanes, s.weight_step};
-    A* own = dv + task * plan.together * kLanes;
-    const RowRange rows = plan.cut.rows_of(unit % plan.cut.chunks, height);
-    const RowRange images = plan.cut.images_of(unit / plan.cut.chunks, batch);
-    const int64_t first_row = input_rows(rows, height, p.conv).begin;
-    for (int64_t n = images.begin; n < images.end; n++) {
-      int64_t packed = first_row;
-      for (int64_t i = rows.begin; i < rows.end; i += plan.group_rows) {
-        const RowRange now = {i, min64(i + plan.group_rows, rows.end)};
-        A* to = scores + (((p.dh.data ? 0 : bundle) * batch + n) * height + i) * width;
-        if constexpr (sizeof(A) == sizeof(float)) {
-          if (plan.direct) {
-            if (p.f.dtype == kFloat32) run_rows_direct<float>(p, n, c, now, weights, s.v, to, own);
-            if (p.f.dtype == kBFloat16) run_rows_direct<bf16>(p, n, c, now, weights, s.v, to, own);
-            if (p.f.dtype == kFloat16) run_rows_direct<f16>(p, n, c, now, weights, s.v, to, own);
-            continue;
-          }
-        }
-        const int64_t needed = input_rows(now, height, p.conv).end;
-        if (needed > packed) {
-          pack_rows(p.f, n, c, packed, needed, s.source + (packed - first_row) * width * kLanes, s.source_step);
-          packed = needed;
-        }
-        run_rows_packed(p, n, c, now, first_row, s, weights, to, own);
+// Of a row of pixels: h from u, and the sums over the channels of v * h.
+template <class A, class T>
+VOPS_INLINE void finish_forward(const Panel<T>& u, const Panel<T>& h, int64_t row, int64_t blocks, const A* v,
+                                A* scores) {
+  for (int64_t j = 0; j < u.width; j++) {
+    const T* u_at = u.at(row, j);
+    T* h_at = h.at(row, j);
+    prefetch_blocks(h, h_at, blocks);
+    Vec<A> sum = {};
+    for_each_jam<4>(blocks, [&](int64_t b, auto count) {
+      constexpr int N = decltype(count)::value;
+      Vec<A> value[N];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; k++) value[k] = load(u_at + (b + k) * u.block_step);
+      gelu_of(value);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; k++) {
+        store(h_at + (b + k) * h.block_step, value[k]);
+        sum += value[k] * load(v + (b + k) * kLanes);
       }
+    });
+    scores[j] = sum_of_lanes<A>(sum);
+  }
+}
+
+// Of a row of pixels: h and du, from u and dh. Adds the sums over the pixels of dscores * h to dv, unless it is null.
+template <class A, class T>
+VOPS_INLINE void finish_backward(const Panel<T>& u, const Panel<const T>& dh, const Panel<T>& h, const Panel<T>& du,
+                                 int64_t row, int64_t blocks, const A* v, const A* dscores, A* dv, int64_t dv_step) {
+  for (int64_t j = 0; j < u.width; j++) {
+    const Vec<A> dscore = Vec<A>{} + dscores[j];
+    const T *u_at = u.at(row, j), *dh_at = dh.at(row, j);
+    T *h_at = h.at(row, j), *du_at = du.at(row, j);
+    prefetch_blocks(dh, dh_at, blocks);
+    prefetch_blocks(h, h_at, blocks);
+    for_each_jam<2>(blocks, [&](int64_t b, auto count) {
+      constexpr int N = decltype(count)::value;
+      Vec<A> value[N], slope[N];
+#pragma GCC unroll 4
+      for (int k = 0; k < N; k++) value[k] = load(u_at + (b + k) * u.block_step);
+      gelu_and_slope(value, slope);
+#pragma GCC unroll 4
+      for (int k = 0; k < N; k++) {
+        const int64_t block = b + k;
+        store(h_at + block * h.block_step, value[k]);
+        const Vec<A> grad = load(dh_at + block * dh.block_step) + dscore * load(v + block * kLanes);
+        store(du_at + block * du.block_step, grad * slope[k]);
+        if (dv) store(dv + block * dv_step, load(dv + block * dv_step) + dscore * value[k]);
+      }
+    });
+  }
+}
+
+// d = gelu(score) behind the channels of a row of h, and what its type rounds off behind that.
+template <class A>
+void write_d(const Tensor4& d, int64_t n, int64_t row, const A* values) {
+  with_types<A>(d.dtype, false, [&](auto type, auto) {
+    auto* to = (decltype(type)*)d.data + n * d.stride[0] + row * d.stride[2];
+    for (int64_t j = 0; j < d.size[3]; j++, to += d.stride[3]) {
+      Vec<A> value = {};
+      value[0] = values[j];
+      store_n(to, value, 1);
+      if (d.size[1] == 1) continue;
+      value[0] -= load_n(to, 1)[0];
+      store_n(to + d.stride[1], value, 1);
     }
   });
 }
 
-template <class A>
-Error run_forward(const Pass& p) {
-  const Plan plan = plan_of(p, sizeof(A));
-  const int64_t pixels = p.f.size[0] * p.f.size[2] * p.f.size[3];
-  A* parts = (A*)thread_scratch(kSums, plan.bundles * pixels * sizeof(A));
-  if (!parts) return kOutOfMemory;
-  if (Error error = run<A>(p, plan, parts, nullptr)) return error;
-  A* scores = (A*)p.scores.data;
-  for (int64_t i = 0; i < pixels; i++) {
-    A sum = parts[i];
-    for (int64_t b = 1; b < plan.bundles; b++) sum += parts[b * pixels + i];
-    scores[i] = sum;
-  }
-  return nullptr;
+// The rows of all images as tasks. body(n, row, the index of its first pixel, memory for a row).
+template <class A, class Body>
+Error for_each_row(const Tensor4& scores, int64_t work, const Body& body) {
+  const int64_t batch = scores.size[0], height = scores.size[2], width = scores.size[3];
+  return for_each_task<A>(batch * height, batch * height * width * work, width + kLanes,
+                          [&](int64_t task, A* memory) { body(task / height, task % height, task * width, memory); });
 }
 
-template <class A>
-Error run_backward(const Pass& p, const Tensor4& dv) {
-  const Plan plan = plan_of(p, sizeof(A));
-  const int64_t step = plan.together * kLanes, bytes = plan.tasks() * step * sizeof(A);
-  A* parts = (A*)thread_scratch(kSums, bytes);
+VOPS_INLINE Float gelu_vector(Float v) { return gelu(v); }
+VOPS_INLINE Double gelu_vector(Double v) {
+  for (int k = 0; k < kLanes; k++) v[k] = gelu(v[k]);
+  return v;
+}
+VOPS_INLINE Float gelu_grad_vector(Float v) { return gelu_grad(v); }
+VOPS_INLINE Double gelu_grad_vector(Double v) {
+  for (int k = 0; k < kLanes; k++) v[k] = gelu_grad(v[k]);
+  return v;
+}
+
+template <bool direct, class T, class A>
+VOPS_INLINE void convolve(const Panel<const T>& x, int64_t height, const Weights<A>& w, int64_t blocks, DwConv conv,
+                          RowRange out, const Panel<T>& y) {
+  if (direct) return conv_rows(x, height, w, blocks, conv, out, y);
+  for (int64_t b = 0; b < blocks; b++) conv_rows(x.block(b), height, w.block(b), 1, conv, out, y.block(b));
+}
+
+// T is the storage type where the kernels work on the tensors in place, else A.
+template <bool direct, class T, class A>
+Error run_forward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const Tensor4& v, const Tensor4& c,
+                  const Tensor4& h, const Tensor4& d, const Tensor4& scores, DwConv conv) {
+  const Plan plan = plan_of(h, conv, direct, sizeof(A), conv.kernel - 1);
+  const int64_t batch = h.size[0], channels = h.size[1], height = h.size[2], width = h.size[3], f_height = f.size[2];
+  const int64_t pixels = batch * height * width, together = plan.together;
+  A* parts = (A*)thread_scratch(kSums, plan.bundles * pixels * sizeof(A));  // of the scores
   if (!parts) return kOutOfMemory;
-  memset(parts, 0, bytes);
-  if (Error error = run<A>(p, plan, (A*)p.scores.data, parts)) return error;
+  const int64_t weight_step = (plan.taps + 1) * kLanes;
+  const int64_t source_step = direct ? 0 : min64(f_height, plan.cut.rows + conv.kernel - 1) * width * kLanes;
+  const int64_t u_step = plan.group_rows * width * kLanes;
+  const int64_t elements = together * (weight_step + kLanes + source_step + u_step);
+  Error error = for_each_task<A>(plan.tasks(), pixels * channels * (plan.taps + 32), elements, [&](int64_t task, A* s) {
+    const int64_t unit = task / plan.bundles, bundle = task % plan.bundles;
+    const Channels all = channels_of_blocks(channels, bundle * together, together);
+    A *weight_data = s, *v_data = s + together * weight_step, *source = v_data + together * kLanes;
+    T* u_data = (T*)(source + together * source_step);
+    pack_weight(w, all, weight_data, weight_step);
+    pack_bias(b, all, weight_data + plan.taps * kLanes, weight_step);
+    pack_bias(v, all, v_data, kLanes);
+    const Weights<A> weights = {weight_data, weight_data + plan.taps * kLanes, weight_step};
+    const RowRange rows = plan.cut.rows_of(unit % plan.cut.chunks, height);
+    const RowRange images = plan.cut.images_of(unit / plan.cut.chunks, batch);
+    const int64_t first_row = input_rows(rows, f_height, conv).begin;
+    for (int64_t n = images.begin; n < images.end; n++) {
+      int64_t packed = first_row;
+      for (int64_t i = rows.begin; i < rows.end; i += plan.group_rows) {
+        const RowRange now = {i, min64(i + plan.group_rows, rows.end)};
+        const int64_t needed = input_rows(now, f_height, conv).end;
+        const Panel<T> u = packed_panel(u_data, i, width, u_step);
+        Panel<const T> in = tensor_panel<const T>(f, n, all.begin);
+        Panel<T> to = tensor_panel<T>(h, n, all.begin);
+        if constexpr (!direct) {
+          if (needed > packed)
+            pack_rows(f, n, all, packed, needed, source + (packed - first_row) * width * kLanes, source_step);
+          packed = max64(packed, needed);
+          in = packed_panel<const A>(source, first_row, width, source_step);
+          to = u;
+        }
+        convolve<direct>(in, f_height, weights, all.blocks(), conv, now, u);
+        for (int64_t row = now.begin; row < now.end; row++) {
+          finish_forward<A>(u, to, row, all.blocks(), v_data, parts + ((bundle * batch + n) * height + row) * width);
+        }
+        if constexpr (!direct) unpack_rows<A>(u_data, u_step, h, n, all, now.begin, now.end);
+      }
+    }
+  });
+  if (error) return error;
+  A bias[kLanes];
+  pack_bias(c, {0, 1}, bias, kLanes);
+  return for_each_row<A>(scores, 32, [&](int64_t n, int64_t row, int64_t pixel, A* values) {
+    for_each_vector(width, [&](int64_t k, const auto& get, const auto& put) {
+      Vec<A> score = Vec<A>{} + bias[0];
+      for (int64_t bundle = 0; bundle < plan.bundles; bundle++) score += get(parts + bundle * pixels + pixel + k);
+      put((A*)scores.data + pixel + k, score);
+      store(values + k, gelu_vector(score));
+    });
+    write_d(d, n, row, values);
+  });
+}
+
+// What a pass adds up over the pixels, of a block: the gradients of the taps, of the convolution's bias and of v, and
+// the sum of df.
+struct SumLayout {
+  int64_t taps;
+  int64_t bias() const { return taps * kLanes; }
+  int64_t v() const { return bias() + kLanes; }
+  int64_t df() const { return v() + kLanes; }
+  int64_t step() const { return df() + kLanes; }
+};
+
+// Rows overlap by the reach of the convolution, whose gradients read du from the cache: it is never written to memory.
+template <bool direct, class T, class A>
+Error run_backward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const Tensor4& v, const Tensor4& scores,
+                   const Tensor4& dd, const Tensor4& dh, const Tensor4& h, const Tensor4& d,
+                   const ChannelAggregationFfnGrads& grads, int64_t first, DwConv conv) {
+  const Plan plan = plan_of(h, conv, direct, 3 * sizeof(A), 6 * (conv.kernel - 1));
+  const int64_t batch = h.size[0], channels = h.size[1], height = h.size[2], width = h.size[3];
+  const int64_t f_height = f.size[2], du_height = dh.size[2], reach = conv.kernel / 2, together = plan.together;
+  const int64_t pixels = batch * du_height * width;
+  const DwConv transposed = {conv.kernel, 1, 1, reach - first, reach};  // from du to df
+  const SumLayout layout = {plan.taps};
+  const int64_t task_sums = together * layout.step();
+  A* parts = (A*)thread_scratch(kSums, (plan.tasks() * task_sums + pixels + batch * du_height) * sizeof(A));
+  if (!parts) return kOutOfMemory;
+  A *dscores = parts + plan.tasks() * task_sums, *row_sums = dscores + pixels;
+  Error error = for_each_row<A>(scores, 64, [&](int64_t n, int64_t row, int64_t pixel, A* values) {
+    A sum = 0;
+    for_each_vector(width, [&](int64_t k, const auto& get, const auto& put) {
+      const Vec<A> score = get((const A*)scores.data + pixel + k);
+      const Vec<A> dscore = get((const A*)dd.data + pixel + k) * gelu_grad_vector(score);
+      put(dscores + pixel + k, dscore);
+      store(values + k, gelu_vector(score));
+      sum += sum_of_lanes<A>(dscore);
+    });
+    const bool own = first <= row && row < first + height;
+    if (own) write_d(d, n, row - first, values);
+    row_sums[n * du_height + row] = own ? sum : 0;
+  });
+  if (error) return error;
+
+  const int64_t weight_step = (plan.taps + 1) * kLanes, row_elements = width * kLanes;
+  const int64_t du_rows = min64(du_height, min64(plan.cut.rows + 2 * reach, 2 * reach + 4 * plan.group_rows));
+  const int64_t du_step = du_rows * row_elements, u_step = plan.group_rows * row_elements;
+  const int64_t source_step = direct ? 0 : min64(f_height, plan.cut.rows + 4 * reach) * row_elements;
+  const int64_t dh_step = direct ? 0 : u_step, df_step = direct ? 0 : (plan.group_rows + reach) * row_elements;
+  const int64_t elements = together * (2 * weight_step + kLanes + source_step + du_step + u_step + dh_step + df_step);
+  error = for_each_task<A>(plan.tasks(), pixels * channels * (3 * plan.taps + 48), elements, [&](int64_t task, A* s) {
+    const int64_t unit = task / plan.bundles, bundle = task % plan.bundles;
+    const Channels all = channels_of_blocks(channels, bundle * together, together);
+    const int64_t blocks = all.blocks();
+    A *weight_data = s, *reversed_data = s + together * weight_step, *v_data = reversed_data + together * weight_step;
+    A *source = v_data + together * kLanes, *dh_data = source + together * source_step;
+    A* df_data = dh_data + together * dh_step;
+    T *du_data = (T*)(df_data + together * df_step), *u_data = du_data + together * du_step;
+    pack_weight(w, all, weight_data, weight_step);
+    pack_bias(b, all, weight_data + plan.taps * kLanes, weight_step);
+    pack_bias(v, all, v_data, kLanes);
+    memcpy(reversed_data, weight_data, blocks * weight_step * sizeof(A));
+    for (int64_t i = 0; i < blocks; i++) {
+      reverse_taps(reversed_data + i * weight_step, plan.taps);
+      memset(reversed_data + i * weight_step + plan.taps * kLanes, 0, kLanes * sizeof(A));
+    }
+    const Weights<A> weights = {weight_data, weight_data + plan.taps * kLanes, weight_step};
+    const Weights<A> reversed = {reversed_data, reversed_data + plan.taps * kLanes, weight_step};
+    A* sums = parts + task * task_sums;
+    memset(sums, 0, task_sums * sizeof(A));
+    const RowRange rows = plan.cut.rows_of(unit % plan.cut.chunks, height);
+    const RowRange images = plan.cut.images_of(unit / plan.cut.chunks, batch);
+    const RowRange in_du = {rows.begin + first, rows.end + first};
+    const RowRange needed = {max64(in_du.begin - reach, 0), min64(in_du.end + reach, du_height)};
+    const int64_t first_row = input_rows(needed, f_height, conv).begin;
+    for (int64_t n = images.begin; n < images.end; n++) {
+      int64_t packed = first_row, du_first = needed.begin, done = rows.begin;  // rows of f, of du, of df
+      for (int64_t i = needed.begin; i < needed.end; i += plan.group_rows) {
+        const RowRange now = {i, min64(i + plan.group_rows, needed.end)};
+        if (now.end - du_first > du_rows) {
+          const int64_t kept = done + first - reach;
+          for (int64_t k = 0; k < blocks; k++) {
+            T* block = du_data + k * du_step;
+            memmove(block, block + (kept - du_first) * row_elements, (i - kept) * row_elements * sizeof(T));
+          }
+          du_first = kept;
+        }
+        const Panel<T> u = packed_panel(u_data, i, width, u_step), du = packed_panel(du_data, du_first, width, du_step);
+        const Panel<const T> du_in = packed_panel<const T>(du_data, du_first, width, du_step);
+        Panel<const T> in = tensor_panel<const T>(f, n, all.begin), dh_in = tensor_panel<const T>(dh, n, all.begin);
+        Panel<T> to = tensor_panel<T>(h, n, all.begin);
+        to.first_row = first;
+        if constexpr (!direct) {
+          const int64_t end = input_rows(now, f_height, conv).end;
+          if (end > packed)
+            pack_rows(f, n, all, packed, end, source + (packed - first_row) * row_elements, source_step);
+          packed = max64(packed, end);
+          pack_rows(dh, n, all, now.begin, now.end, dh_data, dh_step);
+          in = packed_panel<const A>(source, first_row, width, source_step);
+          dh_in = packed_panel<const A>(dh_data, i, width, dh_step);
+          to = u;
+        }
+        convolve<direct>(in, f_height, weights, blocks, conv, now, u);
+        const RowRange own = {max64(now.begin, in_du.begin), min64(now.end, in_du.end)};
+        for (int64_t row = now.begin; row < now.end; row++) {
+          const bool owned = own.begin <= row && row < own.end;
+          finish_backward<A>(u, dh_in, owned ? to : u, du, row, blocks, v_data, dscores + (n * du_height + row) * width,
+                             owned ? sums + layout.v() : nullptr, layout.step());
+        }
+        if constexpr (!direct) {
+          const A* rows_of_h = u_data + (own.begin - i) * row_elements;
+          if (own.size()) unpack_rows<A>(rows_of_h, u_step, h, n, all, own.begin - first, own.end - first);
+        }
+        if (own.size() && (grads.dw.data || grads.db.data)) {
+          conv_weight_rows(du_in, in, f_height, blocks, conv, own, sums, layout.step());
+        }
+        const int64_t reached = now.end - first - reach;
+        const RowRange ready = {done, now.end == needed.end ? rows.end : min64(reached, rows.end)};
+        if (ready.size() == 0) continue;
+        Panel<T> out = tensor_panel<T>(grads.df, n, all.begin);
+        if constexpr (!direct) out = packed_panel(df_data, ready.begin, width, df_step);
+        convolve<direct>(du_in, du_height, reversed, blocks, transposed, ready, out);
+        if (grads.df_sums.data) sum_rows(as_const(out), blocks, ready, sums + layout.df(), layout.step());
+        if constexpr (!direct) unpack_rows<A>(df_data, df_step, grads.df, n, all, ready.begin, ready.end);
+        done = ready.end;
+      }
+    }
+  });
+  if (error) return error;
   for (int64_t bundle = 0; bundle < plan.bundles; bundle++) {
-    A* total = parts + bundle * plan.units() * step;
-    for (int64_t unit = 1; unit < plan.units(); unit++) add_panel(total, total + unit * step, plan.together);
-    const Channels c = channels_of_blocks(p.f.size[1], bundle * plan.together, plan.together);
-    unpack_rows<A>(total, kLanes, dv, 0, c, 0, 1);
+    A* total = parts + bundle * task_sums;
+    for (int64_t unit = 1; unit < plan.units(); unit++) {
+      add_panel(total, total + unit * plan.bundles * task_sums, task_sums / kLanes);
+    }
+    const Channels all = channels_of_blocks(channels, bundle * together, together);
+    const auto write = [&](const Tensor4& to, int64_t from) {
+      if (to.data) unpack_rows<A>(total + from, layout.step(), to, 0, all, 0, 1);
+    };
+    write(grads.dw, 0);
+    write(grads.db, layout.bias());
+    write(grads.dv, layout.v());
+    write(grads.df_sums, layout.df());
   }
+  A dc[kLanes] = {};
+  for (int64_t i = 0; i < batch * du_height; i++) dc[0] += row_sums[i];
+  if (grads.dc.data) unpack_rows<A>(dc, kLanes, grads.dc, 0, {0, 1}, 0, 1);
   return nullptr;
 }
 
-Error forward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const Tensor4& v, const Tensor4& h,
-              const Tensor4& scores, DwConv conv) {
-  const Pass p = {f, w, b, v, h, conv, {}, scores};
-  return f.dtype == kFloat64 ? run_forward<double>(p) : run_forward<float>(p);
+// Calls run(whether the kernels work on the tensors in place, storage type, type of the sums).
+template <class F>
+Error with_form(const Tensor4& f, DwConv conv, const F& run) {
+  if (f.dtype == kFloat64) return run(Flag<false>(), double(), double());
+  if (conv.kernel != 3 || f.size[1] % kLanes != 0) return run(Flag<false>(), float(), float());
+  if (f.dtype == kBFloat16) return run(Flag<true>(), bf16(), float());
+  if (f.dtype == kFloat16) return run(Flag<true>(), f16(), float());
+  return run(Flag<true>(), float(), float());
 }
-Error backward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const Tensor4& v, const Tensor4& dscores,
-               const Tensor4& dh, const Tensor4& h, const Tensor4& dv, DwConv conv) {
-  const Pass p = {f, w, b, v, h, conv, dh, dscores};
-  return f.dtype == kFloat64 ? run_backward<double>(p, dv) : run_backward<float>(p, dv);
+
+Error forward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const Tensor4& v, const Tensor4& c,
+              const Tensor4& h, const Tensor4& d, const Tensor4& scores, DwConv conv) {
+  return with_form(f, conv, [&](auto direct, auto storage, auto sum) {
+    return run_forward<decltype(direct)::value, decltype(storage), decltype(sum)>(f, w, b, v, c, h, d, scores, conv);
+  });
+}
+Error backward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const Tensor4& v, const Tensor4& scores,
+               const Tensor4& dd, const Tensor4& dh, const Tensor4& h, const Tensor4& d,
+               const ChannelAggregationFfnGrads& grads, int64_t first, DwConv conv) {
+  return with_form(f, conv, [&](auto direct, auto storage, auto sum) {
+    return run_backward<decltype(direct)::value, decltype(storage), decltype(sum)>(f, w, b, v, scores, dd, dh, h, d,
+                                                                                   grads, first, conv);
+  });
 }
 
 }  // namespace

@@ -50,11 +50,6 @@ VOPS_INLINE void store_channels(T* p, V v, int n) {
   store_n(p, v, n);
 }
 
-template <class A>
-Panel<const A> as_const(const Panel<A>& p) {
-  return {p.data, p.first_row, p.width, p.row_step, p.column_step, p.block_step};
-}
-
 // Where dense pixels lie: y or its gradient, u and the statistics, which may all three be null.
 template <class T, class A>
 struct Normalized {

@@ -43,11 +43,6 @@ int64_t mean_taps(const MultiOrderDwConv& p) {
 }
 
 template <class A>
-Panel<const A> as_const(const Panel<A>& p) {
-  return {p.data, p.first_row, p.width, p.row_step, p.column_step, p.block_step};
-}
-
-template <class A>
 Error forward(const Tensor4& x, const MultiOrderDwConv& p, const Tensor4& y) {
   const int64_t batch = x.size[0], channels = x.size[1], height = x.size[2], width = x.size[3];
   if (batch * channels * height * width == 0) return nullptr;

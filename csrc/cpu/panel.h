@@ -19,6 +19,10 @@ struct Panel {
   Panel block(int64_t b) const { return {data + b * block_step, first_row, width, row_step, column_step, block_step}; }
 };
 template <class T>
+VOPS_INLINE Panel<const T> as_const(const Panel<T>& p) {
+  return {p.data, p.first_row, p.width, p.row_step, p.column_step, p.block_step};
+}
+template <class T>
 VOPS_INLINE Panel<T> packed_panel(T* data, int64_t first_row, int64_t width, int64_t block_step) {
   return {data, first_row, width, width * kLanes, kLanes, block_step};
 }

@@ -221,6 +221,15 @@ void sum_rows(const Panel<const double>& x, int64_t blocks, RowRange rows, doubl
 }
 
 template <>
+void sum_rows(const Panel<const bf16>& x, int64_t blocks, RowRange rows, float* sums, int64_t step) {
+  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
+}
+template <>
+void sum_rows(const Panel<const f16>& x, int64_t blocks, RowRange rows, float* sums, int64_t step) {
+  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
+}
+
+template <>
 void conv_weight_rows(const Panel<const bf16>& dy, const Panel<const bf16>& x, int64_t height, int64_t blocks, DwConv f,
                       RowRange out, float* sums, int64_t step) {
   conv_weight_rows_by_patches(dy, x, height, blocks, f, out, sums, step);

@@ -1,6 +1,7 @@
 // C = A B by tiles: the rows of a tile are broadcast, its columns are vectors, and its sums stay in registers while the
-// depth, the common index, is run through. A is packed in tiles of kTileRows rows and B in panels of kTileColumns
-// columns, both in steps of kDepth, so that a panel stays in a first-level cache for many tiles.
+// depth, the common index, is run through. B is packed in panels of kTileColumns columns and in steps of kDepth, so
+// that a panel stays in a first-level cache for many tiles; A in tiles of kTileRows rows, where it cannot be read in
+// place.
 #include "lines.h"
 #include "pointwise.h"
 
@@ -17,8 +18,7 @@ constexpr int kTileRows = 4;
 #endif
 constexpr int kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kDepth = 384;
-// A packed tile is [row][depth] where A is contiguous along the depth, [depth][row] else: copied, never transposed. The
-// pitches are constants, to be displacements in the instructions; powers of two would crowd a few sets of a cache.
+// Of packed tiles. Powers of two would crowd a few sets of a cache.
 constexpr int64_t kDepthPitch = kDepth + 16, kRowPitch = kLanes, kPackedTile = kRowPitch * kDepthPitch + 16;
 constexpr int64_t kBlockRows = 96 / kTileRows * kTileRows;  // of A in a second-level cache
 
@@ -43,10 +43,9 @@ VOPS_INLINE void copy_line(const float* from, int64_t count, float* to) {
   if (i < count) store_n(to + i, load_n(from + i, (int)(count - i)), (int)(count - i));
 }
 
-bool tiles_by_row(const Matrix& a) { return a.depth == 1; }
-
+// [row][depth] where A is contiguous along the depth, [depth][row] else: copied, never transposed.
 void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, float* tiles) {
-  if (tiles_by_row(a)) {
+  if (a.depth == 1) {
     for (int64_t r = 0; r < rows; r++) {
       copy_line(a.data + r * a.line, depth, tiles + r / kTileRows * kPackedTile + r % kTileRows * kDepthPitch);
     }
@@ -69,6 +68,28 @@ void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, float* tiles) {
       }
     }
   }
+}
+
+// The tiles of some rows of A.
+struct Tiles {
+  const float* data;
+  int64_t step;  // of tiles
+  bool by_row;   // [row][depth], else [depth][row]
+  int64_t pitch;
+  const float* last;  // the last tile, if it lacks rows
+};
+Tiles packed_tiles(const Matrix& a, int64_t rows, const float* data) {
+  return {data, kPackedTile, a.depth == 1, kDepthPitch, data + rows / kTileRows * kPackedTile};
+}
+// In place where neighbours in memory follow the depth, but for a last tile that lacks rows; else packed.
+Tiles make_tiles(const Matrix& a, int64_t rows, int64_t depth, float* scratch) {
+  if (a.depth != 1) {
+    pack_tiles(a, rows, depth, scratch);
+    return packed_tiles(a, rows, scratch);
+  }
+  const int64_t whole = rows / kTileRows * kTileRows;
+  pack_tiles(a.from(whole, 0), rows - whole, depth, scratch);
+  return {a.data, kTileRows * a.line, true, a.line, scratch};
 }
 
 // [panel][depth][column], with zeros for columns that are not there.
@@ -143,7 +164,7 @@ VOPS_INLINE void for_each_sum(const Target& to, int64_t rows, int64_t columns, c
   }
 }
 
-// So that what a tile ends with arrives while it is computed.
+// So that what a tile ends with arrives while it, or the one before, is computed.
 VOPS_INLINE void prefetch_rows(const float* p, int64_t pitch, int64_t rows) {
   for (int64_t r = 0; r < rows; r++, p += pitch) {
     __builtin_prefetch(p, 1);
@@ -177,39 +198,65 @@ VOPS_INLINE Sums first_sums(const Target& to, int64_t rows, int64_t columns, boo
   return sums;
 }
 
-template <int64_t row_step, int64_t depth_step>
-VOPS_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, Sums* result) {
+// [depth][row]
+VOPS_INLINE void multiply_columns(const float* a, const float* b, int64_t depth, Sums* result) {
   Sums sums = *result;
-  for (int64_t k = 0; k < depth; k++, a += depth_step, b += kTileColumns) {
+  for (int64_t k = 0; k < depth; k++, a += kRowPitch, b += kTileColumns) {
     const Float left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; r++) {
-      sums.at[r][0] += left * a[r * row_step];
-      sums.at[r][1] += right * a[r * row_step];
+      sums.at[r][0] += left * a[r];
+      sums.at[r][1] += right * a[r];
     }
   }
   *result = sums;
 }
 
-// The tiles of packed rows times packed columns. target(row, column) tells where a tile goes.
+// Rows `pitch` apart. Every third has a pointer: the others are displaced by a register or twice that.
+VOPS_INLINE void multiply_rows(const float* a, int64_t pitch, const float* b, int64_t depth, Sums* result) {
+  constexpr int kPointers = (kTileRows + 2) / 3;
+  const float* rows[kPointers];
+#pragma GCC unroll 5
+  for (int p = 0; p < kPointers; p++) rows[p] = a + 3 * p * pitch;
+  Sums sums = *result;
+  for (int64_t k = 0; k < depth; k++, b += kTileColumns) {
+    const Float left = load(b), right = load(b + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; r++) {
+      const float value = rows[r / 3][r % 3 * pitch];
+      sums.at[r][0] += left * value;
+      sums.at[r][1] += right * value;
+    }
+#pragma GCC unroll 5
+    for (int p = 0; p < kPointers; p++) {
+      rows[p]++;
+      asm("" : "+r"(rows[p]));
+    }
+  }
+  *result = sums;
+}
+
+// The tiles of some rows times packed columns. target(row, column) tells where a tile goes.
 template <class F>
-void multiply_block(const float* tiles, bool by_row, int64_t rows, const float* panels, int64_t columns, int64_t depth,
-                    bool first, bool last, const F& target) {
+void multiply_block(const Tiles& tiles, int64_t rows, const float* panels, int64_t columns, int64_t depth, bool first,
+                    bool last, const F& target) {
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     const float* panel = panels + j * depth;
     const int64_t width = min64(kTileColumns, columns - j);
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const Target to = target(i, j);
       const int64_t height = min64(kTileRows, rows - i);
-      const float* tile = tiles + i / kTileRows * kPackedTile;
+      const bool whole = height == kTileRows;
+      const float* tile = whole ? tiles.data + i / kTileRows * tiles.step : tiles.last;
       const bool times = last && to.combine == kTimes;
-      if (first) prefetch_rows(to.c, to.pitch, height);
+      if (first && i == 0) prefetch_rows(to.c, to.pitch, height);
+      if (first) prefetch_rows(to.c + kTileRows * to.pitch, to.pitch, min64(kTileRows, rows - i - kTileRows));
       if (times) prefetch_rows(to.z, to.z_pitch, height);
       Sums sums = first_sums(to, height, width, first);
-      if (by_row) {
-        multiply_tile<kDepthPitch, 1>(tile, panel, depth, &sums);
+      if (tiles.by_row) {
+        multiply_rows(tile, whole ? tiles.pitch : kDepthPitch, panel, depth, &sums);
       } else {
-        multiply_tile<1, kRowPitch>(tile, panel, depth, &sums);
+        multiply_columns(tile, panel, depth, &sums);
       }
       for_each_sum(to, height, width, [&](int r, int k, int64_t c, int64_t z, const auto& get, const auto& put) {
         put(to.c + c, times ? sums.at[r][k] * get(to.z + z) : sums.at[r][k]);
@@ -273,11 +320,10 @@ Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const T
     for (int64_t i = 0; i < steps.count; i++) {
       const RowRange k = steps[i];
       const int64_t length = k.end - k.begin;
-      const Matrix a = by_pixel(x, n, first).from(0, k.begin);
-      pack_tiles(a, count, length, packed);
+      const Tiles a = make_tiles(by_pixel(x, n, first).from(0, k.begin), count, length, packed);
       const float* panel = weight + k.begin * padded_columns + begin * length;
       float* c = (float*)y.data + n * y.stride[0] + first * pixel_stride(y) + begin;
-      multiply_block(packed, tiles_by_row(a), count, panel, end - begin, length, i == 0, i == steps.count - 1,
+      multiply_block(a, count, panel, end - begin, length, i == 0, i == steps.count - 1,
                      [&](int64_t row, int64_t column) {
                        const int64_t pitch = pixel_stride(y), z_pitch = pixel_stride(z);
                        Target to = {c + row * pitch + column, nullptr, pitch, z_pitch, nullptr, nullptr, combine};
@@ -322,9 +368,10 @@ Error forward_planes(const Tensor4& x, const Tensor4& w, const Tensor4& b, const
       const RowRange k = steps[i];
       pack_panels(by_pixel(x, n, first).from(0, k.begin), count, k.end - k.begin, packed);
       float* c = (float*)y.data + n * y.stride[0] + first;
+      const Tiles a = packed_tiles(matrix, end - begin * kTileRows, weight + (i * tiles + begin) * kPackedTile);
       multiply_block(
-          weight + (i * tiles + begin) * kPackedTile, tiles_by_row(matrix), end - begin * kTileRows, packed, count,
-          k.end - k.begin, i == 0, i == steps.count - 1, [&](int64_t row, int64_t column) {
+          a, end - begin * kTileRows, packed, count, k.end - k.begin, i == 0, i == steps.count - 1,
+          [&](int64_t row, int64_t column) {
             row += begin * kTileRows;
             Target to = {c + row * y.stride[1] + column, nullptr, y.stride[1], z.stride[1], nullptr, nullptr, combine};
             if (combine) to.z = (const float*)z.data + n * z.stride[0] + row * z.stride[1] + first + column;

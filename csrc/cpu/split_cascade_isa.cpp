@@ -36,11 +36,6 @@ RowRange widened(RowRange rows, int64_t reach, int64_t height) {
   return {max64(rows.begin - reach, 0), min64(rows.end + reach, height)};
 }
 
-template <class A>
-Panel<const A> as_const(const Panel<A>& p) {
-  return {p.data, p.first_row, p.width, p.row_step, p.column_step, p.block_step};
-}
-
 // to += from over the rows, which both have.
 template <class A>
 void add_rows(const Panel<A>& to, const Panel<A>& from, int64_t blocks, RowRange rows) {

@@ -89,14 +89,22 @@ def test_layouts(layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("images", [1, 2])
-def test_chunks_of_the_batch(images, dtype, monkeypatch):
-    """Of 5 images: the last chunk of two is not full."""
-    case = make((5, 8, 6, 5), 32, dtype=dtype)
+@pytest.mark.parametrize(
+    ("images", "rows", "hidden", "kernel"),
+    [(1, 6, 32, 3), (2, 6, 32, 3), (1, 2, 32, 3), (1, 3, 37, 5)],
+    ids=["images", "two_images", "rows", "rows_packed"],
+)
+def test_chunks_of_the_batch(images, rows, hidden, kernel, dtype, monkeypatch):
+    """Of 5 images of 6 rows: the last chunk of two is not full. In rows, those around a chunk take part in it."""
+    case = make((5, 8, 6, 5), hidden, kernel=kernel, dtype=dtype)
     whole, grad = outputs(case, "fused")
-    monkeypatch.setattr(ops, "_CHUNK_BYTES", images * (32 + 64 // dtype.itemsize) * 30 * dtype.itemsize)
-    assert ops._Chunks(ops._Arguments(*case.tensors, True), ops._cpu(case.tensors[0]), 1).images == images
+    monkeypatch.setattr(ops, "_CHUNK_BYTES", images * rows * (hidden + 64 // dtype.itemsize) * 5 * dtype.itemsize)
+    monkeypatch.setattr(ops._Chunks, "least_rows", 1)
+    chunks = ops._Chunks(ops._Arguments(*case.tensors, True), ops._cpu(case.tensors[0]))
+    assert (chunks.images, chunks.rows) == (images, rows)
     check_against_reference(case, slack=2)
+    with torch.no_grad():
+        torch.testing.assert_close(case.run(case.tensors, "fused"), whole[0], rtol=1e-2, atol=1e-2)
     for a, b in zip(outputs(case, "fused", grad)[0], whole, strict=True):
         torch.testing.assert_close(
             a, b, rtol=1e-4 if dtype == torch.float32 else 5e-2, atol=5e-4 if dtype == torch.float32 else 0.1
@@ -198,7 +206,8 @@ def test_keeps_one_hidden_tensor_for_backward():
     case = make((2, 32, 14, 14), 256)
     x, *parameters = (t.nbytes for t in case.tensors)
     hidden = 8 * x
-    assert saved_bytes(case, "fused") == x + sum(parameters) + hidden * (256 + 16) // 256 + x // 32
+    gaps = 16 * 4 * (2 * 14 * 14 - 1)  # a cache line between pixels
+    assert saved_bytes(case, "fused") == x + sum(parameters) + hidden + gaps + x // 32
     assert saved_bytes(case, "reference") > 5 * hidden
     with torch.no_grad():
         *_, kept = torch.ops.vision_ops.channel_aggregation_ffn(*case.tensors, False)

@@ -46,8 +46,11 @@ def allocate(
     like: Tensor,
     memory_format: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype | None = None,
+    strides: Sequence[int] | None = None,
 ) -> Tensor:
-    """Where every output of every kernel comes from; the tests fill it with NaN."""
+    """Where every output of every kernel comes from; the tests fill it with NaN. strides: in place of a format."""
+    if strides is not None:
+        return torch.empty_strided(shape, strides, dtype=dtype or like.dtype, device=like.device)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native, reference
@@ -15,7 +14,6 @@ from ._pointwise import linear, linear_to, products, weight_gradient
 from ._registration import FusedOp, allocate, device_reasons, empty, without_autocast
 from .dwconv import (
     convolution_name,
-    convolve_backward,
     convolve_backward_cuda,
     convolve_backward_torch,
     convolve_cuda,
@@ -24,8 +22,9 @@ from .dwconv import (
 )
 from .gated_recursion import channel_sums, cuda_gates, pixel_dense
 
-# Of a chunk of the batch in hidden channels: its three tensors stay in a third-level cache between the passes.
-_CHUNK_BYTES, _WHOLE_BATCH = 6 * 2**20, 2**62
+# Of a chunk of the batch in hidden channels: its tensors stay in a third-level cache between the passes, and large
+# images take no more memory.
+_CHUNK_BYTES = 8 * 2**20
 _LINE_BYTES = 64  # of a cache
 
 
@@ -50,7 +49,9 @@ def _reference(a: _Arguments) -> Tensor:
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """y; of every pixel the score, whose GELU is d; and fc1's output, or nothing of it. h is cheap to compute again."""
     n, _, h, w = a.x.shape
-    kept = allocate((n if a.keep else 0, _fc1_channels(a), h, w), a.x, torch.channels_last)
+    pitch = _fc1_channels(a)
+    shape, strides = (n if a.keep else 0, a.dw_weight.shape[0], h, w), (h * w * pitch, 1, w * pitch, pitch)
+    kept = allocate(shape, a.x, strides=strides)
     return empty(a.x.shape, a.x), allocate((n, 1, h, w), a.x, dtype=_wide(a.x)), kept
 
 
@@ -74,24 +75,28 @@ class _Device(NamedTuple):
 
     aggregate: Callable[..., None]
     aggregate_backward: Callable[..., Tensor]
-    convolve_backward: Callable[..., None]
     channel_sums: Callable[[Tensor, Tensor | None], None]
-    chunk_bytes: int
+    chunk_bytes: int | None  # None: the whole batch at once
     columns: int  # fc2's matrix has a multiple of so many
+    spare: int  # tensors of hidden channels that the backward pass takes beside h and its gradient
 
 
 def _cpu(x: Tensor) -> _Device:
-    return _Device(_aggregate, _aggregate_backward, convolve_backward, channel_sums, _CHUNK_BYTES, columns=1)
+    return _Device(_aggregate, _aggregate_backward, channel_sums, _CHUNK_BYTES, columns=1, spare=1)
 
 
 def _cuda(x: Tensor) -> _Device:
-    """The whole batch at once; tensor cores take eight columns."""
+    """Tensor cores take eight columns."""
     compiled = convolves_cuda(x)
     convolve, backward = (
         (convolve_cuda, convolve_backward_cuda) if compiled else (convolve_torch, convolve_backward_torch)
     )
-    kernels = functools.partial(_aggregate_cuda, convolve), functools.partial(_aggregate_backward_cuda, convolve)
-    return _Device(*kernels, backward, cuda_gates().channel_sums, _WHOLE_BATCH, columns=8)
+    sums = cuda_gates().channel_sums
+    kernels = (
+        functools.partial(_aggregate_cuda, convolve),
+        functools.partial(_aggregate_backward_cuda, convolve, backward, sums),
+    )
+    return _Device(*kernels, sums, None, columns=8, spare=0)
 
 
 class _Fc2:
@@ -112,14 +117,6 @@ class _Fc2:
         torch.mul(self.weight, 1 + self.sigma, out=self.matrix[:, :hidden])
         self.matrix[:, hidden : self.end] = self.of_d[:, None]
         self.matrix[:, self.end :] = 0
-
-    def append(self, scores: Tensor, h: Tensor) -> None:
-        """Writes d behind the channels of h."""
-        d = F.gelu(scores)
-        column = h[:, self.hidden : self.hidden + 1]
-        column.copy_(d)
-        for k in range(self.hidden + 1, self.end):
-            h[:, k : k + 1].copy_(d.sub_(column))
 
     def gradient_of_d(self, grad: Tensor) -> Tensor:
         n, _, h, w = grad.shape
@@ -157,25 +154,56 @@ class _Total:
             grad.view(self.value.shape).copy_(self.value)
 
 
-class _Chunks:
-    """The images that are taken at once, and tensors of hidden channels for them."""
+class _Chunk(NamedTuple):
+    """Whole images, or rows of one."""
 
-    def __init__(self, a: _Arguments, device: _Device, tensors: int) -> None:
+    images: slice
+    rows: slice
+    height: int
+
+    def of(self, t: Tensor) -> Tensor:
+        return t[self.images, :, self.rows]
+
+    def around(self, reach: int) -> "_Chunk":
+        """With the rows that a convolution reads around it."""
+        rows = slice(max(self.rows.start - reach, 0), min(self.rows.stop + reach, self.height))
+        return self._replace(rows=rows)
+
+    def first(self, t: Tensor) -> Tensor:
+        """As much of a buffer."""
+        return t[: self.images.stop - self.images.start, :, : self.rows.stop - self.rows.start]
+
+
+class _Chunks:
+    """What is taken at once, and what all of it needs."""
+
+    least_rows = 8  # of large images: fewer would mostly overlap
+
+    def __init__(self, a: _Arguments, device: _Device) -> None:
         n, _, h, w = a.x.shape
         self.a, self.fc2 = a, _Fc2(a, device.columns)
-        channels = _hidden_channels(a)
-        self.images = max(1, min(n, device.chunk_bytes // (channels * h * w * a.x.dtype.itemsize)))
-        widths = channels, *[_fc1_channels(a)] * (tensors - 1)
-        self.tensors = [allocate((self.images, width, h, w), a.x, torch.channels_last) for width in widths]
+        self.images, self.rows, self.reach = n, h, a.dw_weight.shape[-1] // 2
+        if device.chunk_bytes is not None:
+            row_bytes = max(1, _hidden_channels(a) * w * a.x.dtype.itemsize)
+            self.images = max(1, device.chunk_bytes // (max(h, 1) * row_bytes))
+            count = -(-h // max(device.chunk_bytes // row_bytes, self.least_rows, self.reach))
+            self.rows = -(-h // max(count, 1))
         self.dw_weight = a.dw_weight.contiguous()
         self.dw_bias = None if a.dw_bias is None else a.dw_bias.contiguous()
         self.decompose_weight = a.decompose_weight.flatten().contiguous()
 
-    def __iter__(self) -> Iterator[tuple[slice, list[Tensor]]]:
-        n = len(self.a.x)
-        for begin in range(0, n, self.images):
-            count = min(self.images, n - begin)
-            yield slice(begin, begin + count), [t[:count] for t in self.tensors]
+    def __iter__(self) -> Iterator[_Chunk]:
+        n, _, h, _ = self.a.x.shape
+        for begin in range(0, n, max(self.images, 1)):
+            for row in range(0, h, max(self.rows, 1)):
+                images = slice(begin, min(begin + self.images, n))
+                yield _Chunk(images, slice(row, min(row + self.rows, h)), h)
+
+    def buffer(self, channels: int, reach: int = 0) -> Tensor:
+        """For the hidden channels of a chunk with the rows around it."""
+        n, _, h, w = self.a.x.shape
+        shape = min(self.images, n), channels, min(self.rows + 2 * reach, h), w
+        return allocate(shape, self.a.x, torch.channels_last)
 
     def hidden(self, t: Tensor) -> Tensor:
         return t[:, : self.fc2.hidden]
@@ -186,37 +214,68 @@ class _Chunks:
         return self.hidden(f)
 
 
-def _native_arguments(c: _Chunks) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    size = c.dw_weight.shape[-1]
-    parameters = c.dw_weight, c.dw_bias, c.decompose_weight
-    return tuple(map(_native.weight_view, parameters)), (size, 1, 1, size // 2, size // 2)
+class _Parts(NamedTuple):
+    """Where a chunk's share of the gradients goes."""
+
+    product: Tensor | None
+    dw: Tensor | None
+    dw_bias: Tensor | None
+    decompose: Tensor
+    decompose_bias: Tensor | None
+    fc1_bias: Tensor | None
 
 
-def _aggregate(c: _Chunks, f: Tensor, h: Tensor, scores: Tensor) -> None:
-    """scores = decompose h, h = GELU(dwconv f), with d behind its channels."""
-    parameters, conv = _native_arguments(c)
-    views = _native.view(c.hidden(h)), _native.view(scores)
-    _native.kernels().channel_aggregation(_native.view(f), *parameters, *views, conv)
-    if c.a.decompose_bias is not None:
-        scores += c.a.decompose_bias
-    c.fc2.append(scores, h)
+def _native_arguments(c: _Chunks, h: Tensor) -> tuple[list[Any], tuple[Any, ...]]:
+    """The parameters; h, and d behind its channels."""
+    parameters = c.dw_weight, c.dw_bias, c.decompose_weight, c.a.decompose_bias
+    views = _native.view(c.hidden(h)), _native.view(h[:, c.fc2.hidden : c.fc2.end])
+    return [_native.weight_view(t) for t in parameters], views
+
+
+def _convolution(c: _Chunks, above: int) -> tuple[int, ...]:
+    """That of rows whose input begins so many rows above them."""
+    return 2 * c.reach + 1, 1, 1, c.reach - above, c.reach
+
+
+def _aggregate(c: _Chunks, chunk: _Chunk, f: Tensor, h: Tensor, scores: Tensor) -> None:
+    """scores = decompose h, h = GELU(dwconv f), with d behind its channels. f has the rows around the chunk."""
+    parameters, views = _native_arguments(c, h)
+    conv = _convolution(c, chunk.rows.start - chunk.around(c.reach).rows.start)
+    _native.kernels().channel_aggregation(_native.view(f), *parameters, *views, _native.view(scores), conv)
 
 
 def _aggregate_backward(
-    c: _Chunks, f: Tensor, grad: Tensor, h: Tensor, dh: Tensor, scores: Tensor, dweight: Tensor
+    c: _Chunks,
+    chunk: _Chunk,
+    f: Tensor,
+    grad: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    spare: Tensor,
+    scores: Tensor,
+    parts: _Parts,
 ) -> Tensor:
-    """Returns the gradient of the scores. h is as above once more, dh becomes the gradient of dwconv's result, dweight
-    that of decompose."""
-    dscores = torch.ops.aten.gelu_backward(c.fc2.gradient_of_d(grad), scores)
-    parameters, conv = _native_arguments(c)
-    views = map(_native.view, (dscores, dh, c.hidden(h)))
-    sums = _native.weight_view(dweight)
-    _native.kernels().channel_aggregation_backward(_native.view(f), *parameters, *views, sums, conv)
-    c.fc2.append(scores, h)
-    return dscores
+    """Returns the gradient of f. Fills h, with d behind its channels, and the parts.
+
+    dh, without d's share, has the rows around the chunk, f those around these; grad and scores are whole.
+    """
+    near = chunk.around(c.reach)
+    dd = c.fc2.gradient_of_d(near.of(grad))
+    (w, b, v, _), views = _native_arguments(c, h)
+    given = map(_native.view, (near.of(scores), dd, dh))
+    df = c.hidden(spare)
+    sums = parts.dw, parts.dw_bias, parts.decompose, parts.decompose_bias, parts.fc1_bias
+    grads = _native.view(df), *map(_native.weight_view, sums)
+    conv = _convolution(c, near.rows.start - chunk.around(2 * c.reach).rows.start)
+    geometry = chunk.rows.start - near.rows.start, conv
+    _native.kernels().channel_aggregation_backward(_native.view(f), w, b, v, *given, *views, *grads, *geometry)
+    weight_gradient(chunk.of(grad), h[:, : c.fc2.columns], parts.product)
+    return df
 
 
-def _aggregate_cuda(convolve: Callable[..., None], c: _Chunks, f: Tensor, h: Tensor, scores: Tensor) -> None:
+def _aggregate_cuda(
+    convolve: Callable[..., None], c: _Chunks, chunk: _Chunk, f: Tensor, h: Tensor, scores: Tensor
+) -> None:
     from ..kernels import channel_aggregation_ffn as triton
 
     h, fc2, bias = c.hidden(h), c.fc2, c.a.decompose_bias
@@ -226,33 +285,51 @@ def _aggregate_cuda(convolve: Callable[..., None], c: _Chunks, f: Tensor, h: Ten
 
 def _aggregate_backward_cuda(
     convolve: Callable[..., None],
+    convolve_backward: Callable[..., None],
+    channel_sums: Callable[[Tensor, Tensor | None], None],
     c: _Chunks,
+    chunk: _Chunk,
     f: Tensor,
     grad: Tensor,
     h: Tensor,
     dh: Tensor,
+    spare: None,
     scores: Tensor,
-    dweight: Tensor,
+    parts: _Parts,
 ) -> Tensor:
     from ..kernels import channel_aggregation_ffn as triton
 
-    h, fc2, dscores = c.hidden(h), c.fc2, allocate(scores.shape, scores)
+    u, fc2, dscores = c.hidden(h), c.fc2, allocate(scores.shape, scores)
     triton.scores_backward(grad, fc2.of_d, scores, dscores)
-    convolve(f, c.dw_weight, c.dw_bias, h)
-    triton.gelu_backward(h, dh, fc2.columns - fc2.hidden, c.decompose_weight, scores, dscores, dweight)
-    return dscores
+    convolve(f, c.dw_weight, c.dw_bias, u)
+    triton.gelu_backward(u, dh, fc2.columns - fc2.hidden, c.decompose_weight, scores, dscores, parts.decompose)
+    channel_sums(dscores, parts.decompose_bias)
+    weight_gradient(grad, h[:, : fc2.columns], parts.product)
+    df = u
+    convolve_backward(dh, f, c.dw_weight, df, parts.dw, parts.dw_bias)
+    channel_sums(df, parts.fc1_bias)
+    return df
 
 
 @without_autocast
 def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     device, (y, scores, kept) = on(a.x), _output(a)
-    chunks, x = _Chunks(a, device, 1 if a.keep else 2), pixel_dense(a.x, torch.channels_last)
-    fc2 = chunks.fc2
-    kept[:, fc2.hidden :] = 0  # a result of the op, if only for its backward pass
-    for part, (h, *rest) in chunks:
-        f = chunks.fc1(x[part], kept[part] if a.keep else rest[0])
-        device.aggregate(chunks, f, h, scores[part])
-        linear_to(h[:, : fc2.columns], fc2.matrix, a.fc2_bias, y[part])
+    chunks, x = _Chunks(a, device), pixel_dense(a.x, torch.channels_last)
+    fc2, reach = chunks.fc2, chunks.reach
+    h_buffer = chunks.buffer(_hidden_channels(a))
+    f_buffer = None if a.keep else chunks.buffer(_fc1_channels(a), reach)
+    for chunk in chunks:
+        near = chunk.around(reach)
+        if f_buffer is None:
+            above = 0 if chunk.rows.start == 0 else min(chunk.rows.start + reach, chunk.height)  # are there already
+            new = near._replace(rows=slice(above, near.rows.stop))
+            chunks.fc1(new.of(x), new.of(kept))
+            f = near.of(kept)
+        else:
+            f = chunks.fc1(near.of(x), near.first(f_buffer))
+        h = chunk.first(h_buffer)
+        device.aggregate(chunks, chunk, f, h, chunk.of(scores))
+        linear_to(h[:, : fc2.columns], fc2.matrix, a.fc2_bias, chunk.of(y))
     return y, scores, kept
 
 
@@ -262,39 +339,38 @@ def _backward(
 ) -> None:
     dx, dfc1, dfc1_bias, ddw, ddw_bias, dfc2, dfc2_bias, ddecompose, ddecompose_bias, dsigma = grads
     device, x, grad = on(a.x), *(pixel_dense(t, torch.channels_last) for t in (a.x, grad))
-    chunks = _Chunks(a, device, 2 if a.keep else 3)
-    fc2, c = chunks.fc2, a.x.shape[1]
+    chunks = _Chunks(a, device)
+    fc2, reach, c = chunks.fc2, chunks.reach, a.x.shape[1]
 
     def total(t: Tensor | None, *shape: int) -> _Total:
         return _Total(shape, a.x, t is not None)
 
     product = _Total((c, fc2.columns), a.x, dfc2 is not None or dsigma is not None)
     of_decompose = _Total((fc2.hidden,), a.x)
-    of_decompose_bias, of_fc2_bias = total(ddecompose_bias, 1), total(dfc2_bias, c)
+    of_decompose_bias = total(ddecompose_bias, 1)
     of_fc1, of_fc1_bias = total(dfc1, fc2.hidden, c), total(dfc1_bias, fc2.hidden)
     of_dw, of_dw_bias = total(ddw, *a.dw_weight.shape), total(ddw_bias, fc2.hidden)
-    totals = product, of_decompose, of_decompose_bias, of_fc2_bias, of_fc1, of_fc1_bias, of_dw, of_dw_bias
-    for part, (h, dh, *rest) in chunks:
-        f, g = chunks.hidden(kept[part]) if a.keep else chunks.fc1(x[part], rest[0]), grad[part]
-        du = chunks.hidden(dh)
-        linear(g, fc2.matrix[:, : fc2.hidden].t(), None, du)
-        ds = device.aggregate_backward(chunks, f, g, h, du, scores[part], of_decompose.part)
-        device.channel_sums(ds, of_decompose_bias.part)
-        device.channel_sums(g, of_fc2_bias.part)
-        weight_gradient(g, h[:, : fc2.columns], product.part)
-        df = chunks.hidden(h)
-        device.convolve_backward(du, f, chunks.dw_weight, df, of_dw.part, of_dw_bias.part)
-        device.channel_sums(df, of_fc1_bias.part)
-        weight_gradient(df, x[part], of_fc1.part)
+    totals = product, of_decompose, of_decompose_bias, of_fc1, of_fc1_bias, of_dw, of_dw_bias
+    device.channel_sums(grad, dfc2_bias)
+    h_buffer, dh_buffer = chunks.buffer(_hidden_channels(a)), chunks.buffer(_fc1_channels(a), reach)
+    spare_buffer = chunks.buffer(_fc1_channels(a)) if device.spare else None
+    f_buffer = None if a.keep else chunks.buffer(_fc1_channels(a), 2 * reach)
+    for chunk in chunks:
+        near, far = chunk.around(reach), chunk.around(2 * reach)
+        f = far.of(kept) if f_buffer is None else chunks.fc1(far.of(x), far.first(f_buffer))
+        h, dh = chunk.first(h_buffer), chunks.hidden(near.first(dh_buffer))
+        linear(near.of(grad), fc2.matrix[:, : fc2.hidden].t(), None, dh)
+        parts = _Parts(*(t.part for t in (product, of_dw, of_dw_bias, of_decompose, of_decompose_bias, of_fc1_bias)))
+        spare = None if spare_buffer is None else chunk.first(spare_buffer)
+        df = device.aggregate_backward(chunks, chunk, f, grad, h, dh, spare, scores, parts)
+        weight_gradient(df, chunk.of(x), of_fc1.part)
         if dx is not None:
-            linear_to(df, a.fc1_weight.flatten(1).t(), None, dx[part])
+            linear_to(df, a.fc1_weight.flatten(1).t(), None, chunk.of(dx))
         for t in totals:
             t.add()
     if product.part is not None:
         fc2.gradients(torch.zeros_like(product.part) if product.value is None else product.value, dfc2, dsigma)
-    for t, given in zip(
-        totals[1:], (ddecompose, ddecompose_bias, dfc2_bias, dfc1, dfc1_bias, ddw, ddw_bias), strict=True
-    ):
+    for t, given in zip(totals[1:], (ddecompose, ddecompose_bias, dfc1, dfc1_bias, ddw, ddw_bias), strict=True):
         t.write(given)
 
 
