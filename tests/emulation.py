@@ -28,7 +28,7 @@ INCLUDES = [CSRC / part for part in ("include", "cuda", "emu")]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DVOPS_EMU"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
+SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
 SOURCES = {"dwconv": dwconv, "multi_order_dwconv": multi_order_dwconv, "global_filter": global_filter}
 ORDERS = ("0", "1", "7")  # of the threads: in order, backwards, shuffled
 
