@@ -32,11 +32,15 @@ help:
 bench: env
 	$(BIN)/python -m benchmarks ops --out build/bench $(if $(filter 1,$(QUICK)),--quick) $(BENCH_ARGS)
 
+# A process per core, but not a hundred that all import torch. Each starts with a stretch of the tests, so that few
+# processes make the fixtures of a module; xdist 3.8 ignores its groups under pytest 9.2.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: env
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: env
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # --- the environment: .torch (the venv and torch), .installed (the package), .lint (the linters) are stamps
 

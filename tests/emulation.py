@@ -1,5 +1,6 @@
 """The CUDA kernels of the package on the CPU: compiled for the emulation of csrc/emu, behind the package's own ops."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -7,8 +8,9 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +28,7 @@ INCLUDES = [CSRC / part for part in ("include", "cuda", "emu")]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DVOPS_EMU"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
-SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
+SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
 SOURCES = {"dwconv": dwconv, "multi_order_dwconv": multi_order_dwconv, "global_filter": global_filter}
 ORDERS = ("0", "1", "7")  # of the threads: in order, backwards, shuffled
 
@@ -53,6 +55,7 @@ def build(
         pytest.skip(f"no C++ compiler: {compiler[0]} is not on PATH")
     version = _run(*compiler, "--version")
     (BUILD / name).mkdir(parents=True, exist_ok=True)
+    library = BUILD / name / f"_cuda{SUFFIX}"
 
     def compiled(source: Path) -> str:
         includes = [f"-I{path}" for path in INCLUDES]
@@ -67,17 +70,22 @@ def build(
         digest = hashlib.sha256("\0".join([version, *command, *files, *files.values()]).encode()).hexdigest()[:16]
         target = BUILD / f"{source.stem}-{digest}.o"
         if not target.exists():
-            part = target.with_suffix(f".{os.getpid()}")
-            _run(*command, *includes, "-x", "c++", "-c", str(source), "-o", str(part))
-            part.replace(target)
+            _run_for(target, *command, *includes, "-x", "c++", "-c", str(source))
         return str(target)
 
     sources = [CSRC / "bindings_cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with _alone(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(compiled, sources))
-    library = BUILD / name / f"_cuda{SUFFIX}"
-    _run(*compiler, *flags, "-shared", *objects, "-o", str(library))
+        _run_for(library, *compiler, *flags, "-shared", *objects)
     return library
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Of several processes that test, one compiles; the others then find its objects."""
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _with_includes(source: Path) -> dict[str, str]:
@@ -106,6 +114,13 @@ def _pybind11_headers() -> str:
         return str(kept[-1].parent)
     missing = "no headers of pybind11: the package was not built here"
     return pytest.importorskip("pybind11", reason=missing).get_include()
+
+
+def _run_for(target: Path, *command: str) -> None:
+    """Replaces the target, which others may have mapped, when it is whole."""
+    part = target.with_suffix(".part")
+    _run(*command, "-o", str(part))
+    part.replace(target)
 
 
 def _run(*command: str) -> str:

@@ -70,11 +70,8 @@ def norms() -> Iterator[Launch]:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             for last in (True, False):
                 named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
-                narrow, widest = channels == 64, channels in (768, 2048)
-                if dtype == torch.bfloat16:
-                    archs = ARCHS if narrow or widest else (90,) if (channels, size) in hornet[:4] else ()
-                else:
-                    archs = (90,) if widest else ()
+                usual, widest = dtype == torch.bfloat16 and channels in (64, 256), channels == 2048
+                archs = ARCHS if widest and last and dtype == torch.bfloat16 else (90,) if usual or widest else ()
                 yield Launch("layer_norm_2d", named, lambda a=(channels, size, dtype, last): norm(*a), archs)
 
 
@@ -111,7 +108,9 @@ def recursions() -> Iterator[Launch]:
                 named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
                 usual = dtype == torch.bfloat16 and last
                 run = functools.partial(chain, channels, order, size, dtype, last)
-                yield Launch("gated_recursion", f"chain {named}", run, ARCHS if usual else ())
+                # The widest that has a kernel, and those that have none; others, one of which leaves tiles incomplete.
+                archs = ARCHS if channels >= 256 else (90,) if channels in (64, 128, 192) else ()
+                yield Launch("gated_recursion", f"chain {named}", run, archs if usual else ())
                 for bias in (True, False):
                     run = functools.partial(gates, channels, size, dtype, last, bias)
                     archs = ARCHS if usual and bias and channels == 64 else (90,) if channels == 768 and bias else ()
@@ -172,8 +171,12 @@ def attentions() -> Iterator[Launch]:
     wide = (64, 584, 8), (196, 768, 8)
     for tokens, channels, heads in (*edgenext, (196, 384, 8), (196, 512, 8), *wide):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            usual = (tokens, channels) in ((1024, 96), (64, 304), *((n, c) for n, c, _ in wide))
-            archs = ARCHS if usual and dtype == torch.bfloat16 else (90,) if usual and dtype == torch.float32 else ()
+            # Heads in groups, and heads in rows; of half type one to a tile, and rows of whole vectors, too.
+            usual, others = channels in (96, 584), channels in (304, 768)
+            if dtype == torch.bfloat16:
+                archs = ARCHS if usual else (90,) if others else ()
+            else:
+                archs = (90,) if usual and dtype == torch.float32 else ()
             # The tokens of one sample are summed in chunks.
             for batch in (128, 1) if tokens == 1024 else (128,):
                 named = f"{tokens}x{channels} h{heads} {str(dtype)[6:]} b{batch}"

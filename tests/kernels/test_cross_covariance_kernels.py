@@ -49,14 +49,24 @@ def make(shape, dtype=torch.float32, token_major=False):
     return Case(run, [*tokens, torch.rand(heads, 1, 1, dtype=dtype) * 4 + 0.5])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("token_major", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "token_major"),
+    [
+        (torch.float32, False),
+        (torch.bfloat16, True),
+        (torch.float16, False),
+        pytest.param(torch.float32, True, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param(torch.float16, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_matches_reference(dtype, token_major):
     check_against_reference(make((2, 8, 12, 70), dtype, token_major))
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 20, 33), (1, 2, 25, 5), (1, 1, 38, 64), (1, 2, 64, 9), (1, 2, 4, 1100)], ids=str
+    "shape", [(1, 3, 20, 33), (1, 2, 25, 5), (1, 1, 38, 64), (1, 2, 64, 9), (1, 2, 4, 600)], ids=str
 )
 def test_head_widths_and_chunks(shape):
     check_against_reference(make(shape))
@@ -64,7 +74,7 @@ def test_head_widths_and_chunks(shape):
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((2, 2, 73, 40), torch.float32), ((1, 2, 73, 9), torch.bfloat16), ((1, 1, 96, 520), torch.bfloat16)],
+    [((1, 2, 73, 40), torch.float32), ((1, 2, 73, 9), torch.bfloat16), ((1, 1, 96, 520), torch.bfloat16)],
     ids=str,
 )
 def test_wide_heads(shape, dtype):

@@ -33,6 +33,14 @@ SHORT = {
     "tiny_moat_0": {"depths": (1, 1, 1, 1)},
 }
 each = pytest.mark.parametrize("name", SHORT)
+# For what takes long: hornet_tiny_gf has the blocks of hornet_tiny_7x7, and _bn_hs differs in norms and activations.
+one_of_each = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("hornet_tiny_7x7", "edgenext_xx_small_bn_hs") else ())
+        for name in SHORT
+    ],
+)
 
 
 def short(name, **options):
@@ -225,7 +233,7 @@ def test_training_in_autocast(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@each
+@one_of_each
 def test_compiles_whole(name):
     """One graph, which also serves another size."""
     model = short(name).double().eval()
@@ -261,7 +269,7 @@ def test_compiles_with_inductor(name):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-@each
+@one_of_each
 def test_exports_with_dynamic_shapes(name):
     model, x = short(name).eval(), images(name)
     side = torch.export.Dim.DYNAMIC
@@ -275,7 +283,7 @@ def test_exports_with_dynamic_shapes(name):
         torch.testing.assert_close(exported(y), model(y))
 
 
-@each
+@one_of_each
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_exports_to_onnx_with_dynamic_shapes(name):
     runtime = pytest.importorskip("onnxruntime")
@@ -305,7 +313,7 @@ def test_exports_to_onnx_through_dynamo(name):
     assert (found - expected).abs().max() <= 1e-4 * expected.std()
 
 
-@each
+@one_of_each
 def test_unfused_runs_no_op_of_ours(name):
     graph = torch.export.export(short(name, fused=False).eval(), (images(name),)).graph
     assert not any("vision_ops" in str(node.target) for node in graph.nodes)
