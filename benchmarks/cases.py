@@ -178,7 +178,13 @@ def build_moga_aggregation(shape: shapes.MultiOrderShape, setting: Setting) -> P
     channels = shape.channels
     multi_order = build_multi_order(shape, setting)
     x, weights, biases = multi_order.args
-    pointwise = [t for _ in range(4) for t in (setting.normal(channels, channels, 1, 1), setting.normal(channels))]
+    # Such that the gates see what they do in a network: sums of large numbers that cancel would err by luck.
+    weights = tuple(w / w.shape[-1] for w in weights)
+    pointwise = [
+        t
+        for _ in range(4)
+        for t in (setting.normal(channels, channels, 1, 1) / channels**0.5, setting.normal(channels))
+    ]
     sigma = setting.normal(1, channels, 1, 1)
     flops = multi_order.flops + (4 * 2 * channels + 20) * x.numel()
     return Problem((x, *pointwise[:4], weights, biases, *pointwise[4:], sigma), flops)
