@@ -182,9 +182,9 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   });
 }
 
-// With g = dy * weight and d = (u - mean) * rstd: u becomes du = rstd * (g - mean(g) - d * mean(g * d)), in the panel of
-// all blocks; what that has in lanes without a channel has no meaning. Adds dy * d and dy to the two vectors of block b
-// at sums + b * step, unless it is null.
+// With g = dy * weight and d = (u - mean) * rstd: u becomes du = rstd * (g - mean(g) - d * mean(g * d)), in the panel
+// of all blocks; what that has in lanes without a channel has no meaning. Adds dy * d and dy to the two vectors of
+// block b at sums + b * step, unless it is null.
 template <class T, class A>
 void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>& in, int count, A* panel,
                         int64_t block_step, A* sums, int64_t step) {
@@ -222,9 +222,9 @@ void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>&
 }
 
 // u is computed again rather than kept: that costs less than writing and reading it where the kernel is small, and
-// halves what a training step keeps. A task marches down the images: of x and du it holds the rows that the convolutions
-// of a unit, some rows, read, and computes each once but where it starts. Units, and the sums they add to, depend on the
-// shape only.
+// halves what a training step keeps. A task marches down the images: of x and du it holds the rows that the
+// convolutions of a unit, some rows, read, and computes each once but where it starts. Units, and the sums they add to,
+// depend on the shape only.
 template <class T>
 Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w,
                   const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv f) {
@@ -234,8 +234,8 @@ Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const T
   const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = max64(width, 1) * kLanes;
   const int64_t blocks = ceil_div(channels, kLanes);
   const int64_t together = min64(blocks, is_channels_last(x) ? kTogether : 1);
-  const Cut cut = cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1), 2 * blocks * row * sizeof(A), halo,
-                           kFixedTasks);
+  const Cut cut =
+      cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1), 2 * blocks * row * sizeof(A), halo, kFixedTasks);
   const int64_t units = batch * cut.chunks, splits = clamp64(units, 1, kFixedTasks);
   const int64_t tasks = min64(splits, tasks_for_threads());
 
@@ -354,8 +354,8 @@ Error with_type(int dtype, const F& f) {
 
 Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w, const Tensor4& ln_b,
               const Tensor4& y, const Tensor4& statistics, DwConv conv, double eps) {
-  return with_type(x.dtype,
-                   [&](auto type) { return forward_of<decltype(type)>(x, w, b, ln_w, ln_b, y, statistics, conv, eps); });
+  return with_type(
+      x.dtype, [&](auto type) { return forward_of<decltype(type)>(x, w, b, ln_w, ln_b, y, statistics, conv, eps); });
 }
 Error backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w,
                const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv conv) {

@@ -17,7 +17,8 @@ struct Strip {
   float* dw;
 };
 
-// Sums for every tap, so that as many multiply-adds are in flight as two units of latency 4 take, where registers allow.
+// Sums for every tap, so that as many multiply-adds are in flight as two units of latency 4 take, where registers
+// allow.
 template <int K>
 constexpr int kCopies = K == 5 || (K == 7 && sizeof(Float) == 64) ? 2 : 1;
 
@@ -124,8 +125,8 @@ void patch(const Patch<T>& p) {
   Float acc[9], bias = load(p.sums + 9 * kLanes), g[kTile];
 #pragma GCC unroll 9
   for (int k = 0; k < 9; k++) acc[k] = load(p.sums + k * kLanes);
-  const T *patch = p.x, *dy = p.dy;
-  for (int64_t i = 0; i < (Edge ? 1 : p.tiles); i++, patch += S * kTile * p.x_column, dy += kTile * p.dy_column) {
+  const T *corner = p.x, *dy = p.dy;
+  for (int64_t i = 0; i < (Edge ? 1 : p.tiles); i++, corner += S * kTile * p.x_column, dy += kTile * p.dy_column) {
 #pragma GCC unroll 8
     for (int t = 0; t < kTile; t++) {
       g[t] = !Edge || t < p.outputs ? load(dy + t * p.dy_column) : Float{};
@@ -134,7 +135,7 @@ void patch(const Patch<T>& p) {
 #pragma GCC unroll 3
     for (int r = 0; r < 3; r++) {
       if (Edge && (r < p.row_begin || r >= p.row_end)) continue;
-      const T* x = patch + r * p.x_row;
+      const T* x = corner + r * p.x_row;
 #pragma GCC unroll 32
       for (int q = 0; q < S * (kTile - 1) + 3; q++) {
         if (Edge && (q < p.column_begin || q >= p.column_end)) continue;

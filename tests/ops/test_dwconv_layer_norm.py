@@ -44,6 +44,7 @@ CASES = [
     ((1, 7, 1, 33), 3),
     ((0, 8, 5, 5), 5),
     ((1, 64, 90, 70), 7),  # several chunks of rows
+    ((2, 24, 90, 9), 3),  # and more of them to a task than it has room for
 ]
 
 
@@ -135,6 +136,7 @@ def test_training_does_not_change_the_output():
 def test_bitwise_repeatable(dtype):
     for layout in ("contiguous", "channels_last"):
         check_bitwise_repeatable(make((3, 72, 33, 31), 7, dtype=dtype, layout=layout))
+        check_bitwise_repeatable(make((1, 24, 90, 9), 3, dtype=dtype, layout=layout))
 
 
 def test_compiles():
