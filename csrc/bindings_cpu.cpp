@@ -91,20 +91,20 @@ PYBIND11_MODULE(_cpu, m) {
   });
 
   m.def("dwconv_layer_norm", [](py::handle x, py::handle w, py::handle b, py::handle ln_w, py::handle ln_b,
-                                py::handle y, py::handle u, py::handle statistics, const py::tuple& f, double eps) {
+                                py::handle y, py::handle statistics, const py::tuple& f, double eps) {
     const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tln_w = tensor(ln_w), tln_b = tensor(ln_b);
-    const Tensor4 ty = tensor(y), tu = tensor(u), ts = tensor(statistics);
+    const Tensor4 ty = tensor(y), ts = tensor(statistics);
     const DwConv c = conv(f);
-    run([&] { return cpu_kernels().dwconv_layer_norm->forward(tx, tw, tb, tln_w, tln_b, ty, tu, ts, c, eps); });
+    run([&] { return cpu_kernels().dwconv_layer_norm->forward(tx, tw, tb, tln_w, tln_b, ty, ts, c, eps); });
   });
   m.def("dwconv_layer_norm_backward",
-        [](py::handle dy, py::handle x, py::handle w, py::handle ln_w, py::handle u, py::handle statistics,
+        [](py::handle dy, py::handle x, py::handle w, py::handle b, py::handle ln_w, py::handle statistics,
            py::handle dx, py::handle dw, py::handle db, py::handle dln_w, py::handle dln_b, const py::tuple& f) {
-          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tln_w = tensor(ln_w), tu = tensor(u),
+          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tb = tensor(b), tln_w = tensor(ln_w),
                         ts = tensor(statistics);
           const DwConvLayerNormGrads grads = {tensor(dx), tensor(dw), tensor(db), tensor(dln_w), tensor(dln_b)};
           const DwConv c = conv(f);
-          run([&] { return cpu_kernels().dwconv_layer_norm->backward(tdy, tx, tw, tln_w, tu, ts, grads, c); });
+          run([&] { return cpu_kernels().dwconv_layer_norm->backward(tdy, tx, tw, tb, tln_w, ts, grads, c); });
         });
 
   m.def("split_cascade",

@@ -50,14 +50,14 @@ VOPS_INLINE void store_channels(T* p, V v, int n) {
   store_n(p, v, n);
 }
 
-// Where dense pixels lie: y or its gradient, u and the statistics, which may all three be null.
+// Where dense pixels lie: y or its gradient, and the statistics, which may both be null.
 template <class T, class A>
 struct Normalized {
-  T *y, *u;
+  T* y;
   A *mean, *rstd;
   Normalized at(int64_t pixel, int64_t channels) const {
-    if (!u) return {y + pixel * channels, u, mean, rstd};
-    return {y + pixel * channels, u + pixel * channels, mean + pixel, rstd + pixel};
+    if (!mean) return {y + pixel * channels, mean, rstd};
+    return {y + pixel * channels, mean + pixel, rstd + pixel};
   }
 };
 
@@ -91,9 +91,8 @@ void normalize(const Norm<A>& norm, const A* panel, int64_t block_step, int coun
       const int64_t to = p * norm.channels + b * kLanes;
       const Vec<A> y = (u - mean[p]) * rstd[p] * load(norm.weight + b * kLanes) + load(norm.bias + b * kLanes);
       store_channels(out.y + to, y, n);
-      if (out.u) store_channels(out.u + to, u, n);
     });
-    if (out.u) out.mean[p] = mean[p], out.rstd[p] = rstd[p];
+    if (out.mean) out.mean[p] = mean[p], out.rstd[p] = rstd[p];
   }
 }
 
@@ -117,7 +116,7 @@ void prefetch_planes(const Tensor4& t, int64_t element_bytes, int64_t n, Channel
 
 template <class T>
 Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w, const Tensor4& ln_b,
-                 const Tensor4& y, const Tensor4& u, const Tensor4& statistics, DwConv f, double eps) {
+                 const Tensor4& y, const Tensor4& statistics, DwConv f, double eps) {
   typedef typename AccumulatorOf<T>::type A;
   const int64_t batch = x.size[0], channels = x.size[1], height = x.size[2], width = x.size[3];
   if (batch * height * width == 0) return nullptr;
@@ -140,7 +139,7 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   const Weights<A> weights = {weight_data, weight_data + taps * kLanes, weight_elements};
   const Norm<A> norm = norm_of<A>(ln_weight, ln_bias, channels, eps);
   A* means = (A*)statistics.data;
-  const Normalized<T, A> whole = {(T*)y.data, (T*)u.data, means, means ? means + batch * height * width : nullptr};
+  const Normalized<T, A> whole = {(T*)y.data, means, means ? means + batch * height * width : nullptr};
 
   const int64_t source_elements = direct ? 0 : min64(height, cut.rows + halo) * row, out_elements = cut.rows * row;
   const int64_t elements = together * source_elements + blocks * out_elements + kLanes * kLanes;
@@ -178,12 +177,12 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   });
 }
 
-// With g = dy * weight and d = (u - mean) * rstd: du = rstd * (g - mean(g) - d * mean(g * d)), into a panel of all
-// blocks; what it has in lanes without a channel has no meaning. Adds dy * d and dy to the panels of `sums`,
-// [block][2][lane], unless it is null.
+// With g = dy * weight and d = (u - mean) * rstd: u becomes du = rstd * (g - mean(g) - d * mean(g * d)), in the panel
+// of all blocks; what that has in lanes without a channel has no meaning. Adds dy * d and dy to the two vectors of
+// block b at sums + b * step, unless it is null.
 template <class T, class A>
-void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>& in, int count, A* du,
-                        int64_t block_step, A* sums) {
+void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>& in, int count, A* panel,
+                        int64_t block_step, A* sums, int64_t step) {
   A mean[kLanes] = {}, rstd[kLanes] = {}, mean_g[kLanes], slope[kLanes];
   memcpy(mean, in.mean, count * sizeof(A));
   memcpy(rstd, in.rstd, count * sizeof(A));
@@ -191,10 +190,9 @@ void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>&
   for (int p = 0; p < count; p++) {
     Vec<A> sum_g = {}, sum_gd = {};  // in registers
     for_each_block(norm, [&](int64_t b, int n) {
-      const int64_t at = p * norm.channels + b * kLanes;
-      const Vec<A> g = load_channels(in.y + at, n) * load(norm.weight + b * kLanes);
+      const Vec<A> g = load_channels(in.y + p * norm.channels + b * kLanes, n) * load(norm.weight + b * kLanes);
       sum_g += g;
-      sum_gd += g * (load_channels(in.u + at, n) - mean[p]);
+      sum_gd += g * (load(panel + b * block_step + p * kLanes) - mean[p]);
     });
     of_g[p] = sum_g, of_gd[p] = sum_gd;
   }
@@ -205,122 +203,138 @@ void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>&
     const Vec<A> weight = load(norm.weight + b * kLanes);
     Vec<A> dweight = {}, dbias = {};
     for (int p = 0; p < count; p++) {
-      const int64_t at = p * norm.channels + b * kLanes;
-      const Vec<A> grad = load_channels(in.y + at, n), d = (load_channels(in.u + at, n) - mean[p]) * rstd[p];
+      A* u = panel + b * block_step + p * kLanes;
+      const Vec<A> grad = load_channels(in.y + p * norm.channels + b * kLanes, n), d = (load(u) - mean[p]) * rstd[p];
       dweight += grad * d;
       dbias += grad;
-      store(du + b * block_step + p * kLanes, (grad * weight - mean_g[p] - d * slope[p]) * rstd[p]);
+      store(u, (grad * weight - mean_g[p] - d * slope[p]) * rstd[p]);
     }
     if (!sums) return;
-    A* to = sums + b * 2 * kLanes;
+    A* to = sums + b * step;
     store(to, load(to) + dweight);
     store(to + kLanes, load(to + kLanes) + dbias);
   });
 }
 
-// Rows overlap by the reach of the convolution, whose gradients read du from the cache: it is never written to memory.
+// u is computed again rather than kept: that costs less than writing and reading it where the kernel is small, and
+// halves what a training step keeps. A task marches down the images: of x and du it holds the rows that the
+// convolutions of a unit, some rows, read, and computes each once but where it starts. Units, and the sums they add to,
+// depend on the shape only.
 template <class T>
-Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& ln_w, const Tensor4& u,
+Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w,
                   const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv f) {
   typedef typename AccumulatorOf<T>::type A;
   const int64_t batch = x.size[0], channels = x.size[1], height = x.size[2], width = x.size[3];
-  const bool want_weights = grads.weight.data || grads.bias.data;
-  const bool direct_x = reads_in_place(x, f), direct_dx = grads.dx.data && reads_in_place(grads.dx, f);
+  const bool want_weights = grads.weight.data || grads.bias.data, planes = has_planes(x);
   const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = max64(width, 1) * kLanes;
-  const int64_t blocks = ceil_div(channels, kLanes), padded = blocks * kLanes;
+  const int64_t blocks = ceil_div(channels, kLanes);
   const int64_t together = min64(blocks, is_channels_last(x) ? kTogether : 1);
-  const Cut cut = cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1), (blocks + together) * row * sizeof(A),
-                           halo, kFixedTasks);
+  const Cut cut =
+      cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1), 2 * blocks * row * sizeof(A), halo, kFixedTasks);
   const int64_t units = batch * cut.chunks, splits = clamp64(units, 1, kFixedTasks);
+  const int64_t tasks = min64(splits, tasks_for_threads());
 
   const Channels all = {0, channels};
   const int64_t weight_elements = (taps + 1) * kLanes;
   A* memory = (A*)thread_scratch(
-      kSums, blocks * (weight_elements + kLanes + splits * (weight_elements + 2 * kLanes)) * sizeof(A));
+      kSums, blocks * (2 * weight_elements + kLanes + splits * (weight_elements + 2 * kLanes)) * sizeof(A));
   if (!memory) return kOutOfMemory;
-  A* ln_weight = memory + blocks * weight_elements;
-  const WeightSums<A> sums = {ln_weight + padded, splits, taps + 1};
+  A *reversed_data = memory + blocks * weight_elements, *ln_weight = reversed_data + blocks * weight_elements;
+  const WeightSums<A> sums = {ln_weight + blocks * kLanes, splits, taps + 1};
   // A panel of these is a block's gradient of the weight of the norm and that of its bias.
   const WeightSums<A> norm_sums = {sums.data + blocks * splits * weight_elements, splits, 2};
+  memset(sums.data, 0, blocks * splits * (weight_elements + 2 * kLanes) * sizeof(A));
   pack_weight(w, all, memory, weight_elements);
-  for (int64_t b = 0; b < blocks; b++) {
-    reverse_taps(memory + b * weight_elements, taps);
-    memset(memory + b * weight_elements + taps * kLanes, 0, kLanes * sizeof(A));
+  pack_bias(b, all, memory + taps * kLanes, weight_elements);
+  memcpy(reversed_data, memory, blocks * weight_elements * sizeof(A));
+  for (int64_t i = 0; i < blocks; i++) {
+    reverse_taps(reversed_data + i * weight_elements, taps);
+    memset(reversed_data + i * weight_elements + taps * kLanes, 0, kLanes * sizeof(A));
   }
   pack_weight(ln_w, all, ln_weight, kLanes);
-  const Weights<A> reversed = {memory, memory + taps * kLanes, weight_elements};
+  const Weights<A> weights = {memory, memory + taps * kLanes, weight_elements};
+  const Weights<A> reversed = {reversed_data, reversed_data + taps * kLanes, weight_elements};
   const Norm<A> norm = norm_of<A>(ln_weight, nullptr, channels, 0);
   const A* means = (const A*)statistics.data;
-  const Normalized<const T, const A> whole = {(const T*)dy.data, (const T*)u.data, means,
-                                              means + batch * height * width};
+  const Normalized<const T, const A> whole = {(const T*)dy.data, means, means + batch * height * width};
   // As many pixels at a time as the first-level cache holds, dy and u.
   const int64_t most = clamp64(4096 / channels, 2, kLanes);
 
-  const int64_t source_elements = min64(height, cut.rows + halo) * row;
+  // Rows that a unit in the middle of an image reads, twice, so that rows seldom move.
+  const int64_t capacity = min64(height, 2 * (cut.rows + 2 * halo)), panel_elements = capacity * row;
   const int64_t group_rows = clamp64(128 / max64(width, 1), 2, cut.rows), out_elements = group_rows * row;
-  const int64_t elements =
-      blocks * source_elements + together * (source_elements + out_elements) + weight_elements + 2 * padded;
-  const int64_t work = 2 * batch * channels * height * width * (taps + kNormWork);
-  const Error error = for_each_task<A>(splits, work, elements, [&](int64_t split, A* scratch) {
-    A *du_data = scratch, *x_data = du_data + blocks * source_elements, *out_data = x_data + together * source_elements;
-    A *unit_sums = out_data + together * out_elements, *own_norm_sums = unit_sums + weight_elements;
-    memset(own_norm_sums, 0, 2 * padded * sizeof(A));
-    for (int64_t b = 0; b < blocks; b++) memset(sums.panel(b, split), 0, weight_elements * sizeof(A));
+  const int64_t elements = 2 * blocks * panel_elements + together * out_elements + weight_elements;
+  const int64_t work = batch * channels * height * width * (3 * taps + kNormWork);
+  const Error error = for_each_task<A>(tasks, work, elements, [&](int64_t task, A* scratch) {
+    A *x_data = scratch, *du_data = x_data + blocks * panel_elements, *out_data = du_data + blocks * panel_elements;
+    A* unit_sums = out_data + together * out_elements;
+    auto first_unit = [&](int64_t split) { return split * units / splits; };
+    auto split_of = [&](int64_t unit) { return ceil_div((unit + 1) * splits, units) - 1; };
+    const int64_t begin = first_unit(task * splits / tasks), end = first_unit((task + 1) * splits / tasks);
 
-    for (int64_t unit = split * units / splits; unit < (split + 1) * units / splits; unit++) {
-      const int64_t n = unit / cut.chunks;
-      const RowRange rows = cut.rows_of(unit % cut.chunks, height), read = input_rows(rows, height, f);
-      const Panel<A> du = packed_panel(du_data, read.begin, width, source_elements);
-      auto backward_rows = [&](int64_t begin, int64_t end, A* to) {
-        const int64_t first = (n * height + begin) * width, pixels = (end - begin) * width;
-        for (int64_t p = 0; p < pixels; p += most) {
-          normalize_backward(norm, whole.at(first + p, channels), (int)min64(most, pixels - p),
-                             du.at(begin, 0) + p * kLanes, source_elements, to);
+    int64_t first_row = 0, x_end = 0, du_end = 0;  // panels hold the rows [first_row, end)
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t n = unit / cut.chunks, chunk = unit % cut.chunks;
+      const RowRange rows = cut.rows_of(chunk, height), read = input_rows(rows, height, f);
+      const RowRange source = input_rows(read, height, f);
+      if (unit == begin || chunk == 0) {
+        first_row = x_end = source.begin;
+        du_end = read.begin;
+      } else if (source.end - first_row > capacity) {
+        for (int64_t i = 0; i < 2 * blocks; i++) {
+          A* panel = scratch + i * panel_elements;
+          memmove(panel, panel + (read.begin - first_row) * row, (x_end - read.begin) * row * sizeof(A));
         }
-      };
-      backward_rows(read.begin, rows.begin, nullptr);
-      backward_rows(rows.begin, rows.end, own_norm_sums);
-      backward_rows(rows.end, read.end, nullptr);
+        first_row = read.begin;
+      }
+      const Panel<A> in = packed_panel(x_data, first_row, width, panel_elements);
+      const Panel<A> du = packed_panel(du_data, first_row, width, panel_elements);
+      for (int64_t first = 0; first < blocks; first += together) {
+        const Channels c = channels_of_blocks(channels, first, together);
+        pack_rows(x, n, c, x_end, source.end, in.block(first).at(x_end, 0), panel_elements);
+        if (planes && first + together < blocks) {
+          prefetch_planes(x, sizeof(T), n, channels_of_blocks(channels, first + together, together),
+                          {x_end, source.end});
+        }
+        for (int64_t i = first; i < first + c.blocks(); i++) {
+          conv_rows(as_const(in.block(i)), height, weights.block(i), 1, f, {du_end, read.end}, du.block(i));
+        }
+      }
+      x_end = source.end;
+      // Row by row, so that what is added, and in which order, does not depend on where the task starts.
+      for (; du_end < read.end; du_end++) {
+        const int64_t owner = n * cut.chunks + du_end / cut.rows, first = (n * height + du_end) * width;
+        A* to = owner >= begin && owner < end ? norm_sums.panel(0, split_of(owner)) : nullptr;
+        for (int64_t p = 0; p < width; p += most) {
+          normalize_backward(norm, whole.at(first + p, channels), (int)min64(most, width - p), du.at(du_end, p),
+                             panel_elements, to, splits * 2 * kLanes);
+        }
+      }
 
       for (int64_t first = 0; first < blocks; first += together) {
         const Channels c = channels_of_blocks(channels, first, together);
-        if (direct_dx) {
-          if constexpr (sizeof(T) == sizeof(float)) {
-            conv_rows(as_const(du.block(first)), height, reversed.block(first), c.blocks(), f, rows,
-                      tensor_panel<T>(grads.dx, n, c.begin));
-          }
-        }
-        for (int64_t i = rows.begin; grads.dx.data && !direct_dx && i < rows.end; i += group_rows) {
+        for (int64_t i = rows.begin; grads.dx.data && i < rows.end; i += group_rows) {
           const RowRange now = {i, min64(i + group_rows, rows.end)};
           const Panel<A> out = packed_panel(out_data, i, width, out_elements);
-          for (int64_t b = 0; b < c.blocks(); b++) {
-            conv_rows(as_const(du.block(first + b)), height, reversed.block(first + b), 1, f, now, out.block(b));
+          for (int64_t k = 0; k < c.blocks(); k++) {
+            conv_rows(as_const(du.block(first + k)), height, reversed.block(first + k), 1, f, now, out.block(k));
           }
           unpack_rows<A>(out_data, out_elements, grads.dx, n, c, now.begin, now.end);
         }
-        if (!want_weights) continue;
-        Panel<const A> in = packed_panel<const A>(x_data, read.begin, width, source_elements);
-        if (!direct_x) pack_rows(x, n, c, read.begin, read.end, x_data, source_elements);
-        if constexpr (sizeof(T) == sizeof(float)) {
-          if (direct_x) in = tensor_panel<const T>(x, n, c.begin);
-        }
-        for (int64_t b = 0; b < c.blocks(); b++) {
+        for (int64_t i = first; want_weights && i < first + c.blocks(); i++) {
           // Summed apart from the other units: shorter sums, smaller rounding errors.
           memset(unit_sums, 0, weight_elements * sizeof(A));
-          conv_weight_rows(as_const(du.block(first + b)), in.block(b), height, 1, f, rows, unit_sums, 0);
-          add_panel(sums.panel(first + b, split), unit_sums, taps + 1);
+          conv_weight_rows(as_const(du.block(i)), as_const(in.block(i)), height, 1, f, rows, unit_sums, 0);
+          add_panel(sums.panel(i, split_of(unit)), unit_sums, taps + 1);
         }
       }
     }
-    for (int64_t b = 0; b < blocks; b++) {
-      memcpy(norm_sums.panel(b, split), own_norm_sums + b * 2 * kLanes, 2 * kLanes * sizeof(A));
-    }
   });
   if (error) return error;
-  for (int64_t b = 0; b < blocks; b++) {
-    const Channels c = channels_of_blocks(channels, b, 1);
-    add_splits(norm_sums, 1, b, c, grads.ln_weight, grads.ln_bias);
-    if (want_weights) add_splits(sums, taps, b, c, grads.weight, grads.bias);
+  for (int64_t i = 0; i < blocks; i++) {
+    const Channels c = channels_of_blocks(channels, i, 1);
+    add_splits(norm_sums, 1, i, c, grads.ln_weight, grads.ln_bias);
+    if (want_weights) add_splits(sums, taps, i, c, grads.weight, grads.bias);
   }
   return nullptr;
 }
@@ -334,14 +348,14 @@ Error with_type(int dtype, const F& f) {
 }
 
 Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w, const Tensor4& ln_b,
-              const Tensor4& y, const Tensor4& u, const Tensor4& statistics, DwConv conv, double eps) {
+              const Tensor4& y, const Tensor4& statistics, DwConv conv, double eps) {
   return with_type(
-      x.dtype, [&](auto type) { return forward_of<decltype(type)>(x, w, b, ln_w, ln_b, y, u, statistics, conv, eps); });
+      x.dtype, [&](auto type) { return forward_of<decltype(type)>(x, w, b, ln_w, ln_b, y, statistics, conv, eps); });
 }
-Error backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& ln_w, const Tensor4& u,
+Error backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w,
                const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv conv) {
   return with_type(x.dtype,
-                   [&](auto type) { return backward_of<decltype(type)>(dy, x, w, ln_w, u, statistics, grads, conv); });
+                   [&](auto type) { return backward_of<decltype(type)>(dy, x, w, b, ln_w, statistics, grads, conv); });
 }
 
 }  // namespace

@@ -17,9 +17,14 @@ struct Strip {
   float* dw;
 };
 
+// Sums for every tap, so that as many multiply-adds are in flight as two units of latency 4 take, where registers
+// allow.
+template <int K>
+constexpr int kCopies = K == 5 || (K == 7 && sizeof(Float) == 64) ? 2 : 1;
+
 // dw[k] += sum_t x[S*t + k] * dy[t] over a tile of dy.
 template <int K, int S, bool Edge>
-VOPS_INLINE void tile(Float (&acc)[K], const float* x, int64_t x_column, const float* dy, int64_t dy_column,
+VOPS_INLINE void tile(Float (&acc)[kCopies<K>][K], const float* x, int64_t x_column, const float* dy, int64_t dy_column,
                       int outputs, int64_t begin, int64_t end) {
   Float g[kTile];
 #pragma GCC unroll 8
@@ -30,16 +35,15 @@ VOPS_INLINE void tile(Float (&acc)[K], const float* x, int64_t x_column, const f
     const Float v = load(x + q * x_column);
 #pragma GCC unroll 16
     for (int k = 0; k < K; k++) {
-      if (q >= k && (q - k) % S == 0 && (q - k) / S < kTile) acc[k] += v * g[(q - k) / S];
+      const int t = (q - k) / S;
+      if (q >= k && (q - k) % S == 0 && t < kTile) acc[t % kCopies<K>][k] += v * g[t];
     }
   }
 }
 
 template <int K, int S>
 void strip(const Strip& s) {
-  Float acc[K];
-#pragma GCC unroll 16
-  for (int k = 0; k < K; k++) acc[k] = load(s.dw + k * kLanes);
+  Float acc[kCopies<K>][K] = {};
   for (int64_t j = 0; j < s.outputs; j += kTile) {
     const int outputs = s.outputs - j < kTile ? (int)(s.outputs - j) : kTile;
     // The last column that a kept output can reach ends the window, so that a ragged tile wastes nothing.
@@ -57,7 +61,11 @@ void strip(const Strip& s) {
     }
   }
 #pragma GCC unroll 16
-  for (int k = 0; k < K; k++) store(s.dw + k * kLanes, acc[k]);
+  for (int k = 0; k < K; k++) {
+    Float sum = acc[0][k];
+    if (kCopies<K> == 2) sum += acc[1][k];
+    store(s.dw + k * kLanes, load(s.dw + k * kLanes) + sum);
+  }
 }
 
 typedef void (*StripFunction)(const Strip&);
@@ -101,11 +109,14 @@ void conv_weight_rows_by_strips(const Panel<const float>& dy, const Panel<const 
 }
 
 // Kernel 3 has registers for all nine sums, and so little arithmetic that it reads tensors directly: every vector of dy
-// is loaded once, and the bias comes with it.
+// is loaded once, and the bias comes with it. The sums stay in registers for several tiles of a row, as many as leave
+// what all blocks of a tensor read in the first-level cache.
+constexpr int64_t kPatchTiles = 4;
 template <class T>
 struct Patch {
   const T *x, *dy;
   int64_t x_row, x_column, dy_column;  // steps
+  int64_t tiles;                       // side by side, 1 where something is missing
   int row_begin, row_end, column_begin, column_end, outputs;
   float* sums;
 };
@@ -114,22 +125,25 @@ void patch(const Patch<T>& p) {
   Float acc[9], bias = load(p.sums + 9 * kLanes), g[kTile];
 #pragma GCC unroll 9
   for (int k = 0; k < 9; k++) acc[k] = load(p.sums + k * kLanes);
+  const T *corner = p.x, *dy = p.dy;
+  for (int64_t i = 0; i < (Edge ? 1 : p.tiles); i++, corner += S * kTile * p.x_column, dy += kTile * p.dy_column) {
 #pragma GCC unroll 8
-  for (int t = 0; t < kTile; t++) {
-    g[t] = !Edge || t < p.outputs ? load(p.dy + t * p.dy_column) : Float{};
-    bias += g[t];
-  }
+    for (int t = 0; t < kTile; t++) {
+      g[t] = !Edge || t < p.outputs ? load(dy + t * p.dy_column) : Float{};
+      bias += g[t];
+    }
 #pragma GCC unroll 3
-  for (int r = 0; r < 3; r++) {
-    if (Edge && (r < p.row_begin || r >= p.row_end)) continue;
-    const T* x = p.x + r * p.x_row;
+    for (int r = 0; r < 3; r++) {
+      if (Edge && (r < p.row_begin || r >= p.row_end)) continue;
+      const T* x = corner + r * p.x_row;
 #pragma GCC unroll 32
-    for (int q = 0; q < S * (kTile - 1) + 3; q++) {
-      if (Edge && (q < p.column_begin || q >= p.column_end)) continue;
-      const Float v = load(x + q * p.x_column);
+      for (int q = 0; q < S * (kTile - 1) + 3; q++) {
+        if (Edge && (q < p.column_begin || q >= p.column_end)) continue;
+        const Float v = load(x + q * p.x_column);
 #pragma GCC unroll 3
-      for (int k = 0; k < 3; k++) {
-        if (q >= k && (q - k) % S == 0 && (q - k) / S < kTile) acc[r * 3 + k] += v * g[(q - k) / S];
+        for (int k = 0; k < 3; k++) {
+          if (q >= k && (q - k) % S == 0 && (q - k) / S < kTile) acc[r * 3 + k] += v * g[(q - k) / S];
+        }
       }
     }
   }
@@ -155,7 +169,7 @@ void conv_weight_rows_by_patches(const Panel<const T>& dy, const Panel<const T>&
     p.row_end = (int)rows.end;
     for (int64_t phase = 0; phase < d && phase < dy.width; phase++) {
       const int64_t outputs = ceil_div(dy.width - phase, d);
-      for (int64_t j = 0; j < outputs; j += kTile) {
+      for (int64_t j = 0; j < outputs; j += p.tiles * kTile) {
         const int64_t column = phase + j * d, left = column * f.stride - f.pad_left;
         p.outputs = (int)min64(kTile, outputs - j);
         const int64_t window = f.stride * (p.outputs - 1) + 3;
@@ -163,6 +177,11 @@ void conv_weight_rows_by_patches(const Panel<const T>& dy, const Panel<const T>&
         p.column_begin = (int)columns.begin;
         p.column_end = (int)columns.end;
         const bool whole = rows.size() == 3 && columns.size() == window && p.outputs == kTile;
+        p.tiles = 1;
+        while (whole && p.tiles < kPatchTiles && j + (p.tiles + 1) * kTile <= outputs &&
+               left + (f.stride * ((p.tiles + 1) * kTile - 1) + 2) * d < x.width) {
+          p.tiles++;
+        }
         p.x = x.at(top, left);
         p.dy = dy.at(i, column);
         p.sums = sums;

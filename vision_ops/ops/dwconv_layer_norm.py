@@ -35,17 +35,15 @@ def _reference(a: _Arguments) -> Tensor:
 
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """y; the output u of the convolution as (N, H, W, C); all means, then all 1 / deviations of its pixels, which the
-    Triton kernel of the norm computes again instead."""
+    """y and what the backward pass of the device reads: on a GPU the output u of the convolution as (N, H, W, C), on a
+    CPU, which computes it again, all means, then all 1 / deviations of its pixels."""
     n, c, h, w = a.x.shape
-    y = allocate((n, h, w, c), a.x)
+    y, nothing = allocate((n, h, w, c), a.x), a.x.new_empty(0)
     if not a.keep:
-        return y, a.x.new_empty(0), a.x.new_empty(0)
-    u = allocate((n, h, w, c), a.x)
+        return y, nothing, a.x.new_empty(0)
     if a.x.device.type == "cuda":
-        return y, u, a.x.new_empty(0)
-    wide = torch.promote_types(a.x.dtype, torch.float32)
-    return y, u, allocate((2, n, h, w), a.x, dtype=wide)
+        return y, allocate((n, h, w, c), a.x), nothing
+    return y, nothing, allocate((2, n, h, w), a.x, dtype=torch.promote_types(a.x.dtype, torch.float32))
 
 
 def _channels_first(t: Tensor) -> Tensor:
@@ -59,22 +57,22 @@ def _native_conv(a: _Arguments) -> tuple[int, ...]:
 
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     y, u, statistics = _output(a)
-    kept = (_native.view(_channels_first(u)), _native.view(statistics)) if a.keep else (None, None)
+    kept = _native.view(statistics) if a.keep else None
     parameters = [None if t is None else t.contiguous() for t in a[1:5]]
     views = _native.view(a.x), *map(_native.weight_view, parameters), _native.view(_channels_first(y))
-    _native.kernels().dwconv_layer_norm(*views, *kept, _native_conv(a), a.eps)
+    _native.kernels().dwconv_layer_norm(*views, kept, _native_conv(a), a.eps)
     return y, u, statistics
 
 
 def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Tensor, statistics: Tensor) -> None:
     if not a.keep:
-        _, u, statistics = _forward_cpu(a._replace(keep=True))
+        statistics = _forward_cpu(a._replace(keep=True))[2]
     dx, *dparameters = grads
-    grad, weight, ln_weight = grad.contiguous(), a.weight.contiguous(), a.ln_weight.contiguous()
-    inputs = _native.view(_channels_first(grad)), _native.view(a.x), *map(_native.weight_view, (weight, ln_weight))
-    kept = _native.view(_channels_first(u)), _native.view(statistics)
+    grad = grad.contiguous()
+    parameters = [None if t is None else t.contiguous() for t in a[1:4]]
+    inputs = _native.view(_channels_first(grad)), _native.view(a.x), *map(_native.weight_view, parameters)
     outputs = _native.view(dx), *map(_native.weight_view, dparameters)
-    _native.kernels().dwconv_layer_norm_backward(*inputs, *kept, *outputs, _native_conv(a))
+    _native.kernels().dwconv_layer_norm_backward(*inputs, _native.view(statistics), *outputs, _native_conv(a))
 
 
 def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,10 +175,10 @@ def fused_dwconv_layer_norm(
 
     Returns (N, H, W, C), contiguous, in the dtype of x. Parameters have the dtype of x, or float32 beside a half x;
     under autocast those of the norm stay as they are. Sums and statistics are float32 (float64 for float64), and u is
-    not rounded before the norm. Where a gradient is needed, u and two numbers a pixel are kept for the backward pass
-    besides the arguments; on a GPU, where the convolution and the norm are two kernels, u is rounded and alone is kept.
-    Gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for
-    the device, `reference.dwconv_layer_norm` runs.
+    not rounded before the norm. Where a gradient is needed, two numbers a pixel are kept for the backward pass besides
+    the arguments, and u is computed again; on a GPU, where the convolution and the norm are two kernels, u is rounded
+    and alone is kept. Gradients are bitwise repeatable and come in each argument's own dtype. Without a kernel for the
+    device, `reference.dwconv_layer_norm` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
