@@ -1,5 +1,6 @@
-// A head has 12 to 96 channels, too few for a GEMM library to be fast. Tiles of a few tokens become panels, whatever
-// the strides, and one small product in registers serves all passes: over the tokens for grams, over the channels else.
+// A head has 12 to 96 channels, too few for a GEMM library to be fast. One small product in registers serves all
+// passes: over the tokens for grams, over the channels else. It reads tiles of a few tokens, where they lie if their
+// channels are neighbours of the type it computes in, as panels otherwise.
 #include "cross_covariance.h"
 #include "parallel.h"
 
@@ -9,7 +10,7 @@ namespace {
 
 constexpr int64_t kTile = 32;  // tokens: panels of 96 channels fit the first-level cache
 // A product in registers has 4 or kMostRows rows and kMostColumns vectors at most.
-constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostColumns = kLanes == 16 ? 3 : 2;
+constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostColumns = kLanes >= 8 ? 3 : 2;
 constexpr int64_t kLeastTokens = 256;  // of a partial sum
 
 int64_t blocks_of(int64_t channels) { return ceil_div(channels, kLanes); }
@@ -33,6 +34,38 @@ void pack_tile(const Tensor4& t, int64_t b, int64_t h, int64_t token, int64_t to
   for (int64_t k = 0; k < blocks_of(part.size[1]) && tokens < end; k++) {
     memset(panel + (k * kTile + tokens) * kLanes, 0, (end - tokens) * kLanes * sizeof(A));
   }
+}
+
+// Some tokens of a head: vectors of channels, of a panel or of the tensor itself.
+template <class A>
+struct Lines {
+  A* data;
+  int64_t token, block;  // steps to the next token and to the next vector of channels
+  A* at(int64_t t, int64_t channel) const { return data + t * token + channel / kLanes * block + channel % kLanes; }
+};
+template <class A>
+Lines<A> panel_lines(A* panel) {
+  return {panel, kLanes, kTile * kLanes};
+}
+
+template <class A>
+bool has_lines(const Tensor4& t) {
+  return t.stride[2] == 1 && t.dtype == (sizeof(A) == sizeof(double) ? kFloat64 : kFloat32);
+}
+template <class A>
+Lines<A> tensor_lines(const Tensor4& t, int64_t b, int64_t h, int64_t token) {
+  return {(A*)t.data + b * t.stride[0] + h * t.stride[1] + token * t.stride[3], t.stride[3], kLanes};
+}
+
+// For products over the tokens, which may read what lies between the channels of a head and those of the next token.
+template <class A>
+Lines<A> whole_lines(const Tensor4& t, int64_t b, int64_t h, int64_t token, int64_t tokens, A* panel) {
+  const int64_t d = t.size[2];
+  if (has_lines<A>(t) && t.stride[3] >= padded(d) - d && token + tokens < t.size[3]) {
+    return tensor_lines<A>(t, b, h, token);
+  }
+  pack_tile(t, b, h, token, tokens, panel);
+  return panel_lines(panel);
 }
 
 // sum[r][j] += a[r * a_row + k * a_step] * (vector j of b at k), over k.
@@ -83,14 +116,13 @@ int64_t whole_rows(int64_t channels) { return ceil_div(channels, 4) * 4; }
 // gram[i][j] += the sum over the tokens of a_i b_j. The rows of the gram are padded(d) long. Sums of a tile are added
 // as a whole: equal terms, one by one, would round all the same way.
 template <class A>
-void add_gram(const A* a, const A* b, int64_t tokens, int64_t d, A* gram) {
-  const int64_t width = padded(d), block = kTile * kLanes;
+void add_gram(const Lines<A>& a, const Lines<A>& b, int64_t tokens, int64_t d, A* gram) {
+  const int64_t width = padded(d);
   for_each_product<A>(whole_rows(d), blocks_of(d), [&](auto rows, auto columns, int64_t i, int64_t j) {
     constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
     A* at = gram + i * width + j * kLanes;
     Vec<A> sum[kRows][kColumns] = {};
-    const A* from = a + i / kLanes * block + i % kLanes;
-    multiply_add<A>(sum, from, 1, kLanes, b + j * block, kLanes, block, tokens);
+    multiply_add<A>(sum, a.at(0, i), 1, a.token, b.at(0, j * kLanes), b.token, b.block, tokens);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
@@ -103,10 +135,10 @@ void add_gram(const A* a, const A* b, int64_t tokens, int64_t d, A* gram) {
 }
 
 template <class A>
-void add_dots(const A* a, const A* b, int64_t tokens, int64_t d, A* dots) {
-  for (int64_t k = 0; k < blocks_of(d); k++, a += kTile * kLanes, b += kTile * kLanes, dots += kLanes) {
+void add_dots(const Lines<A>& a, const Lines<A>& b, int64_t tokens, int64_t d, A* dots) {
+  for (int64_t k = 0; k < d; k += kLanes, dots += kLanes) {
     Vec<A> sum = {};
-    for (int64_t t = 0; t < tokens; t++) sum += load(a + t * kLanes) * load(b + t * kLanes);
+    for (int64_t t = 0; t < tokens; t++) sum += load(a.at(t, k)) * load(b.at(t, k));
     store(dots, load(dots) + sum);
   }
 }
@@ -142,17 +174,15 @@ Error run_gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tenso
       const int64_t count = min64(kTile, end - n);
       for (int64_t h = group * heads / groups; h < (group + 1) * heads / groups; h++) {
         A* to = part(sample, chunk, h);
-        auto dots_with = [&](const A* panel, const Tensor4& own, const Tensor4& with, A* dots) {
+        auto dots_with = [&](const Lines<A>& lines, const Tensor4& own, const Tensor4& with, A* dots) {
           const bool same = same_tokens(own, with);
-          if (!same) pack_tile(with, sample, h, n, count, other);
-          add_dots(panel, same ? panel : other, count, d, dots);
+          add_dots(lines, same ? lines : whole_lines(with, sample, h, n, count, other), count, d, dots);
         };
-        pack_tile(a, sample, h, n, count, pa);
-        pack_tile(b, sample, h, n, count, pb);
-        add_gram(pa, pb, count, d, to);
+        const Lines<A> of_a = whole_lines(a, sample, h, n, count, pa), of_b = whole_lines(b, sample, h, n, count, pb);
+        add_gram(of_a, of_b, count, d, to);
         if (norms.data) {
-          dots_with(pa, a, u, to + norms_at);
-          dots_with(pb, b, v, to + norms_at + width);
+          dots_with(of_a, a, u, to + norms_at);
+          dots_with(of_b, b, v, to + norms_at + width);
         }
       }
     }
@@ -296,22 +326,27 @@ Error run_softmax_backward(const Tensor4& grad, const Tensor4& weights, const Te
 
 // y = the packed matrix, [block of y][channel of x][lane], times x, plus scale * z.
 template <class A>
-void multiply_tile(const A* matrix, const A* x, const A* scale, const A* z, int64_t tokens, int64_t d, A* y) {
-  const int64_t block = kTile * kLanes;
+void multiply_tile(const A* matrix, const Lines<A>& x, const A* scale, const Lines<A>& z, int64_t tokens, int64_t d,
+                   const Lines<A>& y) {
   for_each_product<A>(whole_rows(tokens), blocks_of(d), [&](auto rows, auto columns, int64_t i, int64_t j) {
     constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
     Vec<A> sum[kRows][kColumns] = {};
     for (int64_t k = 0; k < d; k += kLanes) {
-      const A *from = x + k * kTile + i * kLanes, *with = matrix + (j * d + k) * kLanes;
-      multiply_add<A>(sum, from, kLanes, 1, with, kLanes, d * kLanes, min64(kLanes, d - k));
+      const A* with = matrix + (j * d + k) * kLanes;
+      multiply_add<A>(sum, x.at(i, k), x.token, 1, with, kLanes, d * kLanes, min64(kLanes, d - k));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
       for (int c = 0; c < kColumns; c++) {
-        const int64_t at = (j + c) * block + (i + r) * kLanes;
-        if (z) sum[r][c] += load(scale + (j + c) * kLanes) * load(z + at);
-        store(y + at, sum[r][c]);
+        const int64_t channel = (j + c) * kLanes;
+        const int n = (int)min64(kLanes, d - channel);
+        if (z.data) {
+          const A* from = z.at(i + r, channel);
+          sum[r][c] += load(scale + channel) * (n == kLanes ? load(from) : load_n(from, n));
+        }
+        A* to = y.at(i + r, channel);
+        n == kLanes ? store(to, sum[r][c]) : store_n(to, sum[r][c], n);
       }
     }
   });
@@ -323,23 +358,30 @@ Error run_apply(const Tensor4& matrix, bool transposed, const Tensor4& x, const 
   const int64_t batch = x.size[0], heads = x.size[1], d = x.size[2], tokens = x.size[3], size = panel_size(d);
   // Enough tokens for the packing of the matrix not to matter, and all heads of them, which share cache lines.
   const int64_t chunks = clamp64(ceil_div(tasks_for_threads(), max64(batch, 1)), 1, ceil_div(tokens, 2 * kTile));
-  const int64_t scratch_size = padded(d) * (d + 1) + 3 * size;
+  const int64_t of_head = padded(d) * (d + 1);
   return for_each_task<A>(
-      batch * chunks, batch * heads * tokens * d * (d + 8), scratch_size, [&](int64_t task, A* scratch) {
+      batch * chunks, batch * heads * tokens * d * (d + 8), heads * of_head + 3 * size, [&](int64_t task, A* scratch) {
         const int64_t sample = task / chunks, chunk = task % chunks, end = (chunk + 1) * tokens / chunks;
-        A *packed = scratch, *factors = packed + padded(d) * d, *px = factors + padded(d), *py = px + size,
-          *pz = py + size;
+        A *px = scratch + heads * of_head, *py = px + size, *pz = py + size;
         for (int64_t h = 0; h < heads; h++) {
-          Tensor4 of_head = head(matrix, sample, h, 0, d);
-          if (transposed) of_head.stride[1] = 1, of_head.stride[3] = d;
-          pack_rows(of_head, 0, {0, d}, 0, 1, packed, d * kLanes);
+          A *packed = scratch + h * of_head, *factors = packed + padded(d) * d;
+          Tensor4 rows = head(matrix, sample, h, 0, d);
+          if (transposed) rows.stride[1] = 1, rows.stride[3] = d;
+          pack_rows(rows, 0, {0, d}, 0, 1, packed, d * kLanes);
           if (z.data) pack_rows(head(scale, sample, h, 0, 1), 0, {0, d}, 0, 1, factors, kLanes);
-          for (int64_t n = chunk * tokens / chunks; n < end; n += kTile) {
-            const int64_t count = min64(kTile, end - n);
-            pack_tile(x, sample, h, n, count, px);
-            if (z.data) pack_tile(z, sample, h, n, count, pz);
-            multiply_tile(packed, px, factors, z.data ? pz : nullptr, count, d, py);
-            unpack_rows(py, kTile * kLanes, head(y, sample, h, n, count), 0, {0, d}, 0, 1);
+        }
+        for (int64_t n = chunk * tokens / chunks; n < end; n += kTile) {
+          const int64_t count = min64(kTile, end - n);
+          for (int64_t h = 0; h < heads; h++) {
+            const A *packed = scratch + h * of_head, *factors = packed + padded(d) * d;
+            auto lines = [&](const Tensor4& t, A* panel) {
+              if (whole_rows(count) == count && has_lines<A>(t)) return tensor_lines<A>(t, sample, h, n);
+              if (panel != py) pack_tile(t, sample, h, n, count, panel);
+              return panel_lines(panel);
+            };
+            const Lines<A> of_y = lines(y, py);
+            multiply_tile(packed, lines(x, px), factors, z.data ? lines(z, pz) : Lines<A>{}, count, d, of_y);
+            if (of_y.data == py) unpack_rows(py, kTile * kLanes, head(y, sample, h, n, count), 0, {0, d}, 0, 1);
           }
         }
       });

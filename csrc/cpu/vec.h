@@ -151,6 +151,13 @@ VOPS_INLINE void store_n(T* p, Float v, int n) {
   store(t, v);
   copy_n(p, t, n);
 }
+#ifdef __AVX2__
+// The pieces above would have to reach memory before the vector could be read. The stores have no such wait.
+VOPS_INLINE Float load_n(const float* p, int n) {
+  alignas(32) static constexpr int kMask[2 * kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return (Float)_mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i*)(kMask + kLanes - n)));
+}
+#endif
 #endif
 
 // float64 is there for exactness, not for speed.

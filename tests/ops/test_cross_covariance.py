@@ -68,6 +68,18 @@ def test_dtypes(dtype, layout):
     check_against_reference(make(layout=layout, dtype=dtype))
 
 
+@pytest.mark.parametrize("d", [1, 12, 20, 38])
+def test_what_lies_between_tokens_is_left_out(d):
+    """Kernels read whole vectors of channels."""
+    case = make((2, 3, d, 70))
+    everything, grad = outputs(case, "fused")
+    for i, t in enumerate(case.tensors[:3]):
+        wide = torch.full((2, 3, 70, d + 7), torch.nan)
+        case.tensors[i] = wide[..., :d].transpose(2, 3).copy_(t)
+    found, _ = outputs(case, "fused", grad)
+    torch.testing.assert_close(found, everything)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "transposed", "expanded"])
 def test_layouts(layout, grad_layout):
