@@ -35,13 +35,17 @@ def _reference(a: _Arguments) -> Tensor:
 
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """y and what the backward pass of the device reads: on a GPU the output u of the convolution as (N, H, W, C), on a
-    CPU, which computes it again, all means, then all 1 / deviations of its pixels."""
+    return _allocate(a, a.x.device.type == "cuda")
+
+
+def _allocate(a: _Arguments, gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y and what the backward pass reads: on a GPU the output u of the convolution as (N, H, W, C), on a CPU, which
+    computes it again, all means, then all 1 / deviations of its pixels."""
     n, c, h, w = a.x.shape
     y, nothing = allocate((n, h, w, c), a.x), a.x.new_empty(0)
     if not a.keep:
         return y, nothing, a.x.new_empty(0)
-    if a.x.device.type == "cuda":
+    if gpu:
         return y, allocate((n, h, w, c), a.x), nothing
     return y, nothing, allocate((2, n, h, w), a.x, dtype=torch.promote_types(a.x.dtype, torch.float32))
 
@@ -56,7 +60,7 @@ def _native_conv(a: _Arguments) -> tuple[int, ...]:
 
 
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    y, u, statistics = _output(a)
+    y, u, statistics = _allocate(a, gpu=False)
     kept = _native.view(statistics) if a.keep else None
     parameters = [None if t is None else t.contiguous() for t in a[1:5]]
     views = _native.view(a.x), *map(_native.weight_view, parameters), _native.view(_channels_first(y))
@@ -78,7 +82,7 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Te
 def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import layer_norm_2d
 
-    y, u, statistics = _output(a)
+    y, u, statistics = _allocate(a, gpu=True)
     convolved = _channels_first(u) if a.keep else allocate_channels_last(a.x.shape, a.x)
     weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
     convolve_cuda(to_channels_dense(a.x), weight, bias, convolved)
