@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@echo 'make bench     fused ops against eager PyTorch and torch.compile, results in build/bench'
-	@echo '               QUICK=1: about a minute; BENCH_ARGS="...": see python -m benchmarks ops --help'
+	@echo '               QUICK=1: a few cases, some minutes; BENCH_ARGS="...": see python -m benchmarks ops --help'
 	@echo 'make test      the tests, without the slow ones'
 	@echo 'make test-all  all the tests'
 	@echo 'make lint      ruff, mypy, clang-format; changes nothing'

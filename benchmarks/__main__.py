@@ -49,7 +49,7 @@ def add_ops(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--mode", type=words(MODES), metavar="M,M", default=MODES)
     parser.add_argument("--batch", type=positive(int), metavar="N", help="default: 4, on a GPU 128")
     parser.add_argument("--layout", type=words(LAYOUTS), metavar="L,L", default=LAYOUTS)
-    parser.add_argument("--quick", action="store_true", help="a few cases, about a minute")
+    parser.add_argument("--quick", action="store_true", help="a few cases, some minutes")
     parser.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads")
     parser.add_argument(
         "--seconds",
