@@ -44,6 +44,7 @@ def positive(number: type[int] | type[float]) -> Callable[[str], int | float]:
 def add_ops(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("ops", help="every fused op at the networks' stage shapes")
     parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only the cases that begin so, such as HorNet-T")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", type=words(DTYPES), metavar="D,D", help="default: float32, on a GPU bfloat16")
     parser.add_argument("--mode", type=words(MODES), metavar="M,M", default=MODES)

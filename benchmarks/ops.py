@@ -61,6 +61,8 @@ def _resolve(args: argparse.Namespace) -> None:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.op = list(dict.fromkeys(args.op or OPS))
+    if not any(_cases(args, name) for name in args.op):
+        args.error(f"argument --case: no case of {', '.join(args.op)} begins with {' or '.join(args.case)}")
     args.dtype = args.dtype or DTYPE[args.device]
     args.batch = args.batch or BATCH[args.device]
     args.seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
@@ -79,9 +81,7 @@ def _prepare_torch(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, report: Report, console: Console) -> None:
-    runs = [
-        (dtype, OPS[name], case) for dtype in args.dtype for name in args.op for case in _cases(OPS[name], args.quick)
-    ]
+    runs = [(dtype, OPS[name], case) for dtype in args.dtype for name in args.op for case in _cases(args, name)]
     stopwatch = Stopwatch(args.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn only between measurements: a thread that redraws it would run into the times.
@@ -109,8 +109,10 @@ def _plan(args: argparse.Namespace, dtype: str, stopwatch: Stopwatch) -> Plan:
     return Plan(setting, args.layout, args.mode, Rule(args.seconds), stopwatch, rates)
 
 
-def _cases(op: Op, quick: bool) -> Sequence[str]:
-    return op.quick if quick else tuple(op.cases)
+def _cases(args: argparse.Namespace, name: str) -> Sequence[str]:
+    op = OPS[name]
+    wanted = tuple(args.case or ("",))
+    return [case for case in (op.quick if args.quick else op.cases) if case.startswith(wanted)]
 
 
 def _peers(op: Op, quick: bool) -> Sequence[str]:

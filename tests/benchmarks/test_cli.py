@@ -53,6 +53,28 @@ def test_a_right_op_exits_with_0_and_leaves_its_files(ops, tmp_path):
     assert (tmp_path / "ops.csv").exists()
 
 
+def test_only_the_cases_that_begin_so(ops, tmp_path, capsys):
+    ops["dwconv"].cases.update({"tiny.2": ops["dwconv"].cases["tiny"], "other": ops["dwconv"].cases["tiny"]})
+    words = (
+        "ops",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0.001",
+        "--op",
+        "dwconv",
+        "--mode",
+        "forward",
+        "--layout",
+        "contiguous",
+    )
+    assert cli.main([*words, "--case", "tiny.", "oth", "--out", str(tmp_path)]) == 0
+    assert [result["case"] for result in read(tmp_path)["results"]] == ["tiny.2", "other"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*words, "--case", "huge"])
+    assert "no case of dwconv begins with huge" in capsys.readouterr().err
+
+
 def test_a_wrong_op_exits_with_1(ops, tmp_path):
     assert run("--out", str(tmp_path), "--mode", "forward") == 1
     assert [result["status"] for result in read(tmp_path)["results"]] == ["ok", "WRONG"]
