@@ -205,6 +205,10 @@ PYBIND11_MODULE(_cpu, m) {
     const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tz = tensor(z), ty = tensor(y);
     run([&] { return cpu_kernels().pointwise->forward(tx, tw, tb, tz, Combine(combine), ty); });
   });
+  m.def("pointwise_backward_weight", [](py::handle dy, py::handle x, py::handle dw) {
+    const Tensor4 tdy = tensor(dy), tx = tensor(x), tdw = tensor(dw);
+    run([&] { return cpu_kernels().pointwise->backward_weight(tdy, tx, tdw); });
+  });
 
   m.def("edge_sums", [](py::handle map, py::handle sums) {
     const Tensor4 tmap = tensor(map), tsums = tensor(sums);

@@ -1,7 +1,7 @@
 // C = A B by tiles: the rows of a tile are broadcast, its columns are vectors, and its sums stay in registers while the
 // depth, the common index, is run through. B is packed in panels of kTileColumns columns and in steps of kDepth, so
 // that a panel stays in a first-level cache for many tiles; A in tiles of kTileRows rows, where it cannot be read in
-// place.
+// place. A last tile of few rows is shorter: 64 rows, of which many layers are, are ten tiles of six and one of four.
 #include "lines.h"
 #include "pointwise.h"
 
@@ -10,16 +10,17 @@ namespace VOPS_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kTileRows = 14;
+constexpr int kTileRows = 14, kShortRows = 8;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6, kShortRows = 4;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kShortRows = 2;
 #endif
 constexpr int kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kDepth = 384;
+constexpr int64_t kLine = 64 / sizeof(float);  // of a cache
 // Of packed tiles. Powers of two would crowd a few sets of a cache.
-constexpr int64_t kDepthPitch = kDepth + 16, kRowPitch = kLanes, kPackedTile = kRowPitch * kDepthPitch + 16;
+constexpr int64_t kDepthPitch = kDepth + 16, kPackedTile = kTileRows * kDepthPitch + 16;
 constexpr int64_t kBlockRows = 96 / kTileRows * kTileRows;  // of A in a second-level cache
 
 // Element (row, depth) of A, or (column, depth) of B.
@@ -44,27 +45,29 @@ VOPS_INLINE void copy_line(const float* from, int64_t count, float* to) {
 }
 
 // [row][depth] where A is contiguous along the depth, [depth][row] else: copied, never transposed.
-void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, float* tiles) {
+void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, int64_t step, float* tiles) {
   if (a.depth == 1) {
     for (int64_t r = 0; r < rows; r++) {
-      copy_line(a.data + r * a.line, depth, tiles + r / kTileRows * kPackedTile + r % kTileRows * kDepthPitch);
+      copy_line(a.data + r * a.line, depth, tiles + r / kTileRows * step + r % kTileRows * kDepthPitch);
     }
     for (int64_t r = rows; r % kTileRows; r++) {
-      memset(tiles + r / kTileRows * kPackedTile + r % kTileRows * kDepthPitch, 0, depth * sizeof(float));
+      memset(tiles + r / kTileRows * step + r % kTileRows * kDepthPitch, 0, depth * sizeof(float));
     }
     return;
   }
   for (int64_t k = 0; k < depth; k++) {
     const float* from = a.data + k * a.depth;
-    float* to = tiles + k * kRowPitch;
-    for (int64_t r = 0; r < rows; r += kTileRows, to += kPackedTile) {
-      const int count = (int)min64(kLanes, rows - r);  // what is beyond the tile is not used
-      if (a.line != 1) {
-        for (int i = 0; i < kLanes; i++) to[i] = i < count ? from[(r + i) * a.line] : 0.f;
-      } else if (count == kLanes) {
-        store(to, load(from + r));
-      } else {
+    float* to = tiles + k * kTileRows;
+    int64_t r = 0;  // the next in depth overwrites what is beyond a tile
+    if (a.line == 1) {
+      for (; r + kLanes <= rows; r += kTileRows, to += step) store(to, load(from + r));
+    }
+    for (; r < rows; r += kTileRows, to += step) {
+      const int count = (int)min64(kLanes, rows - r);
+      if (a.line == 1 && count < kLanes) {
         store(to, load_n(from + r, count));
+      } else {
+        for (int i = 0; i < kLanes; i++) to[i] = i < count ? from[(r + i) * a.line] : 0.f;
       }
     }
   }
@@ -78,23 +81,33 @@ struct Tiles {
   int64_t pitch;
   const float* last;  // the last tile, if it lacks rows
 };
-Tiles packed_tiles(const Matrix& a, int64_t rows, const float* data) {
-  return {data, kPackedTile, a.depth == 1, kDepthPitch, data + rows / kTileRows * kPackedTile};
+Tiles packed_tiles(const Matrix& a, int64_t rows, const float* data, int64_t step) {
+  return {data, step, a.depth == 1, kDepthPitch, data + rows / kTileRows * step};
 }
 // In place where neighbours in memory follow the depth, but for a last tile that lacks rows; else packed.
 Tiles make_tiles(const Matrix& a, int64_t rows, int64_t depth, float* scratch) {
+  const int64_t step = kTileRows * depth + 16;
   if (a.depth != 1) {
-    pack_tiles(a, rows, depth, scratch);
-    return packed_tiles(a, rows, scratch);
+    pack_tiles(a, rows, depth, step, scratch);
+    return packed_tiles(a, rows, scratch, step);
   }
   const int64_t whole = rows / kTileRows * kTileRows;
-  pack_tiles(a.from(whole, 0), rows - whole, depth, scratch);
+  pack_tiles(a.from(whole, 0), rows - whole, depth, step, scratch);
   return {a.data, kTileRows * a.line, true, a.line, scratch};
 }
 
 // [panel][depth][column], with zeros for columns that are not there.
 void pack_panels(const Matrix& b, int64_t columns, int64_t depth, float* panels) {
-  for (int64_t first = 0; first < columns; first += kLanes) {
+  int64_t first = 0;
+  for (; b.line == 1 && first + kTileColumns <= columns; first += kTileColumns) {
+    const float* from = b.data + first;
+    float* panel = panels + first * depth;
+    for (int64_t k = 0; k < depth; k++, from += b.depth, panel += kTileColumns) {
+      const Float left = load(from), right = load(from + kLanes);
+      store(panel, left), store(panel + kLanes, right);
+    }
+  }
+  for (; first < columns; first += kLanes) {
     float* panel = panels + first / kTileColumns * depth * kTileColumns + first % kTileColumns;
     const float* from = b.data + first * b.line;
     const int count = (int)min64(kLanes, columns - first);
@@ -198,31 +211,46 @@ VOPS_INLINE Sums first_sums(const Target& to, int64_t rows, int64_t columns, boo
   return sums;
 }
 
+// Memory that is wanted soon: a panel's columns, every so many steps of a product's depth.
+struct Ahead {
+  const float* data;
+  int64_t pitch, every;
+};
+
+// The loops over the depth are unrolled: a short one runs up to a tenth slower where its code straddles cache lines.
+
 // [depth][row]
-VOPS_INLINE void multiply_columns(const float* a, const float* b, int64_t depth, Sums* result) {
+template <int kRows>
+VOPS_INLINE void multiply_columns(const float* a, const float* b, int64_t depth, Ahead ahead, Sums* result) {
   Sums sums = *result;
-  for (int64_t k = 0; k < depth; k++, a += kRowPitch, b += kTileColumns) {
-    const Float left = load(b), right = load(b + kLanes);
+  for (int64_t k = 0; k < depth; ahead.data += ahead.pitch) {
+    for (int64_t i = 0; i < kTileColumns; i += kLine) __builtin_prefetch(ahead.data + i);
+#pragma GCC unroll 4
+    for (const int64_t end = min64(k + ahead.every, depth); k < end; k++, a += kTileRows, b += kTileColumns) {
+      const Float left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; r++) {
-      sums.at[r][0] += left * a[r];
-      sums.at[r][1] += right * a[r];
+      for (int r = 0; r < kRows; r++) {
+        sums.at[r][0] += left * a[r];
+        sums.at[r][1] += right * a[r];
+      }
     }
   }
   *result = sums;
 }
 
 // Rows `pitch` apart. Every third has a pointer: the others are displaced by a register or twice that.
+template <int kRows>
 VOPS_INLINE void multiply_rows(const float* a, int64_t pitch, const float* b, int64_t depth, Sums* result) {
-  constexpr int kPointers = (kTileRows + 2) / 3;
+  constexpr int kPointers = (kRows + 2) / 3;
   const float* rows[kPointers];
 #pragma GCC unroll 5
   for (int p = 0; p < kPointers; p++) rows[p] = a + 3 * p * pitch;
   Sums sums = *result;
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++, b += kTileColumns) {
     const Float left = load(b), right = load(b + kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; r++) {
+    for (int r = 0; r < kRows; r++) {
       const float value = rows[r / 3][r % 3 * pitch];
       sums.at[r][0] += left * value;
       sums.at[r][1] += right * value;
@@ -236,6 +264,27 @@ VOPS_INLINE void multiply_rows(const float* a, int64_t pitch, const float* b, in
   *result = sums;
 }
 
+template <int kRows>
+VOPS_INLINE void multiply(const Tiles& tiles, int64_t first, int64_t count, const float* panel, int64_t depth,
+                          const Ahead& ahead, Sums* sums) {
+  const bool whole = count == kTileRows;
+  const float* tile = whole ? tiles.data + first / kTileRows * tiles.step : tiles.last;
+  if (tiles.by_row) {
+    multiply_rows<kRows>(tile, whole ? tiles.pitch : kDepthPitch, panel, depth, sums);
+  } else {
+    multiply_columns<kRows>(tile, panel, depth, ahead, sums);
+  }
+}
+// Adds to the sums of a tile, of the rows from `first` on, its product with a panel.
+VOPS_INLINE void multiply_tile(const Tiles& tiles, int64_t first, int64_t count, const float* panel, int64_t depth,
+                               const Ahead& ahead, Sums* sums) {
+  if (count > kShortRows) {
+    multiply<kTileRows>(tiles, first, count, panel, depth, ahead, sums);
+  } else {
+    multiply<kShortRows>(tiles, first, count, panel, depth, ahead, sums);
+  }
+}
+
 // The tiles of some rows times packed columns. target(row, column) tells where a tile goes.
 template <class F>
 void multiply_block(const Tiles& tiles, int64_t rows, const float* panels, int64_t columns, int64_t depth, bool first,
@@ -246,18 +295,12 @@ void multiply_block(const Tiles& tiles, int64_t rows, const float* panels, int64
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const Target to = target(i, j);
       const int64_t height = min64(kTileRows, rows - i);
-      const bool whole = height == kTileRows;
-      const float* tile = whole ? tiles.data + i / kTileRows * tiles.step : tiles.last;
       const bool times = last && to.combine == kTimes;
       if (first && i == 0) prefetch_rows(to.c, to.pitch, height);
       if (first) prefetch_rows(to.c + kTileRows * to.pitch, to.pitch, min64(kTileRows, rows - i - kTileRows));
       if (times) prefetch_rows(to.z, to.z_pitch, height);
       Sums sums = first_sums(to, height, width, first);
-      if (tiles.by_row) {
-        multiply_rows(tile, whole ? tiles.pitch : kDepthPitch, panel, depth, &sums);
-      } else {
-        multiply_columns(tile, panel, depth, &sums);
-      }
+      multiply_tile(tiles, i, height, panel, depth, {panel, 0, depth}, &sums);
       for_each_sum(to, height, width, [&](int r, int k, int64_t c, int64_t z, const auto& get, const auto& put) {
         put(to.c + c, times ? sums.at[r][k] * get(to.z + z) : sums.at[r][k]);
       });
@@ -351,7 +394,8 @@ Error forward_planes(const Tensor4& x, const Tensor4& w, const Tensor4& b, const
     for (int64_t i = 0; i < steps.count; i++) {
       const RowRange k = steps[i];
       const int64_t first = tile * kTileRows, count = min64(kTileRows, rows - first);
-      pack_tiles(matrix.from(first, k.begin), count, k.end - k.begin, weight + (i * tiles + tile) * kPackedTile);
+      pack_tiles(matrix.from(first, k.begin), count, k.end - k.begin, kPackedTile,
+                 weight + (i * tiles + tile) * kPackedTile);
     }
   });
   if (error) return error;
@@ -368,7 +412,8 @@ Error forward_planes(const Tensor4& x, const Tensor4& w, const Tensor4& b, const
       const RowRange k = steps[i];
       pack_panels(by_pixel(x, n, first).from(0, k.begin), count, k.end - k.begin, packed);
       float* c = (float*)y.data + n * y.stride[0] + first;
-      const Tiles a = packed_tiles(matrix, end - begin * kTileRows, weight + (i * tiles + begin) * kPackedTile);
+      const float* tiles_of_task = weight + (i * tiles + begin) * kPackedTile;
+      const Tiles a = packed_tiles(matrix, end - begin * kTileRows, tiles_of_task, kPackedTile);
       multiply_block(
           a, end - begin * kTileRows, packed, count, k.end - k.begin, i == 0, i == steps.count - 1,
           [&](int64_t row, int64_t column) {
@@ -388,10 +433,93 @@ Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor
   return (is_channels_last(y) ? forward_rows : forward_planes)(x, w, b, z, combine, y);
 }
 
+// Sums over so many pixels are complete before they are added to others: longer ones would round more.
+constexpr int64_t kSumDepth = 192;
+constexpr int64_t kMaxParts = 8;  // of the pixels, with sums of their own
+
+// (channel, pixel) of an image, from a pixel on.
+Matrix by_channel(const Tensor4& t, int64_t n, int64_t pixel) {
+  const Matrix m = by_pixel(t, n, pixel);
+  return {m.data, m.depth, m.line};
+}
+
+// C = A B, or C += A B. The columns of B arrive while those before are multiplied, and those of `next` with the last.
+void add_products(const Matrix& a, int64_t rows, const Matrix& b, const Matrix& next, int64_t columns, int64_t depth,
+                  bool first, float* c, int64_t pitch, float* scratch) {
+  float* panel = scratch;
+  const Tiles tiles = make_tiles(a, rows, depth, panel + kTileColumns * kSumDepth);
+  const int64_t share = ceil_div(depth, ceil_div(rows, kTileRows)), every = ceil_div(depth, share);
+  for (int64_t j = 0; j < columns; j += kTileColumns) {
+    const int64_t width = min64(kTileColumns, columns - j);
+    pack_panels(b.from(j, 0), width, depth, panel);
+    Matrix ahead = j + kTileColumns < columns ? b.from(j + kTileColumns, 0) : next;
+    for (int64_t i = 0; i < rows; i += kTileRows, ahead = ahead.from(0, share)) {
+      const int64_t height = min64(kTileRows, rows - i);
+      const Target to = {c + i * pitch + j, nullptr, pitch, 0, nullptr, nullptr, kNothing};
+      prefetch_rows(i + kTileRows < rows ? to.c + kTileRows * pitch : c + j + kTileColumns, pitch, kTileRows);
+      Sums sums = {};
+      multiply_tile(tiles, i, height, panel, depth, {ahead.data, ahead.depth, every}, &sums);
+      for_each_sum(to, height, width, [&](int r, int k, int64_t at, int64_t, const auto& get, const auto& put) {
+        put(to.c + at, first ? sums.at[r][k] : sums.at[r][k] + get(to.c + at));
+      });
+    }
+  }
+}
+
+// The pixels are cut into parts, by their number only, which are added in order; the matrix among the threads.
+Error backward_weight(const Tensor4& dy, const Tensor4& x, const Tensor4& dw) {
+  const int64_t rows = dw.size[2], columns = dw.size[3];
+  const Pixels pixels = merged_pixels(dy, x);
+  const Steps cuts = {ceil_div(pixels.count, kSumDepth), pixels.count};  // of an image
+  const int64_t steps = pixels.images * cuts.count, parts = clamp64(steps / 4, 1, kMaxParts);
+  float* data = (float*)dw.data;
+  if (steps == 0) {
+    for (int64_t r = 0; r < rows; r++) memset(data + r * dw.stride[2], 0, columns * sizeof(float));
+  }
+  if (steps * rows * columns == 0) return nullptr;
+  const int64_t pitch = columns + kLine;  // powers of two would crowd a few sets of a cache
+  float* sums = (float*)thread_scratch(kSums, (parts - 1) * rows * pitch * sizeof(float));
+  if (!sums) return kOutOfMemory;
+
+  const bool by_rows = rows > columns;
+  const int64_t unit = by_rows ? kTileRows : kTileColumns, extent = by_rows ? rows : columns;
+  const int64_t units = ceil_div(extent, unit), threads = omp_get_max_threads();
+  const int64_t groups = threads == 1 ? 1 : clamp64(ceil_div(2 * threads, parts), 1, max64(units / 4, 1));
+  const int64_t work = pixels.images * pixels.count * rows * columns;
+  const int64_t scratch = kTileColumns * kSumDepth + ceil_div(rows, kTileRows) * kPackedTile;
+  Error error = for_each_task<float>(parts * groups, work, scratch, [&](int64_t task, float* memory) {
+    const int64_t part = task / groups, group = task % groups;
+    const int64_t begin = group * units / groups * unit, end = min64((group + 1) * units / groups * unit, extent);
+    const int64_t row = by_rows ? begin : 0, column = by_rows ? 0 : begin;
+    const int64_t height = by_rows ? end - begin : rows, width = by_rows ? columns : end - begin;
+    float* c = part == 0 ? data : sums + (part - 1) * rows * pitch;
+    const int64_t c_pitch = part == 0 ? dw.stride[2] : pitch;
+    const auto from = [&](const Tensor4& t, int64_t step, int64_t channel) {
+      return by_channel(t, step / cuts.count, cuts[step % cuts.count].begin).from(channel, 0);
+    };
+    const int64_t first = part * steps / parts, stop = (part + 1) * steps / parts;
+    for (int64_t i = first; i < stop; i++) {
+      const RowRange k = cuts[i % cuts.count];
+      const Matrix b = from(x, i, column), next = i + 1 < stop ? from(x, i + 1, column) : b;
+      add_products(from(dy, i, row), height, b, next, width, k.end - k.begin, i == first, c + row * c_pitch + column,
+                   c_pitch, memory);
+    }
+  });
+  if (error || parts == 1) return error;
+  return for_each_task<float>(rows, parts * rows * columns, 0, [&](int64_t row, float*) {
+    float* to = data + row * dw.stride[2];
+    for_each_vector(columns, [&](int64_t i, const auto& get, const auto& put) {
+      Float total = get(to + i);
+      for (int64_t p = 0; p + 1 < parts; p++) total += get(sums + (p * rows + row) * pitch + i);
+      put(to + i, total);
+    });
+  });
+}
+
 }  // namespace
 
 extern const PointwiseOps pointwise_ops;
-const PointwiseOps pointwise_ops = {forward};
+const PointwiseOps pointwise_ops = {forward, backward_weight};
 
 }  // namespace VOPS_ISA
 }  // namespace vops

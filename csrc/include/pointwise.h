@@ -14,6 +14,8 @@ struct PointwiseOps {
   // may be y, to be added.
   Error (*forward)(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
                    const Tensor4& y);
+  // dW = the sum over the pixels of dy times x. Its columns are neighbours in memory.
+  Error (*backward_weight)(const Tensor4& dy, const Tensor4& x, const Tensor4& dw);
 };
 
 }  // namespace vops

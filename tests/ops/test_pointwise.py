@@ -98,3 +98,84 @@ def test_other_dtypes_are_pytorch(dtype):
     _pointwise.linear(x, weight, None, y, plus=other)
     expected = exact(x, weight.to(dtype), None) + other
     assert (y - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def sized(n, c, size, layout, *, images=None):
+    """Random values; `images` are expanded to n."""
+    return place(torch.randn(images or n, c, *size), layout).expand(n, c, *size)
+
+
+def check_weight_gradient(grad, x, out):
+    expected = torch.einsum("nohw,nihw->oi", grad.double(), x.double())
+    scale = torch.einsum("nohw,nihw->oi", grad.double().abs(), x.double().abs()).max() if x.numel() else 1
+    _pointwise.weight_gradient(grad, x, out)
+    assert (out.flatten(1).double() - expected).abs().max() <= 1e-6 * scale + 1e-30
+
+
+# Tiles, panels and pixels around those of all instruction sets, of one and several parts.
+@pytest.mark.parametrize(
+    "outputs, inputs",
+    [(1, 1), (4, 16), (5, 17), (6, 15), (7, 33), (14, 32), (64, 65), (23, 100), (3, 130)],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 7, 9), (3, 12, 16), (2, 193, 1), (1, 70, 70), (2, 57, 61)], ids=str)
+def test_weight_gradient(outputs, inputs, size):
+    n, *pixels = size
+    grad, x = sized(n, outputs, pixels, "channels_last"), sized(n, inputs, pixels, "channels_last")
+    check_weight_gradient(grad, x, torch.full((outputs, inputs, 1, 1), float("nan")))
+
+
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+def test_weight_gradient_layouts(grad_layout, x_layout):
+    grad, x = sized(2, 20, (17, 31), grad_layout), sized(2, 37, (17, 31), x_layout)
+    check_weight_gradient(grad, x, torch.full((20, 37), float("nan")))
+    check_weight_gradient(grad, x, torch.full((37, 20), float("nan")).t())
+    check_weight_gradient(grad[:, :, 3:9], x[:, :, 3:9], torch.full((20, 37), float("nan")))  # images do not follow
+    check_weight_gradient(grad[:, :, :, 3:9], x[:, :, :, 3:9], torch.full((20, 37), float("nan")))  # nor do rows
+
+
+def test_weight_gradient_expanded():
+    x, out = sized(3, 20, (9, 11), "channels_last"), torch.empty(8, 20)
+    check_weight_gradient(sized(3, 8, (9, 11), "channels_last", images=1), x, out)
+    check_weight_gradient(torch.randn(1, 1, 1, 1).expand(3, 8, 9, 11), x, out)
+
+
+@pytest.mark.parametrize("size", [(0, 5, 5), (2, 0, 5)], ids=str)
+def test_weight_gradient_of_nothing(size):
+    n, *pixels = size
+    out = torch.full((6, 7), float("nan"))
+    _pointwise.weight_gradient(sized(n, 6, pixels, "channels_last"), sized(n, 7, pixels, "channels_last"), out)
+    assert (out == 0).all()
+
+
+def test_weight_gradient_writes_nothing_else():
+    whole = torch.full((40, 50), 7.0)
+    part = whole[3:37, 5:44]
+    check_weight_gradient(sized(2, 34, (40, 40), "slice"), sized(2, 39, (40, 40), "slice"), part)
+    part.fill_(7)
+    assert (whole == 7).all()
+
+
+@pytest.mark.parametrize("outputs, inputs", [(200, 64), (40, 300), (16, 16)], ids=str)
+@pytest.mark.parametrize("size", [(2, 14, 14), (2, 60, 61)], ids=str)
+def test_weight_gradients_do_not_depend_on_the_threads(outputs, inputs, size):
+    n, *pixels = size
+    grad, x = sized(n, outputs, pixels, "channels_last"), sized(n, inputs, pixels, "channels_last")
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.empty(outputs, inputs))
+            _pointwise.weight_gradient(grad, x, results[-1])
+    finally:
+        torch.set_num_threads(threads)
+    if _native.kernels().isa != "baseline":
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_explains():
+    x = torch.randn(1, 3, 4, 5)
+    assert _pointwise.products(x.double()) == "PyTorch's GEMMs"
+    ours = _native.kernels().isa != "baseline"
+    assert _pointwise.products(x) == (_native.kernel_name("cpu") if ours else "PyTorch's GEMMs")

@@ -1,7 +1,7 @@
 """1x1 convolutions and their gradients as matrix products, in any layout and without copies of slices.
 
-In float32 on CPUs the forward products are ours: they take any layout to any other and end in what the ops do next.
-All others are PyTorch's.
+In float32 on CPUs they are ours: they take any layout to any other and end in what the ops do next. All others are
+PyTorch's.
 """
 
 import torch
@@ -52,7 +52,7 @@ def products(x: Tensor) -> str:
     """What multiplies tensors like x, for `explain`."""
     if not (_has_kernel(x) and _gapless(x)):
         return "PyTorch's GEMMs"
-    return f"{_native.kernel_name('cpu')}, PyTorch's GEMMs for the gradients of weights"
+    return _native.kernel_name("cpu")
 
 
 _NOTHING, _PLUS, _TIMES = range(3)  # Combine in csrc/include/pointwise.h
@@ -118,6 +118,9 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
     if out is None:
         return
     out = out.flatten(1)
+    if _has_kernel(x) and out.dtype == x.dtype and _by_channel(out) and _lined(grad) and _lined(x):
+        _native.kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), _native.matrix_view(out))
+        return
     if pair := _matrices(grad, x):
         if out.dtype == x.dtype:
             torch.mm(pair[0].t(), pair[1], out=out)

@@ -440,12 +440,12 @@ def fused_channel_aggregation_ffn(
         backend: as in `vision_ops.use_backend`.
 
     Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. GEMMs are PyTorch's, but for those
-    in float32 on CPUs with AVX2 or AVX-512, of which only the gradients of weights are. That of fc2 has the
-    decomposition folded in. Backward keeps, besides the arguments, one tensor of the hidden width h, where eager keeps
-    five, and computes the rest again; without gradients nothing of that width outlives the call, on CPUs not even a
-    chunk of the batch. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of
-    threads. On GPUs where the CUDA kernels are missing, the depthwise convolution is PyTorch's, whose gradients may not
-    be repeatable. Without a kernel for the device, `reference.channel_aggregation_ffn` runs.
+    in float32 on CPUs with AVX2 or AVX-512. That of fc2 has the decomposition folded in. Backward keeps, besides the
+    arguments, one tensor of the hidden width h, where eager keeps five, and computes the rest again; without gradients
+    nothing of that width outlives the call, on CPUs not even a chunk of the batch. Gradients come in each argument's
+    own dtype and are bitwise repeatable with the same number of threads. On GPUs where the CUDA kernels are missing,
+    the depthwise convolution is PyTorch's, whose gradients may not be repeatable. Without a kernel for the device,
+    `reference.channel_aggregation_ffn` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -191,11 +191,11 @@ def fused_gnconv(
         backend: as in `vision_ops.use_backend`.
 
     Parameters have the dtype of x, or float32 beside a half x. GEMMs are PyTorch's, but for those in float32 on CPUs
-    with AVX2 or AVX-512, of which only the gradients of weights are. Backward keeps, besides the arguments, the outputs
-    of proj_in and of the depthwise convolution, 5C numbers a pixel with x, and computes the recursion again. Gradients
-    come in each argument's own dtype and are bitwise repeatable with the same number of threads. On GPUs where the CUDA
-    kernels are missing, the depthwise convolution is PyTorch's, whose gradients may not be repeatable. Without a kernel
-    for the device, `reference.gnconv` runs. The variant with a global filter is composed in `nn.GnConv`.
+    with AVX2 or AVX-512. Backward keeps, besides the arguments, the outputs of proj_in and of the depthwise
+    convolution, 5C numbers a pixel with x, and computes the recursion again. Gradients come in each argument's own
+    dtype and are bitwise repeatable with the same number of threads. On GPUs where the CUDA kernels are missing, the
+    depthwise convolution is PyTorch's, whose gradients may not be repeatable. Without a kernel for the device,
+    `reference.gnconv` runs. The variant with a global filter is composed in `nn.GnConv`.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
