@@ -49,6 +49,7 @@ SHAPES = [
     (1, 1, 1, 7),
     (1, 5, 4, 1),
     (0, 5, 5, 8),
+    (2, 27, 19, 10),  # 513 pixels: products of our own
 ]
 
 
@@ -204,10 +205,13 @@ def test_functorch_takes_the_reference():
 
 
 def test_explain():
-    x, *rest = make((1, 4, 4, 8)).tensors
+    x, *rest = make((1, 32, 16, 8)).tensors
     kernel, gemms = f"C++ kernel ({_native.cpu.isa})", "PyTorch's GEMMs"
-    expected = {"shifts and weights": kernel, "mlp1 and mlp2": gemms, "split_mlp1 and split_mlp2": gemms}
+    own = gemms if _native.cpu.isa == "baseline" else f"{kernel}, {gemms} for the gradients of weights"
+    expected = {"shifts and weights": kernel, "mlp1 and mlp2": own, "split_mlp1 and split_mlp2": gemms}
     assert explain("s2_attention", x).parts == explain("s2_attention", x, *rest).parts == expected
+    for other in (x.double(), x[:, :31].contiguous()):
+        assert explain("s2_attention", other).parts["mlp1 and mlp2"] == gemms
 
 
 X, _, _, M2, _, S1, S2 = make((2, 4, 4, 4), hidden=5).tensors

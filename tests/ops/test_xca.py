@@ -66,6 +66,7 @@ CASES = [
     {"tokens": 1},
     {"tokens": 300, "channels": 50},
     {"tokens": 33, "channels": 73, "heads": 1},
+    {"batch": 16, "tokens": 33, "channels": 73, "heads": 1},  # 528 rows: products of our own
     {"tokens": 20, "channels": 12, "heads": 12},
     {"tokens": 7, "channels": 1, "heads": 1},
     {"batch": 1, "tokens": 1100, "channels": 12, "heads": 1},

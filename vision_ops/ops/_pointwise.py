@@ -28,6 +28,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus:
         torch.add(product, plus, out=out)
 
 
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`linear` of the rows of a matrix. Few of them do not pay for the packing of the weight."""
+    product = linear if len(x) >= _LEAST_ROWS else _torch_linear
+    product(x.t()[None, :, :, None], weight, bias, out.t()[None, :, :, None])
+
+
 def linear_to(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
     """`linear` of a channels_last x into any layout. PyTorch's GEMMs take longer to change it than a copy does."""
     if out.shape[1] == 1 or out.stride(1) == 1 or _multiplies(x, out, plus):
@@ -50,11 +56,17 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor,
 
 def products(x: Tensor) -> str:
     """What multiplies tensors like x, for `explain`."""
-    if not (_has_kernel(x) and _gapless(x)):
-        return "PyTorch's GEMMs"
-    return _native.kernel_name("cpu")
+    return _native.kernel_name("cpu") if _has_kernel(x) and _gapless(x) else _TORCH
 
 
+def products_of_rows(x: Tensor, rows: int) -> str:
+    """The same for so many rows, without `weight_gradient`: with two threads ours is slower at some widths."""
+    if not _has_kernel(x) or rows < _LEAST_ROWS:
+        return _TORCH
+    return f"{_native.kernel_name('cpu')}, {_TORCH} for the gradients of weights"
+
+
+_TORCH, _LEAST_ROWS = "PyTorch's GEMMs", 512
 _NOTHING, _PLUS, _TIMES = range(3)  # Combine in csrc/include/pointwise.h
 
 

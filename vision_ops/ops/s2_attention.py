@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_tensor
+from ._pointwise import linear_rows, products_of_rows
 from ._registration import FusedOp, Kernels, _any_requires_grad, allocate, device_reasons, without_autocast
 from .shift_split_attention import (
     CPUPasses,
@@ -61,8 +62,6 @@ def _branch_biases(a: _Arguments) -> Tensor:
 
 def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
     x, biases, (_, h, w, c) = a.x.contiguous(), _branch_biases(a), a.x.shape
-    mlp1_weight, mlp2_weight = a.mlp1_weight.to(x.dtype).t(), a.mlp2_weight.to(x.dtype).t()
-    mlp2_bias = None if a.mlp2_bias is None else a.mlp2_bias.to(x.dtype)
     # Sums over pixels go through a linear layer as pixels do: those of x take a third of the reads.
     sums, pooled = small(x, 3, c), small(x, c)
     passes.edge_sums(x, sums)
@@ -78,29 +77,25 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
         images = slice(first, first + at_a_time)
         count = len(x[images])
         some, mixed = branches[images] if a.keep else branches[:count], weighed[:count]
-        torch.mm(_matrix(x[images]), mlp1_weight, out=_matrix(some))
+        linear_rows(_matrix(x[images]), a.mlp1_weight, None, _matrix(some))
         passes.weigh(some, weights[images], offset[images], mixed)
-        if mlp2_bias is None:
-            torch.mm(_matrix(mixed), mlp2_weight, out=_matrix(y[images]))
-        else:
-            torch.addmm(mlp2_bias, _matrix(mixed), mlp2_weight, out=_matrix(y[images]))
+        linear_rows(_matrix(mixed), a.mlp2_weight, a.mlp2_bias, _matrix(y[images]))
     return y, branches if a.keep else branches.new_empty((0, h, w, 3 * c)), pooled, hidden, weights
 
 
 def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, passes: Any) -> None:
     (dx, dmlp1, dmlp1_bias, dmlp2, dmlp2_bias, *dsplit), (branches, pooled, hidden, weights) = grads, saved
     x, grad, biases, (_, h, w, c) = a.x.contiguous(), grad.contiguous(), _branch_biases(a), a.x.shape
-    mlp1_weight = a.mlp1_weight.to(x.dtype)
     if not a.keep:
         branches = allocate((len(x), h, w, 3 * c), x)
-        torch.mm(_matrix(x), mlp1_weight.t(), out=_matrix(branches))
+        linear_rows(_matrix(x), a.mlp1_weight, None, _matrix(branches))
     if dmlp2_bias is not None:
         sums = small(x, 3, c)
         passes.edge_sums(grad, sums)
         dmlp2_bias.copy_(sums[:, 0].sum(0))
 
     dweighed, sums = allocate(x.shape, x), small(x, 4, c)
-    torch.mm(_matrix(grad), a.mlp2_weight.to(x.dtype), out=_matrix(dweighed))
+    linear_rows(_matrix(grad), a.mlp2_weight.t(), None, _matrix(dweighed))
     weighed = None if dmlp2 is None else allocate(x.shape, x)
     passes.weigh_backward_weights(dweighed, branches, weights, (weights * biases).sum(1), sums, weighed)
     if weighed is not None:
@@ -117,14 +112,24 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, pas
     multiply(_matrix(dbranches).t(), _matrix(x), dmlp1)
     if dx is not None:
         found = dx if dx.is_contiguous() else dweighed
-        torch.mm(_matrix(dbranches), mlp1_weight, out=_matrix(found))
+        linear_rows(_matrix(dbranches), a.mlp1_weight.t(), None, _matrix(found))
         if found is not dx:
             dx.copy_(found)
 
 
+def _images_at_a_time(x: Tensor) -> int:
+    return -(-_PIXELS_AT_A_TIME // (x.shape[1] * x.shape[2]))
+
+
+def _mlps(x: Tensor) -> str:
+    """What multiplies in forward."""
+    b, h, w, _ = x.shape
+    return products_of_rows(x, min(b, _images_at_a_time(x)) * h * w)
+
+
 @without_autocast
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
-    return _forward(a, CPUPasses, -(-_PIXELS_AT_A_TIME // (a.x.shape[1] * a.x.shape[2])))
+    return _forward(a, CPUPasses, _images_at_a_time(a.x))
 
 
 @without_autocast
@@ -158,7 +163,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     saved=4,
-    parts=lambda a: parts(a.x, "mlp1 and mlp2", "split_mlp1 and split_mlp2"),
+    parts=lambda a: parts(a.x, "mlp1 and mlp2", "split_mlp1 and split_mlp2") | {"mlp1 and mlp2": _mlps(a.x)},
 )
 
 
@@ -191,10 +196,11 @@ def fused_s2_attention(
         backend: as in `vision_ops.use_backend`.
 
     Returns (B, H, W, C), contiguous, in the dtype of x; parameters have that dtype, or float32 beside a half x. The
-    GEMMs are PyTorch's. Where a gradient is needed, the output of mlp1, 3C numbers a pixel, is kept with x: computing
-    it again would cost more time than the fusion saves. Where none is, CPUs have it for some images at a time.
-    Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads. Without a
-    kernel for the device, `reference.s2_attention` runs.
+    GEMMs are PyTorch's, but for those of mlp1 and mlp2 with 512 pixels or more at a time, in float32 on CPUs with AVX2
+    or AVX-512, without the gradients of their weights. Where a gradient is needed, the output of mlp1, 3C numbers a
+    pixel, is kept with x: computing it again would cost more time than the fusion saves. Where none is, CPUs have it
+    for some images at a time. Gradients come in each argument's own dtype and are bitwise repeatable with the same
+    number of threads. Without a kernel for the device, `reference.s2_attention` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -12,6 +12,7 @@ from ..dispatch import Explanation, explainers
 from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
 from ._heads import by_head
+from ._pointwise import linear_rows, products_of_rows
 from ._registration import FusedOp, allocate_contiguous, device_reasons, without_autocast
 from .cross_covariance import Attention, attend, attend_backward, check_temperature, empty_matrices, triton_reasons
 
@@ -52,7 +53,7 @@ def _takes_gram(x: Tensor) -> bool:
 
 def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, kernels: ModuleType) -> None:
     (_, n, c), heads = a.x.shape, a.num_heads
-    _linear(a.x.reshape(-1, c), a.qkv_weight, a.qkv_bias, qkv.view(-1, 3 * c))
+    linear_rows(a.x.reshape(-1, c), a.qkv_weight, a.qkv_bias, qkv.view(-1, 3 * c))
     q, k, v = _split(qkv, heads)
     attention = attend(kernels, q, k, a.temperature)
     if n >= c:
@@ -62,7 +63,7 @@ def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, kernels: ModuleType) -> 
         else:
             torch.baddbmm(a.proj_bias.to(y.dtype), v, folded, out=y)
     else:
-        _linear(_weighted(v, attention, kernels).view(-1, c), a.proj_weight, a.proj_bias, y.view(-1, c))
+        linear_rows(_weighted(v, attention, kernels).view(-1, c), a.proj_weight, a.proj_bias, y.view(-1, c))
 
 
 def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType) -> None:
@@ -88,7 +89,9 @@ def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: 
     else:
         if dproj_weight is not None:
             _weight_gradient(rows, _weighted(v, attention, kernels).view(-1, c), dproj_weight)
-        dweighted = by_head(torch.mm(rows, a.proj_weight.to(grad.dtype)).view(b, n, c), heads)
+        dweighted = allocate_contiguous((b, n, c), grad)
+        linear_rows(rows, a.proj_weight.t(), None, dweighted.view(-1, c))
+        dweighted = by_head(dweighted, heads)
         kernels.gram(dweighted, v, dweights)
         kernels.apply(attention.weights, dweighted, dv, transposed=True)
     attend_backward(kernels, dweights, q, k, attention, dq, dk, dtemperature)
@@ -99,7 +102,7 @@ def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: 
     if dqkv_weight is not None:
         _weight_gradient(rows, a.x.reshape(-1, c), dqkv_weight)
     if dx is not None:
-        torch.mm(rows, a.qkv_weight.to(rows.dtype), out=dx.view(-1, c))
+        linear_rows(rows, a.qkv_weight.t(), None, dx.view(-1, c))
 
 
 def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -125,14 +128,6 @@ def _weighted(v: Tensor, attention: Attention, kernels: ModuleType) -> Tensor:
     weighted = allocate_contiguous((b, n, heads * d), v)
     kernels.apply(attention.weights, v, by_head(weighted, heads))
     return weighted
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    weight = weight.to(x.dtype).t()
-    if bias is None:
-        torch.mm(x, weight, out=out)
-    else:
-        torch.addmm(bias.to(x.dtype), x, weight, out=out)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
@@ -199,9 +194,10 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    form = "of the Gram form" if a.gram else "of q, k and v"
+    rows = a.x.shape[0] * a.x.shape[1]
+    gemms = "PyTorch's GEMMs, of the Gram form" if a.gram else f"{products_of_rows(a.x, rows)}, of q, k and v"
     kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
-    return {"attention": kernel, "products over all channels": f"PyTorch's GEMMs, {form}"}
+    return {"attention": kernel, "products over all channels": gemms}
 
 
 _op = FusedOp(
@@ -263,10 +259,11 @@ def fused_xca(
     Parameters have the dtype of x, or float32 beside a half x. The attention is that of `fused_cross_covariance`, and
     is merged into the projection where that means less work. With many tokens for its channels (`explain` tells), a
     float32 or float64 x takes the Gram form instead, which has no q, k and v: everything follows from the second
-    moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's. Backward keeps, besides the
-    arguments, [q | k | v], or in the Gram form nothing. Gradients come in each argument's own dtype and are bitwise
-    repeatable with the same number of threads. Without a kernel for the device, and on GPUs for float64
-    and for heads of more than 96 channels, `reference.xca` runs.
+    moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's, but for those of the other form
+    with a matrix of weights and 512 tokens or more, in float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides
+    the arguments, [q | k | v], or in the Gram form nothing. Gradients come in each argument's own dtype and are bitwise
+    repeatable with the same number of threads. Without a kernel for the device, and on GPUs for float64 and for heads
+    of more than 96 channels, `reference.xca` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
