@@ -230,23 +230,14 @@ void sum_block(const Panel<const T>& x, RowRange rows, A* out) {
 
 }  // namespace
 
-template <>
-void sum_rows(const Panel<const float>& x, int64_t blocks, RowRange rows, float* sums, int64_t step) {
+template <class T, class A>
+void sum_rows(const Panel<const T>& x, int64_t blocks, RowRange rows, A* sums, int64_t step) {
   for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
 }
-template <>
-void sum_rows(const Panel<const double>& x, int64_t blocks, RowRange rows, double* sums, int64_t step) {
-  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
-}
-
-template <>
-void sum_rows(const Panel<const bf16>& x, int64_t blocks, RowRange rows, float* sums, int64_t step) {
-  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
-}
-template <>
-void sum_rows(const Panel<const f16>& x, int64_t blocks, RowRange rows, float* sums, int64_t step) {
-  for (int64_t b = 0; b < blocks; b++) sum_block(x.block(b), rows, sums + b * step);
-}
+template void sum_rows(const Panel<const float>&, int64_t, RowRange, float*, int64_t);
+template void sum_rows(const Panel<const bf16>&, int64_t, RowRange, float*, int64_t);
+template void sum_rows(const Panel<const f16>&, int64_t, RowRange, float*, int64_t);
+template void sum_rows(const Panel<const double>&, int64_t, RowRange, double*, int64_t);
 
 template <>
 void conv_weight_rows(const Panel<const bf16>& dy, const Panel<const bf16>& x, int64_t height, int64_t blocks, DwConv f,
