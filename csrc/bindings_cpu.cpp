@@ -1,3 +1,4 @@
+#include <exception>
 #include <new>
 #include <stdexcept>
 #include <vector>
@@ -26,6 +27,28 @@ void run(const F& f) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.attr("isa") = cpu_kernels().isa;
+
+  // Python, too, runs on the thread that called: the others only ever run kernels.
+  m.def("with_crew", [](const py::function& function, const py::args& args) {
+    struct Call {
+      const py::function& function;
+      const py::args& args;
+      py::object result;
+      std::exception_ptr error;  // which may not leave a parallel region
+    } call = {function, args, {}, nullptr};
+    with_crew(
+        [](void* context) {
+          Call& c = *(Call*)context;
+          try {
+            c.result = c.function(*c.args);
+          } catch (...) {
+            c.error = std::current_exception();
+          }
+        },
+        &call);
+    if (call.error) std::rethrow_exception(call.error);
+    return call.result;
+  });
 
   m.def("dwconv", [](py::handle x, py::handle w, py::handle b, py::handle y, const py::tuple& f, int activation) {
     const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), ty = tensor(y);

@@ -9,6 +9,8 @@ namespace VOPS_ISA {
 
 // Waking the other threads costs about as much as this many multiply-adds on one.
 constexpr int64_t kSerialWork = 1 << 19;
+// The same for a crew, which is awake.
+constexpr int64_t kCrewWork = 1 << 15;
 // Panels of one task: a second-level cache holds them, with room for what streams by.
 constexpr int64_t kTaskBytes = 512 * 1024;
 
@@ -50,17 +52,23 @@ constexpr int64_t kFixedTasks = 64;
 template <class A, class Body>
 VOPS_INLINE Error for_each_task(int64_t tasks, int64_t work, int64_t scratch_elements, const Body& body) {
   Error error = nullptr;
-#pragma omp parallel if (work > kSerialWork && tasks > 1)
-  {
+  int64_t next = 0;
+  auto share = [&] {
     A* scratch = (A*)thread_scratch(kPanels, scratch_elements * sizeof(A));
     if (!scratch) {
-#pragma omp atomic write
-      error = kOutOfMemory;
+      __atomic_store_n(&error, kOutOfMemory, __ATOMIC_RELAXED);
+      return;
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < tasks; task++) {
-      if (scratch) body(task, scratch);
-    }
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) body(task, scratch);
+  };
+  const bool crew = leads_crew();
+  if (tasks <= 1 || work <= (crew ? kCrewWork : kSerialWork)) {
+    share();
+  } else if (crew) {
+    share_with_crew([](void* of) { (*(decltype(share)*)of)(); }, &share);
+  } else {
+#pragma omp parallel
+    share();
   }
   return error;
 }

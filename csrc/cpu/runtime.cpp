@@ -1,5 +1,9 @@
 #include "runtime.h"
 
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -66,7 +70,83 @@ int chosen() {
   return best;
 }
 
+// What a leader shares with its crew. Every pass has a turn, an odd number; even ones lie between passes. A thread that
+// wakes late misses turns: nobody waits for it.
+struct Crew {
+  alignas(64) std::atomic<uint32_t> turn{0};
+  alignas(64) std::atomic<uint32_t> inside{0};  // how many threads may be running the share of this turn
+  std::atomic<bool> over{false};
+  void (*share)(void*);
+  void* context;
+};
+thread_local Crew* led_crew = nullptr;
+
+// Between passes there are microseconds; a leader that takes longer shall not cost others their processors.
+class Wait {
+ public:
+  void operator()() {
+    if (++count_ > kSpins) {
+      sched_yield();
+    } else {
+#ifdef VOPS_X86
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 1000;
+  int count_ = 0;
+};
+
+void follow(Crew& crew) {
+  uint32_t done = 0;
+  Wait wait;
+  while (!crew.over.load(std::memory_order_acquire)) {
+    const uint32_t turn = crew.turn.load();
+    if (turn % 2 == 0 || turn == done) {
+      wait();
+      continue;
+    }
+    // The leader ends the turn and then waits until nobody is inside: either it sees this thread, or this thread that
+    // the turn is over.
+    crew.inside.fetch_add(1);
+    if (crew.turn.load() == turn) crew.share(crew.context);
+    crew.inside.fetch_sub(1);
+    done = turn;
+    wait = Wait();
+  }
+}
+
 }  // namespace
+
+bool leads_crew() { return led_crew != nullptr; }
+
+void share_with_crew(void (*share)(void*), void* context) {
+  Crew& crew = *led_crew;
+  crew.share = share;
+  crew.context = context;
+  crew.turn.fetch_add(1);
+  share(context);
+  crew.turn.fetch_add(1);
+  for (Wait wait; crew.inside.load() != 0;) wait();
+}
+
+void with_crew(void (*lead)(void*), void* context) {
+  if (leads_crew() || omp_in_parallel() || omp_get_max_threads() == 1) return lead(context);
+  Crew crew;
+#pragma omp parallel
+  {
+    if (omp_get_thread_num() == 0) {
+      led_crew = &crew;
+      lead(context);
+      led_crew = nullptr;
+      crew.over.store(true, std::memory_order_release);
+    } else {
+      follow(crew);
+    }
+  }
+}
 
 const Error kOutOfMemory = "out of memory";
 

@@ -27,6 +27,15 @@ void* thread_scratch(Use use, size_t bytes);
 
 extern const Error kOutOfMemory;
 
+// Threads that wait, in one parallel region, for the passes of an op: they are woken once, not for every pass. Waking
+// them takes up to 0.1 ms where OpenMP's threads sleep between regions (OMP_WAIT_POLICY=PASSIVE), as long as a pass.
+// Calls lead(context) on this thread, while the others wait; they go when it returns.
+void with_crew(void (*lead)(void*), void* context);
+// Whether this thread leads a crew.
+bool leads_crew();
+// Runs share(context) on the threads of the crew that this thread leads, this one among them: on at least one.
+void share_with_crew(void (*share)(void*), void* context);
+
 // The ops, each with one table of functions per instruction set: <namespace>::<name>_ops.
 #define VOPS_CPU_OPS(X)                                \
   X(ChannelAggregationFfnOps, channel_aggregation_ffn) \

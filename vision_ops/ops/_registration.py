@@ -95,6 +95,16 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def with_crew(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """For CPU kernels of several passes: the threads are woken once. PyTorch's ops run on one thread meanwhile."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        return _native.kernels().with_crew(kernel, *args)
+
+    return run
+
+
 class FusedOp:
     """One op: `vision_ops::<name>`, `vision_ops::<name>_backward`, their fakes and their gradient.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_tensor
-from ._registration import FusedOp, Kernels, allocate, device_reasons, without_autocast
+from ._registration import FusedOp, Kernels, allocate, device_reasons, with_crew, without_autocast
 
 
 class _Arguments(NamedTuple):
@@ -164,11 +164,13 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, pas
         dx.copy_(found)
 
 
+@with_crew
 @without_autocast
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
     return _forward(a, CPUPasses)
 
 
+@with_crew
 @without_autocast
 def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
     _backward(grads, grad, a, *saved, passes=CPUPasses)
