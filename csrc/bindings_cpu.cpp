@@ -241,6 +241,23 @@ PYBIND11_MODULE(_cpu, m) {
     const Tensor4 tsums = tensor(sums), tpooled = tensor(pooled);
     run([&] { return cpu_kernels().shift_split_attention->pool(tsums, tpooled); });
   });
+  m.def("branch_weights", [](py::handle pooled, py::handle mlp1, py::handle mlp2, py::handle hidden,
+                             py::handle weights) {
+    const Tensor4 tpooled = tensor(pooled), tmlp1 = tensor(mlp1), tmlp2 = tensor(mlp2);
+    const Tensor4 thidden = tensor(hidden), tweights = tensor(weights);
+    run([&] { return cpu_kernels().shift_split_attention->branch_weights(tpooled, tmlp1, tmlp2, thidden, tweights); });
+  });
+  m.def("branch_weights_backward", [](py::handle dweights, py::handle weights, py::handle hidden, py::handle pooled,
+                                      py::handle mlp1, py::handle mlp2, py::handle dmlp1, py::handle dmlp2,
+                                      py::handle dpooled) {
+    const Tensor4 tdweights = tensor(dweights), tweights = tensor(weights), thidden = tensor(hidden);
+    const Tensor4 tpooled = tensor(pooled), tmlp1 = tensor(mlp1), tmlp2 = tensor(mlp2);
+    const Tensor4 tdmlp1 = tensor(dmlp1), tdmlp2 = tensor(dmlp2), tdpooled = tensor(dpooled);
+    run([&] {
+      const ShiftSplitAttentionOps& ops = *cpu_kernels().shift_split_attention;
+      return ops.branch_weights_backward(tdweights, tweights, thidden, tpooled, tmlp1, tmlp2, tdmlp1, tdmlp2, tdpooled);
+    });
+  });
   m.def("weigh", [](py::handle x, py::handle weights, py::handle offset, py::handle y) {
     const Tensor4 tx = tensor(x), tweights = tensor(weights), toffset = tensor(offset), ty = tensor(y);
     run([&] { return cpu_kernels().shift_split_attention->weigh(tx, tweights, toffset, ty); });

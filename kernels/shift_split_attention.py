@@ -2,13 +2,15 @@
 
 A program has some pixels of one image and some channels of one quarter, all of which come from the same neighbour: rows
 of adjacent channels, whatever the move. Sums over the pixels have two stages of fixed order: shares of an image, then
-the shares, whose number depends on the shape only. The functions have the meaning of `CPUPasses` in
-ops/shift_split_attention.py.
+the shares, whose number depends on the shape only. Between the passes, for a few numbers per image, there are PyTorch's
+ops. The functions have the meaning of `CPUPasses` in ops/shift_split_attention.py.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -317,6 +319,30 @@ def pool(sums: Tensor, pooled: Tensor) -> None:
         pool_kernel[(len(pooled), _columns(pooled.shape[1], chosen))](
             sums, pooled, pooled.shape[1], chosen.BLOCK_C, chosen.ALIGN, num_warps=1
         )
+
+
+def branch_weights(pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor, hidden: Tensor, weights: Tensor) -> None:
+    torch.mm(pooled, mlp1_weight.to(pooled.dtype).t(), out=hidden)
+    logits = F.gelu(hidden) @ mlp2_weight.to(pooled.dtype).t()
+    torch.softmax(logits.view_as(weights), 1, out=weights)
+
+
+def branch_weights_backward(
+    dweights: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    pooled: Tensor,
+    mlps: Sequence[Tensor],
+    dmlps: Sequence[Tensor | None],
+    dpooled: Tensor,
+) -> None:
+    mlp1_weight, mlp2_weight = (weight.to(pooled.dtype) for weight in mlps)
+    dlogits = torch.ops.aten._softmax_backward_data(dweights[:, :3], weights, 1, weights.dtype).flatten(1)
+    dhidden = torch.ops.aten.gelu_backward(dlogits @ mlp2_weight, hidden)
+    for dmlp, grad, x in (dmlps[0], dhidden, pooled), (dmlps[1], dlogits, F.gelu(hidden)):
+        if dmlp is not None:
+            dmlp.copy_(grad.t() @ x)
+    torch.mm(dhidden, mlp1_weight, out=dpooled)
 
 
 def weigh(x: Tensor, weights: Tensor, offset: Tensor | None, y: Tensor) -> None:

@@ -179,6 +179,135 @@ Error pool(const Tensor4& sums, const Tensor4& pooled) {
   });
 }
 
+// Of images that share the reads of a matrix.
+constexpr int kImages = 4;
+constexpr int64_t kMatrixRows = 32, kMatrixColumns = 4 * kLanes, kSumRows = 128;  // of a task, of a task, of a sum
+
+// out (N, O) = in (N, I) times the transpose of the matrix (O, I).
+Error multiply(const Tensor4& matrix, const void* in, int64_t images, void* out) {
+  return with_types(matrix.dtype, [&](auto type, auto sum_type) {
+    typedef decltype(type) T;
+    typedef decltype(sum_type) A;
+    const int64_t rows = matrix.size[2], depth = matrix.size[3], tasks = ceil_div(rows, kMatrixRows);
+    return for_each_task<A>(tasks, images * rows * depth, 0, [&](int64_t task, A*) {
+      for (int64_t r = task * kMatrixRows; r < min64(rows, (task + 1) * kMatrixRows); r++) {
+        const T* w = (const T*)matrix.data + r * matrix.stride[2];
+        for (int64_t n = 0; n < images; n += kImages) {
+          const A* p[kImages];
+          for (int i = 0; i < kImages; i++) p[i] = (const A*)in + min64(n + i, images - 1) * depth;
+          Vec<A> sum[kImages] = {};
+          for_each_vector(0, depth, [&](int64_t c, const auto& get, const auto&) {
+            const Vec<A> v = get(w + c);
+            for (int i = 0; i < kImages; i++) sum[i] += v * get(p[i] + c);
+          });
+          for (int i = 0; i < min64(kImages, images - n); i++) ((A*)out)[(n + i) * rows + r] = sum_of_lanes(sum[i]);
+        }
+      }
+    });
+  });
+}
+
+// din (N, I) = dout (N, O) times the matrix, whose own gradient may be absent.
+Error multiply_backward(const void* dout, const Tensor4& matrix, const void* in, int64_t images, const Tensor4& dmatrix,
+                        void* din) {
+  return with_types(matrix.dtype, [&](auto type, auto sum_type) {
+    typedef decltype(type) T;
+    typedef decltype(sum_type) A;
+    const int64_t rows = matrix.size[2], depth = matrix.size[3], tasks = ceil_div(depth, kMatrixColumns);
+    return for_each_task<A>(tasks, 2 * images * rows * depth, 0, [&](int64_t task, A*) {
+      const int64_t begin = task * kMatrixColumns, end = min64(depth, begin + kMatrixColumns);
+      for (int64_t n = 0; n < images; n++) memset((A*)din + n * depth + begin, 0, (end - begin) * sizeof(A));
+      for (int64_t first = 0; first < rows; first += kSumRows) {
+        for (int64_t n = 0; n < images; n += kImages) {
+          const A* g[kImages];
+          for (int i = 0; i < kImages; i++) g[i] = (const A*)dout + min64(n + i, images - 1) * rows;
+          for_each_vector(begin, end, [&](int64_t c, const auto& get, const auto& put) {
+            Vec<A> sum[kImages] = {};
+            for (int64_t r = first; r < min64(rows, first + kSumRows); r++) {
+              const Vec<A> v = get((const T*)matrix.data + r * matrix.stride[2] + c);
+              for (int i = 0; i < kImages; i++) sum[i] += v * g[i][r];
+            }
+            for (int i = 0; i < min64(kImages, images - n); i++) {
+              A* to = (A*)din + (n + i) * depth + c;
+              put(to, get((const A*)to) + sum[i]);
+            }
+          });
+        }
+      }
+      for (int64_t r = 0; dmatrix.data && r < rows; r++) {
+        for_each_vector(begin, end, [&](int64_t c, const auto& get, const auto& put) {
+          Vec<A> sum = {};
+          for (int64_t n = 0; n < images; n++)
+            sum += get((const A*)in + n * depth + c) * ((const A*)dout)[n * rows + r];
+          put((T*)dmatrix.data + r * dmatrix.stride[2] + c, sum);
+        });
+      }
+    });
+  });
+}
+
+Error branch_weights(const Tensor4& pooled, const Tensor4& mlp1, const Tensor4& mlp2, const Tensor4& hidden,
+                     const Tensor4& weights) {
+  return with_types(pooled.dtype, [&](auto, auto sum_type) {
+    typedef decltype(sum_type) A;
+    const int64_t images = pooled.size[0], channels = pooled.size[3], width = images * hidden.size[3];
+    A* activated = (A*)thread_scratch(kSums, width * sizeof(A) + 1);
+    if (!activated) return kOutOfMemory;
+    Error error = multiply(mlp1, pooled.data, images, hidden.data);
+    if (error) return error;
+    for_each_vector(0, width, [&](int64_t c, const auto& get, const auto& put) {
+      put(activated + c, gelu(get((const A*)hidden.data + c)));
+    });
+    error = multiply(mlp2, activated, images, weights.data);
+    for (int64_t n = 0; n < images; n++) {
+      A* w = small<A>(weights, n);
+      for_each_vector(0, channels, [&](int64_t c, const auto& get, const auto& put) {
+        Vec<A> v[3], most;
+        for (int k = 0; k < 3; k++) v[k] = get(w + k * channels + c);
+        most = v[0] > v[1] ? v[0] : v[1];
+        most = most > v[2] ? most : v[2];
+        for (int k = 0; k < 3; k++) v[k] = exp(v[k] - most);
+        const Vec<A> inverse = 1 / (v[0] + v[1] + v[2]);
+        for (int k = 0; k < 3; k++) put(w + k * channels + c, v[k] * inverse);
+      });
+    }
+    return error;
+  });
+}
+
+Error branch_weights_backward(const Tensor4& dweights, const Tensor4& weights, const Tensor4& hidden,
+                              const Tensor4& pooled, const Tensor4& mlp1, const Tensor4& mlp2, const Tensor4& dmlp1,
+                              const Tensor4& dmlp2, const Tensor4& dpooled) {
+  return with_types(pooled.dtype, [&](auto, auto sum_type) {
+    typedef decltype(sum_type) A;
+    const int64_t images = pooled.size[0], channels = pooled.size[3], width = images * hidden.size[3];
+    A* dlogits = (A*)thread_scratch(kSums, (images * 3 * channels + 2 * width) * sizeof(A) + 1);
+    if (!dlogits) return kOutOfMemory;
+    A *activated = dlogits + images * 3 * channels, *dhidden = activated + width;
+    for (int64_t n = 0; n < images; n++) {
+      const A *w = small<A>(weights, n), *dw = small<A>(dweights, n);
+      A* to = dlogits + n * 3 * channels;
+      for_each_vector(0, channels, [&](int64_t c, const auto& get, const auto& put) {
+        Vec<A> product[3], sum = {};
+        for (int k = 0; k < 3; k++) {
+          product[k] = get(w + k * channels + c) * get(dw + k * channels + c);
+          sum += product[k];
+        }
+        for (int k = 0; k < 3; k++) put(to + k * channels + c, product[k] - get(w + k * channels + c) * sum);
+      });
+    }
+    for_each_vector(0, width, [&](int64_t c, const auto& get, const auto& put) {
+      put(activated + c, gelu(get((const A*)hidden.data + c)));
+    });
+    const Error error = multiply_backward(dlogits, mlp2, activated, images, dmlp2, dhidden);
+    if (error) return error;
+    for_each_vector(0, width, [&](int64_t c, const auto& get, const auto& put) {
+      put(dhidden + c, get(dhidden + c) * gelu_grad(get((const A*)hidden.data + c)));
+    });
+    return multiply_backward(dhidden, mlp1, pooled.data, images, dmlp1, dpooled.data);
+  });
+}
+
 Error weigh(const Tensor4& x, const Tensor4& weights, const Tensor4& offset, const Tensor4& y) {
   return with_types(x.dtype, [&](auto type, auto sum_type) {
     typedef decltype(type) T;
@@ -345,8 +474,8 @@ Error weigh_backward_input(const Tensor4& dy, const Tensor4& weights, const Tens
 }  // namespace
 
 extern const ShiftSplitAttentionOps shift_split_attention_ops;
-const ShiftSplitAttentionOps shift_split_attention_ops = {edge_sums, pool, weigh, weigh_backward_weights,
-                                                          weigh_backward_input};
+const ShiftSplitAttentionOps shift_split_attention_ops = {
+    edge_sums, pool, branch_weights, branch_weights_backward, weigh, weigh_backward_weights, weigh_backward_input};
 
 }  // namespace VOPS_ISA
 }  // namespace vops

@@ -294,13 +294,27 @@ VOPS_INLINE double silu_grad(double x) {
   const double s = 1. / (1. + ::exp(-x));
   return s * (1. + x * (1. - s));
 }
-VOPS_INLINE Double silu(Double x) {
-  for (int k = 0; k < kLanes; k++) x[k] = silu(x[k]);
-  return x;
+#define VOPS_BY_LANE(name, of_lane)                                \
+  VOPS_INLINE Double name(Double x) {                              \
+    for (int k = 0; k < kLanes; k++) x[k] = of_lane((double)x[k]); \
+    return x;                                                      \
+  }
+VOPS_BY_LANE(exp, ::exp)
+VOPS_BY_LANE(gelu, gelu)
+VOPS_BY_LANE(gelu_grad, gelu_grad)
+VOPS_BY_LANE(silu, silu)
+VOPS_BY_LANE(silu_grad, silu_grad)
+#undef VOPS_BY_LANE
+
+VOPS_INLINE float sum_of_lanes(Float v) {
+  float sum = 0;
+  for (int k = 0; k < kLanes; k++) sum += v[k];
+  return sum;
 }
-VOPS_INLINE Double silu_grad(Double x) {
-  for (int k = 0; k < kLanes; k++) x[k] = silu_grad(x[k]);
-  return x;
+VOPS_INLINE double sum_of_lanes(Double v) {
+  double sum = 0;
+  for (int k = 0; k < kLanes; k++) sum += v[k];
+  return sum;
 }
 
 }  // namespace VOPS_ISA

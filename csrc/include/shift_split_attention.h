@@ -16,6 +16,14 @@ struct ShiftSplitAttentionOps {
   // pooled (K = 1) = sum of all moved(x)_k over the pixels, from the edge_sums of x: moving forward drops what is last
   // and doubles what is first, moving back does the opposite.
   Error (*pool)(const Tensor4& sums, const Tensor4& pooled);
+  // weights (K = 3) = the softmax over k of mlp2 gelu(hidden), hidden (K = 1) = mlp1 pooled. The weights of the mlps
+  // are (1, 1, O, I) views, neighbours along I.
+  Error (*branch_weights)(const Tensor4& pooled, const Tensor4& mlp1, const Tensor4& mlp2, const Tensor4& hidden,
+                          const Tensor4& weights);
+  // dweights: K = 3 or more, of which the first three. dmlp1 and dmlp2 may be absent.
+  Error (*branch_weights_backward)(const Tensor4& dweights, const Tensor4& weights, const Tensor4& hidden,
+                                   const Tensor4& pooled, const Tensor4& mlp1, const Tensor4& mlp2,
+                                   const Tensor4& dmlp1, const Tensor4& dmlp2, const Tensor4& dpooled);
   // y = offset + sum_k weights_k * moved(x)_k; weights: K = 3, offset: K = 1, may be absent.
   Error (*weigh)(const Tensor4& x, const Tensor4& weights, const Tensor4& offset, const Tensor4& y);
   // sums (K = 4): sum dy * moved(x)_k over the pixels, and sum dy. If y is not absent, it is computed again,

@@ -12,10 +12,7 @@ from ._pointwise import linear_rows, products_of_rows
 from ._registration import FusedOp, Kernels, _any_requires_grad, allocate, device_reasons, without_autocast
 from .shift_split_attention import (
     CPUPasses,
-    branch_weights,
-    branch_weights_backward,
     check_split_mlps,
-    multiply,
     parts,
     small,
     sum_dtype,
@@ -53,6 +50,14 @@ def _matrix(t: Tensor) -> Tensor:
     return t.flatten(0, 2)
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor | None) -> None:
+    """out = a b, in whatever dtype out has."""
+    if out is not None and out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out is not None:
+        out.copy_(a @ b)
+
+
 def _branch_biases(a: _Arguments) -> Tensor:
     """(3, C). The branches are computed without, which saves a pass over them."""
     bias, c = a.mlp1_bias, a.x.shape[3]
@@ -67,7 +72,8 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
     passes.edge_sums(x, sums)
     passes.pool(sums @ a.mlp1_weight.to(sums.dtype).t(), pooled)
     pooled.add_(biases.sum(0), alpha=h * w)
-    weights, hidden = branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight)
+    weights, hidden = small(x, 3, c), small(x, len(a.split_mlp1_weight))
+    passes.branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight, hidden, weights)
     offset = (weights * biases).sum(1)
 
     at_a_time = min(at_a_time, len(x)) or 1
@@ -99,9 +105,10 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, pas
     weighed = None if dmlp2 is None else allocate(x.shape, x)
     passes.weigh_backward_weights(dweighed, branches, weights, (weights * biases).sum(1), sums, weighed)
     if weighed is not None:
-        multiply(_matrix(grad).t(), _matrix(weighed), dmlp2)
+        _multiply(_matrix(grad).t(), _matrix(weighed), dmlp2)
     total, mlps = sums[:, 3:], (a.split_mlp1_weight, a.split_mlp2_weight)
-    dpooled = branch_weights_backward(sums[:, :3] + biases * total, weights, hidden, pooled, mlps, dsplit)
+    dweights, dpooled = sums[:, :3] + biases * total, torch.empty_like(pooled)
+    passes.branch_weights_backward(dweights, weights, hidden, pooled, mlps, dsplit, dpooled)
     if dmlp1_bias is not None:
         # No pixel of dweighed goes to two pixels of a branch, none is lost.
         dmlp1_bias.copy_((weights * total).add_(dpooled[:, None], alpha=h * w).sum(0).flatten())
@@ -109,7 +116,7 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, pas
         return
     dbranches = allocate(branches.shape, x)
     passes.weigh_backward_input(dweighed, weights, dpooled, dbranches)
-    multiply(_matrix(dbranches).t(), _matrix(x), dmlp1)
+    _multiply(_matrix(dbranches).t(), _matrix(x), dmlp1)
     if dx is not None:
         found = dx if dx.is_contiguous() else dweighed
         linear_rows(_matrix(dbranches), a.mlp1_weight.t(), None, _matrix(found))

@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native, reference
@@ -40,7 +39,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# --- The passes over the pixels, for this op and for those that contain it. Maps are (B, H, W, channels) with adjacent
+# --- The passes, for this op and for those that contain it. Maps are (B, H, W, channels) with adjacent
 # channels, what is small is contiguous. On CUDA the functions of kernels/shift_split_attention.py have the same names.
 
 
@@ -54,6 +53,31 @@ class CPUPasses:
     def pool(sums: Tensor, pooled: Tensor) -> None:
         """(B, C), the sum of all moved branches over the pixels, from the edge sums (B, 3, 3C) of the branches."""
         _native.kernels().pool(_small_view(sums), _small_view(pooled))
+
+    @staticmethod
+    def branch_weights(
+        pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor, hidden: Tensor, weights: Tensor
+    ) -> None:
+        """weights (B, 3, C) = the softmax over the branches of mlp2 gelu(hidden), hidden = mlp1 pooled."""
+        mlps = mlp1_weight.contiguous(), mlp2_weight.contiguous()
+        matrices = map(_native.matrix_view, mlps)
+        _native.kernels().branch_weights(_small_view(pooled), *matrices, _small_view(hidden), _small_view(weights))
+
+    @staticmethod
+    def branch_weights_backward(
+        dweights: Tensor,
+        weights: Tensor,
+        hidden: Tensor,
+        pooled: Tensor,
+        mlps: Sequence[Tensor],
+        dmlps: Sequence[Tensor | None],
+        dpooled: Tensor,
+    ) -> None:
+        """Of the gradients of the weights, the first three of dweights (B, 3 or more, C)."""
+        given = [_small_view(t) for t in (dweights, weights, hidden, pooled)]
+        contiguous = [w.contiguous() for w in mlps]
+        matrices = [None if w is None else _native.matrix_view(w) for w in (*contiguous, *dmlps)]
+        _native.kernels().branch_weights_backward(*given, *matrices, _small_view(dpooled))
 
     @staticmethod
     def weigh(x: Tensor, weights: Tensor, offset: Tensor | None, y: Tensor) -> None:
@@ -99,42 +123,6 @@ def adjacent(t: Tensor) -> Tensor:
     return t if t.stride(3) == 1 else t.contiguous()
 
 
-# --- Between the passes: a few numbers per image
-
-
-def branch_weights(pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 3, C), and the hidden values before their GELU, which backward needs, too."""
-    hidden = pooled @ mlp1_weight.to(pooled.dtype).t()
-    logits = F.gelu(hidden) @ mlp2_weight.to(pooled.dtype).t()
-    return logits.unflatten(1, (3, -1)).softmax(1), hidden
-
-
-def branch_weights_backward(
-    dweights: Tensor,
-    weights: Tensor,
-    hidden: Tensor,
-    pooled: Tensor,
-    mlps: tuple[Tensor, Tensor],
-    dmlps: Sequence[Tensor | None],
-) -> Tensor:
-    """The gradient of pooled; writes those of the parameters."""
-    mlp1_weight, mlp2_weight = (weight.to(pooled.dtype) for weight in mlps)
-    dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, 1, weights.dtype).flatten(1)
-    dhidden = torch.ops.aten.gelu_backward(dlogits @ mlp2_weight, hidden)
-    multiply(dhidden.t(), pooled, dmlps[0])
-    if dmlps[1] is not None:
-        multiply(dlogits.t(), F.gelu(hidden), dmlps[1])
-    return dhidden @ mlp1_weight
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor | None) -> None:
-    """out = a b, in whatever dtype out has."""
-    if out is not None and out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif out is not None:
-        out.copy_(a @ b)
-
-
 # --- The op
 
 
@@ -143,7 +131,8 @@ def _forward(a: _Arguments, passes: Any) -> tuple[Tensor, ...]:
     sums, pooled = small(x, 3, 3 * c), small(x, c)
     passes.edge_sums(x, sums)
     passes.pool(sums, pooled)
-    weights, hidden = branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight)
+    weights, hidden = small(x, 3, c), small(x, len(a.split_mlp1_weight))
+    passes.branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight, hidden, weights)
     y = allocate((*x.shape[:3], c), x)
     passes.weigh(x, weights, None, y)
     return y, pooled, hidden, weights
@@ -154,8 +143,8 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, pas
     x, dy = adjacent(a.x), adjacent(grad)
     sums = small(x, 4, dy.shape[3])
     passes.weigh_backward_weights(dy, x, weights, None, sums, None)
-    mlps = a.split_mlp1_weight, a.split_mlp2_weight
-    dpooled = branch_weights_backward(sums[:, :3], weights, hidden, pooled, mlps, dmlps)
+    mlps, dpooled = (a.split_mlp1_weight, a.split_mlp2_weight), torch.empty_like(pooled)
+    passes.branch_weights_backward(sums, weights, hidden, pooled, mlps, dmlps, dpooled)
     if dx is None:
         return
     found = dx if dx.stride(3) == 1 else allocate(dx.shape, dx)
