@@ -241,6 +241,10 @@ PYBIND11_MODULE(_cpu, m) {
     const Tensor4 tsums = tensor(sums), tpooled = tensor(pooled);
     run([&] { return cpu_kernels().shift_split_attention->pool(tsums, tpooled); });
   });
+  m.def("pool_linear", [](py::handle sums, py::handle w, py::handle b, int64_t pixels, py::handle pooled) {
+    const Tensor4 tsums = tensor(sums), tw = tensor(w), tb = tensor(b), tpooled = tensor(pooled);
+    run([&] { return cpu_kernels().shift_split_attention->pool_linear(tsums, tw, tb, pixels, tpooled); });
+  });
   m.def("branch_weights", [](py::handle pooled, py::handle mlp1, py::handle mlp2, py::handle hidden,
                              py::handle weights) {
     const Tensor4 tpooled = tensor(pooled), tmlp1 = tensor(mlp1), tmlp2 = tensor(mlp2);
@@ -261,6 +265,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("weigh", [](py::handle x, py::handle weights, py::handle offset, py::handle y) {
     const Tensor4 tx = tensor(x), tweights = tensor(weights), toffset = tensor(offset), ty = tensor(y);
     run([&] { return cpu_kernels().shift_split_attention->weigh(tx, tweights, toffset, ty); });
+  });
+  m.def("linear_weigh_linear", [](py::handle x, py::handle mlp1, py::handle weights, py::handle offset, py::handle mlp2,
+                                  py::handle bias, py::handle branches, py::handle weighed, py::handle y) {
+    const LinearWeighLinear t = {tensor(x),    tensor(mlp1), tensor(weights),  tensor(offset),
+                                 tensor(mlp2), tensor(bias), tensor(branches), tensor(weighed)};
+    const Tensor4 ty = tensor(y);
+    run([&] { return cpu_kernels().shift_split_attention->linear_weigh_linear(t, ty); });
   });
   m.def("weigh_backward_weights",
         [](py::handle dy, py::handle x, py::handle weights, py::handle offset, py::handle sums, py::handle y) {

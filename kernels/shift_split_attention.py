@@ -321,6 +321,11 @@ def pool(sums: Tensor, pooled: Tensor) -> None:
         )
 
 
+def pool_linear(sums: Tensor, weight: Tensor, biases: Tensor, pixels: int, pooled: Tensor) -> None:
+    pool(sums @ weight.to(sums.dtype).t(), pooled)
+    pooled.add_(biases.sum(0), alpha=pixels)
+
+
 def branch_weights(pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor, hidden: Tensor, weights: Tensor) -> None:
     torch.mm(pooled, mlp1_weight.to(pooled.dtype).t(), out=hidden)
     logits = F.gelu(hidden) @ mlp2_weight.to(pooled.dtype).t()

@@ -326,29 +326,36 @@ Matrix by_pixel(const Tensor4& t, int64_t n, int64_t pixel) {
   return {(const float*)t.data + n * t.stride[0] + pixel * step, step, t.stride[1]};
 }
 
+// A bias, then panels of a weight.
+int64_t packed_size(int64_t outputs, int64_t inputs) {
+  return ceil_div(outputs, kTileColumns) * kTileColumns * (1 + inputs);
+}
+
+Error pack(const Tensor4& w, const Tensor4& b, float* packed) {
+  const int64_t columns = w.size[2], depth = w.size[3], panels = ceil_div(columns, kTileColumns);
+  const int64_t padded_columns = panels * kTileColumns;
+  const Steps steps = cut_depth(depth);
+  for (int64_t c = 0; c < padded_columns; c++) {
+    packed[c] = b.data && c < columns ? ((const float*)b.data)[c * b.stride[1]] : 0.f;
+  }
+  const Matrix matrix = {(const float*)w.data, w.stride[2], w.stride[3]};
+  return for_each_task<float>(panels, columns * depth, 0, [&](int64_t panel, float*) {
+    for (int64_t i = 0; i < steps.count; i++) {
+      const RowRange k = steps[i];
+      const int64_t first = panel * kTileColumns, count = min64(kTileColumns, columns - first);
+      float* to = packed + (1 + k.begin) * padded_columns + first * (k.end - k.begin);
+      pack_panels(matrix.from(first, k.begin), count, k.end - k.begin, to);
+    }
+  });
+}
+
 // Neighbours in y are channels: pixels are the rows.
-Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
-                   const Tensor4& y) {
+Error multiply_packed(const Tensor4& x, const float* bias, const Tensor4& z, Combine combine, const Tensor4& y) {
   const Pixels pixels = merged_pixels(x, y, z);
   const int64_t depth = x.size[1], columns = y.size[1], panels = ceil_div(columns, kTileColumns);
   const int64_t padded_columns = panels * kTileColumns;
   const Steps steps = cut_depth(depth);
-  float* bias = (float*)thread_scratch(kSums, (padded_columns + padded_columns * depth) * sizeof(float));
-  if (!bias) return kOutOfMemory;
-  float* weight = bias + padded_columns;
-  for (int64_t c = 0; b.data && c < columns; c++) bias[c] = ((const float*)b.data)[c * b.stride[1]];
-  for (int64_t c = columns; c < padded_columns; c++) bias[c] = 0.f;
-  const Matrix matrix = {(const float*)w.data, w.stride[2], w.stride[3]};
-  Error error = for_each_task<float>(panels, columns * depth, 0, [&](int64_t panel, float*) {
-    for (int64_t i = 0; i < steps.count; i++) {
-      const RowRange k = steps[i];
-      const int64_t first = panel * kTileColumns, count = min64(kTileColumns, columns - first);
-      float* to = weight + k.begin * padded_columns + first * (k.end - k.begin);
-      pack_panels(matrix.from(first, k.begin), count, k.end - k.begin, to);
-    }
-  });
-  if (error) return error;
-
+  const float* weight = bias + padded_columns;
   const int64_t tiles = ceil_div(pixels.count, kTileRows), wanted = tasks_for_threads();
   const int64_t rows = kTileRows * clamp64(ceil_div(tiles * pixels.images, wanted), min64(tiles, 24 / kTileRows),
                                            kBlockRows / kTileRows);
@@ -372,11 +379,23 @@ Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const T
                        Target to = {c + row * pitch + column, nullptr, pitch, z_pitch, nullptr, nullptr, combine};
                        if (combine)
                          to.z = (const float*)z.data + n * z.stride[0] + (first + row) * z_pitch + begin + column;
-                       if (b.data) to.column_bias = bias + begin + column;
+                       to.column_bias = bias + begin + column;
                        return to;
                      });
     }
   });
+}
+
+Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
+                   const Tensor4& y) {
+  float* packed = (float*)thread_scratch(kSums, packed_size(w.size[2], w.size[3]) * sizeof(float));
+  if (!packed) return kOutOfMemory;
+  const Error error = pack(w, b, packed);
+  return error ? error : multiply_packed(x, packed, z, combine, y);
+}
+
+Error forward_packed(const Tensor4& x, const float* packed, const Tensor4& y) {
+  return y.size[0] * y.size[1] * y.size[2] * y.size[3] ? multiply_packed(x, packed, {}, kNothing, y) : nullptr;
 }
 
 // Neighbours in y are pixels: channels are the rows.
@@ -519,7 +538,7 @@ Error backward_weight(const Tensor4& dy, const Tensor4& x, const Tensor4& dw) {
 }  // namespace
 
 extern const PointwiseOps pointwise_ops;
-const PointwiseOps pointwise_ops = {forward, backward_weight};
+const PointwiseOps pointwise_ops = {forward, packed_size, pack, forward_packed, backward_weight};
 
 }  // namespace VOPS_ISA
 }  // namespace vops

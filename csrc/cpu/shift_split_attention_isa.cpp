@@ -1,10 +1,14 @@
 // Passes over pixels, whose channels are neighbours in memory: a moved map is read where it comes from. A quarter of
 // the channels has one such place in each branch.
 #include "parallel.h"
+#include "pointwise.h"
 #include "shift_split_attention.h"
 
 namespace vops {
 namespace VOPS_ISA {
+
+extern const PointwiseOps pointwise_ops;
+
 namespace {
 
 constexpr int64_t kElementWork = 4;  // in multiply-adds, for for_each_task
@@ -246,6 +250,52 @@ Error multiply_backward(const void* dout, const Tensor4& matrix, const void* in,
   });
 }
 
+// What is summed over the pixels goes through a linear layer as they do. A moved branch has, for each quarter of its
+// channels, one sum of x for an input.
+Error pool_linear(const Tensor4& sums, const Tensor4& mlp1, const Tensor4& b, int64_t pixels, const Tensor4& pooled) {
+  return with_types(mlp1.dtype, [&](auto type, auto sum_type) {
+    typedef decltype(type) T;
+    typedef decltype(sum_type) A;
+    const int64_t images = pooled.size[0], channels = pooled.size[3], tasks = ceil_div(channels, kMatrixRows);
+    const int64_t length = 5 * channels;
+    A* inputs = (A*)thread_scratch(kSums, images * length * sizeof(A) + 1);
+    if (!inputs) return kOutOfMemory;
+    for (int64_t n = 0; n < images; n++) {
+      const A *total = small<A>(sums, n), *vertical = total + channels, *horizontal = vertical + channels;
+      for_each_vector(0, channels, [&](int64_t c, const auto& get, const auto& put) {
+        A* to = inputs + n * length + c;
+        put(to, get(total + c) + get(vertical + c));
+        put(to + channels, get(total + c) - get(vertical + c));
+        put(to + 2 * channels, get(total + c) + get(horizontal + c));
+        put(to + 3 * channels, get(total + c) - get(horizontal + c));
+        put(to + 4 * channels, get(total + c));
+      });
+    }
+    return for_each_task<A>(tasks, 3 * images * channels * channels, 0, [&](int64_t task, A*) {
+      const int64_t begin = task * kMatrixRows, end = min64(channels, begin + kMatrixRows);
+      for (int64_t k = 0; k < 4; k++) {
+        const Quarter q = quarter(channels, k);
+        const int64_t along = (q.vertical[0] ? 0 : 2) + (q.step > 0), across = (q.vertical[1] ? 0 : 2) + (q.step > 0);
+        for (int64_t c = max64(begin, q.begin); c < min64(end, q.end); c++) {
+          const T* w = (const T*)mlp1.data + c * mlp1.stride[2];
+          const T *w2 = w + channels * mlp1.stride[2], *w3 = w2 + channels * mlp1.stride[2];
+          A bias = 0;
+          for (int64_t branch = 0; b.data && branch < 3; branch++) bias += ((const A*)b.data)[branch * channels + c];
+          for (int64_t n = 0; n < images; n++) {
+            const A* in = inputs + n * length;
+            Vec<A> sum = {};
+            for_each_vector(0, channels, [&](int64_t i, const auto& get, const auto&) {
+              sum += get(w + i) * get(in + along * channels + i) + get(w2 + i) * get(in + across * channels + i) +
+                     get(w3 + i) * get(in + 4 * channels + i);
+            });
+            small<A>(pooled, n)[c] = sum_of_lanes(sum) + bias * pixels;
+          }
+        }
+      }
+    });
+  });
+}
+
 Error branch_weights(const Tensor4& pooled, const Tensor4& mlp1, const Tensor4& mlp2, const Tensor4& hidden,
                      const Tensor4& weights) {
   return with_types(pooled.dtype, [&](auto, auto sum_type) {
@@ -333,6 +383,32 @@ Error weigh(const Tensor4& x, const Tensor4& weights, const Tensor4& offset, con
       }
     });
   });
+}
+
+Tensor4 some_images(Tensor4 t, int64_t first, int64_t count) {
+  t.data = (char*)t.data + first * t.stride[0] * (int64_t)sizeof(float);
+  t.size[0] = count;
+  return t;
+}
+
+Error linear_weigh_linear(const LinearWeighLinear& t, const Tensor4& y) {
+  const PointwiseOps& linear = pointwise_ops;
+  const int64_t images = y.size[0], channels = y.size[1], at_a_time = t.weighed.size[0];
+  const int64_t size = linear.packed_size(3 * channels, channels);
+  float* mlp1 = (float*)thread_scratch(kSums, (size + linear.packed_size(channels, channels)) * (int64_t)sizeof(float));
+  if (!mlp1) return kOutOfMemory;
+  float* mlp2 = mlp1 + size;
+  Error error = linear.pack(t.mlp1, {}, mlp1);
+  if (!error) error = linear.pack(t.mlp2, t.bias, mlp2);
+  for (int64_t n = 0; !error && n < images; n += at_a_time) {
+    const int64_t count = min64(at_a_time, images - n);
+    const Tensor4 branches = some_images(t.branches, t.branches.size[0] == images ? n : 0, count);
+    const Tensor4 weighed = some_images(t.weighed, 0, count);
+    error = linear.forward_packed(some_images(t.x, n, count), mlp1, branches);
+    if (!error) error = weigh(branches, some_images(t.weights, n, count), some_images(t.offset, n, count), weighed);
+    if (!error) error = linear.forward_packed(weighed, mlp2, some_images(y, n, count));
+  }
+  return error;
 }
 
 template <bool with_y, int kPixels, class T, class A>
@@ -474,8 +550,15 @@ Error weigh_backward_input(const Tensor4& dy, const Tensor4& weights, const Tens
 }  // namespace
 
 extern const ShiftSplitAttentionOps shift_split_attention_ops;
-const ShiftSplitAttentionOps shift_split_attention_ops = {
-    edge_sums, pool, branch_weights, branch_weights_backward, weigh, weigh_backward_weights, weigh_backward_input};
+const ShiftSplitAttentionOps shift_split_attention_ops = {edge_sums,
+                                                          pool,
+                                                          pool_linear,
+                                                          branch_weights,
+                                                          branch_weights_backward,
+                                                          weigh,
+                                                          linear_weigh_linear,
+                                                          weigh_backward_weights,
+                                                          weigh_backward_input};
 
 }  // namespace VOPS_ISA
 }  // namespace vops

@@ -14,6 +14,11 @@ struct PointwiseOps {
   // may be y, to be added.
   Error (*forward)(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
                    const Tensor4& y);
+  // The same in two steps, for several x, where the neighbours of y are its channels. packed has
+  // packed_size(outputs, inputs) elements.
+  int64_t (*packed_size)(int64_t outputs, int64_t inputs);
+  Error (*pack)(const Tensor4& w, const Tensor4& b, float* packed);
+  Error (*forward_packed)(const Tensor4& x, const float* packed, const Tensor4& y);
   // dW = the sum over the pixels of dy times x. Its columns are neighbours in memory.
   Error (*backward_weight)(const Tensor4& dy, const Tensor4& x, const Tensor4& dw);
 };

@@ -44,6 +44,7 @@ SHAPES = [
     (1, 1, 1, 7),
     (2, 2, 2, 3),  # empty quarters
     (1, 15, 5, 1),
+    (6, 3, 4, 150),  # two groups of images and several blocks of the small MLP's matrices
     (0, 5, 5, 8),
 ]
 
@@ -101,6 +102,12 @@ def test_bad_values_stay_where_they_go(device):
     x[1, 2, 2, 3] = float("inf")
     y = fused_shift_split_attention(x, mlp1, mlp2, backend="fused")
     assert y[[0, 2]].isfinite().all() and not y[1].isfinite().all()
+
+
+def test_weights_with_gaps(device):
+    case = make((2, 6, 5, 24), hidden=7, device=device)
+    x, *mlps = case.tensors
+    check_against_reference(Case(case.run, [x, *(torch.stack([w.t(), w.t()], -1)[..., 0].t() for w in mlps)]))
 
 
 def test_autocast(device):
@@ -209,7 +216,7 @@ def test_explain():
     x, mlp1, mlp2 = make((1, 4, 4, 8)).tensors
     assert explain("shift_split_attention", x).cannot == []
     kernel = f"C++ kernel ({_native.cpu.isa})"
-    expected = {"shifts and weights": kernel, "split_mlp1 and split_mlp2": "PyTorch's GEMMs"}
+    expected = {"shifts and weights": kernel, "split_mlp1 and split_mlp2": kernel}
     assert explain("shift_split_attention", x, mlp1, mlp2).parts == expected
     assert explain("shift_split_attention", x, backend="reference").parts == {"shift_split_attention": "PyTorch"}
 

@@ -29,9 +29,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus:
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """`linear` of the rows of a matrix. Few of them do not pay for the packing of the weight."""
-    product = linear if len(x) >= _LEAST_ROWS else _torch_linear
-    product(x.t()[None, :, :, None], weight, bias, out.t()[None, :, :, None])
+    """`linear` of the rows of a matrix, or of a batch of maps, whose channels are last."""
+    product = linear if multiplies_rows(x) else _torch_linear
+    product(_pixels_of_rows(x), weight, bias, _pixels_of_rows(out))
+
+
+def weight_gradient_of_rows(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
+    """`weight_gradient` of `linear_rows`."""
+    weight_gradient(_pixels_of_rows(grad), _pixels_of_rows(x), out)
+
+
+def multiplies_rows(x: Tensor) -> bool:
+    """Whether `linear_rows` is our kernel. Few rows do not pay for the packing of a weight."""
+    return _has_kernel(x) and x.numel() >= _LEAST_ROWS * x.shape[-1]
 
 
 def linear_to(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
@@ -59,11 +69,9 @@ def products(x: Tensor) -> str:
     return _native.kernel_name("cpu") if _has_kernel(x) and _gapless(x) else _TORCH
 
 
-def products_of_rows(x: Tensor, rows: int) -> str:
-    """The same for so many rows, without `weight_gradient`: with two threads ours is slower at some widths."""
-    if not _has_kernel(x) or rows < _LEAST_ROWS:
-        return _TORCH
-    return f"{_native.kernel_name('cpu')}, {_TORCH} for the gradients of weights"
+def products_of_rows(x: Tensor) -> str:
+    """The same for `linear_rows`."""
+    return _native.kernel_name("cpu") if multiplies_rows(x) else _TORCH
 
 
 _TORCH, _LEAST_ROWS = "PyTorch's GEMMs", 512
@@ -144,6 +152,10 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
     for image, grad_image in zip(_pixels(x), _pixels(grad), strict=True):
         total += torch.mm(grad_image.t(), image)
     out.copy_(total)
+
+
+def _pixels_of_rows(t: Tensor) -> Tensor:
+    return t.permute(0, 3, 1, 2) if t.ndim == 4 else t.t()[None, :, :, None]
 
 
 def _pixels(t: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_tensor
-from ._pointwise import linear_rows, products_of_rows
-from ._registration import FusedOp, Kernels, _any_requires_grad, allocate, device_reasons, without_autocast
+from ._pointwise import linear_rows, multiplies_rows, products_of_rows, weight_gradient_of_rows
+from ._registration import FusedOp, Kernels, _any_requires_grad, allocate, device_reasons, with_crew, without_autocast
 from .shift_split_attention import (
     CPUPasses,
     check_split_mlps,
@@ -46,18 +46,6 @@ def _output(a: _Arguments) -> tuple[Tensor, ...]:
     return allocate(a.x.shape, a.x), branches, small(a.x, c), hidden, small(a.x, 3, c)
 
 
-def _matrix(t: Tensor) -> Tensor:
-    return t.flatten(0, 2)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor | None) -> None:
-    """out = a b, in whatever dtype out has."""
-    if out is not None and out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif out is not None:
-        out.copy_(a @ b)
-
-
 def _branch_biases(a: _Arguments) -> Tensor:
     """(3, C). The branches are computed without, which saves a pass over them."""
     bias, c = a.mlp1_bias, a.x.shape[3]
@@ -70,8 +58,7 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
     # Sums over pixels go through a linear layer as pixels do: those of x take a third of the reads.
     sums, pooled = small(x, 3, c), small(x, c)
     passes.edge_sums(x, sums)
-    passes.pool(sums @ a.mlp1_weight.to(sums.dtype).t(), pooled)
-    pooled.add_(biases.sum(0), alpha=h * w)
+    passes.pool_linear(sums, a.mlp1_weight, biases, h * w, pooled)
     weights, hidden = small(x, 3, c), small(x, len(a.split_mlp1_weight))
     passes.branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight, hidden, weights)
     offset = (weights * biases).sum(1)
@@ -79,33 +66,44 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
     at_a_time = min(at_a_time, len(x)) or 1
     y, weighed = allocate(x.shape, x), allocate((at_a_time, h, w, c), x)
     branches = allocate((len(x) if a.keep else at_a_time, h, w, 3 * c), x)
+    if multiplies_rows(x):
+        mlps = a.mlp1_weight, a.mlp2_weight, a.mlp2_bias
+        passes.linear_weigh_linear(x, *mlps, weights, offset, branches, weighed, y)
+    else:
+        _linear_weigh_linear(x, a, weights, offset, branches, weighed, y, passes)
+    return y, branches if a.keep else branches.new_empty((0, h, w, 3 * c)), pooled, hidden, weights
+
+
+def _linear_weigh_linear(
+    x: Tensor, a: _Arguments, weights: Tensor, offset: Tensor, branches: Tensor, weighed: Tensor, y: Tensor, passes: Any
+) -> None:
+    at_a_time = len(weighed)
     for first in range(0, len(x), at_a_time):
         images = slice(first, first + at_a_time)
         count = len(x[images])
         some, mixed = branches[images] if a.keep else branches[:count], weighed[:count]
-        linear_rows(_matrix(x[images]), a.mlp1_weight, None, _matrix(some))
+        linear_rows(x[images], a.mlp1_weight, None, some)
         passes.weigh(some, weights[images], offset[images], mixed)
-        linear_rows(_matrix(mixed), a.mlp2_weight, a.mlp2_bias, _matrix(y[images]))
-    return y, branches if a.keep else branches.new_empty((0, h, w, 3 * c)), pooled, hidden, weights
+        linear_rows(mixed, a.mlp2_weight, a.mlp2_bias, y[images])
 
 
-def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, passes: Any) -> None:
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved: Tensor) -> None:
     (dx, dmlp1, dmlp1_bias, dmlp2, dmlp2_bias, *dsplit), (branches, pooled, hidden, weights) = grads, saved
     x, grad, biases, (_, h, w, c) = a.x.contiguous(), grad.contiguous(), _branch_biases(a), a.x.shape
     if not a.keep:
         branches = allocate((len(x), h, w, 3 * c), x)
-        linear_rows(_matrix(x), a.mlp1_weight, None, _matrix(branches))
+        linear_rows(x, a.mlp1_weight, None, branches)
     if dmlp2_bias is not None:
         sums = small(x, 3, c)
         passes.edge_sums(grad, sums)
         dmlp2_bias.copy_(sums[:, 0].sum(0))
 
     dweighed, sums = allocate(x.shape, x), small(x, 4, c)
-    linear_rows(_matrix(grad), a.mlp2_weight.t(), None, _matrix(dweighed))
+    linear_rows(grad, a.mlp2_weight.t(), None, dweighed)
     weighed = None if dmlp2 is None else allocate(x.shape, x)
     passes.weigh_backward_weights(dweighed, branches, weights, (weights * biases).sum(1), sums, weighed)
     if weighed is not None:
-        _multiply(_matrix(grad).t(), _matrix(weighed), dmlp2)
+        weight_gradient_of_rows(grad, weighed, dmlp2)
     total, mlps = sums[:, 3:], (a.split_mlp1_weight, a.split_mlp2_weight)
     dweights, dpooled = sums[:, :3] + biases * total, torch.empty_like(pooled)
     passes.branch_weights_backward(dweights, weights, hidden, pooled, mlps, dsplit, dpooled)
@@ -116,10 +114,10 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, pas
         return
     dbranches = allocate(branches.shape, x)
     passes.weigh_backward_input(dweighed, weights, dpooled, dbranches)
-    _multiply(_matrix(dbranches).t(), _matrix(x), dmlp1)
+    weight_gradient_of_rows(dbranches, x, dmlp1)
     if dx is not None:
         found = dx if dx.is_contiguous() else dweighed
-        linear_rows(_matrix(dbranches), a.mlp1_weight.t(), None, _matrix(found))
+        linear_rows(dbranches, a.mlp1_weight.t(), None, found)
         if found is not dx:
             dx.copy_(found)
 
@@ -128,20 +126,16 @@ def _images_at_a_time(x: Tensor) -> int:
     return -(-_PIXELS_AT_A_TIME // (x.shape[1] * x.shape[2]))
 
 
-def _mlps(x: Tensor) -> str:
-    """What multiplies in forward."""
-    b, h, w, _ = x.shape
-    return products_of_rows(x, min(b, _images_at_a_time(x)) * h * w)
-
-
 @without_autocast
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
-    return _forward(a, CPUPasses, _images_at_a_time(a.x))
+    forward = with_crew(_forward) if multiplies_rows(a.x) else _forward
+    return forward(a, CPUPasses, _images_at_a_time(a.x))
 
 
 @without_autocast
 def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
-    _backward(grads, grad, a, *saved, passes=CPUPasses)
+    backward = with_crew(_backward) if multiplies_rows(a.x) else _backward
+    backward(grads, grad, a, CPUPasses, *saved)
 
 
 @without_autocast
@@ -151,7 +145,7 @@ def _forward_cuda(a: _Arguments) -> tuple[Tensor, ...]:
 
 @without_autocast
 def _backward_cuda(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
-    _backward(grads, grad, a, *saved, passes=triton_passes())
+    _backward(grads, grad, a, triton_passes(), *saved)
 
 
 _KERNELS: dict[str, Kernels] = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
@@ -170,7 +164,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     saved=4,
-    parts=lambda a: parts(a.x, "mlp1 and mlp2", "split_mlp1 and split_mlp2") | {"mlp1 and mlp2": _mlps(a.x)},
+    parts=lambda a: parts(a.x) | {"mlp1 and mlp2": products_of_rows(a.x)},
 )
 
 
@@ -203,8 +197,8 @@ def fused_s2_attention(
         backend: as in `vision_ops.use_backend`.
 
     Returns (B, H, W, C), contiguous, in the dtype of x; parameters have that dtype, or float32 beside a half x. The
-    GEMMs are PyTorch's, but for those of mlp1 and mlp2 with 512 pixels or more at a time, in float32 on CPUs with AVX2
-    or AVX-512, without the gradients of their weights. Where a gradient is needed, the output of mlp1, 3C numbers a
+    products of mlp1 and mlp2 are PyTorch's GEMMs, but with 512 pixels or more in float32 on CPUs with AVX2 or AVX-512;
+    `explain` tells. Where a gradient is needed, the output of mlp1, 3C numbers a
     pixel, is kept with x: computing it again would cost more time than the fusion saves. Where none is, CPUs have it
     for some images at a time. Gradients come in each argument's own dtype and are bitwise repeatable with the same
     number of threads. Without a kernel for the device, `reference.s2_attention` runs.

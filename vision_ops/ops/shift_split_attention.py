@@ -55,6 +55,13 @@ class CPUPasses:
         _native.kernels().pool(_small_view(sums), _small_view(pooled))
 
     @staticmethod
+    def pool_linear(sums: Tensor, weight: Tensor, biases: Tensor, pixels: int, pooled: Tensor) -> None:
+        """The same for the branches weight x + biases (3, C), from the edge sums (B, 3, C) of x with so many pixels."""
+        weight, bias = weight.contiguous(), biases.flatten().contiguous()
+        given = _small_view(sums), _native.matrix_view(weight), _native.weight_view(bias)
+        _native.kernels().pool_linear(*given, pixels, _small_view(pooled))
+
+    @staticmethod
     def branch_weights(
         pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor, hidden: Tensor, weights: Tensor
     ) -> None:
@@ -83,6 +90,26 @@ class CPUPasses:
     def weigh(x: Tensor, weights: Tensor, offset: Tensor | None, y: Tensor) -> None:
         """y = offset + the sum of the moved branches of x times their weights."""
         _native.kernels().weigh(_map_view(x), _small_view(weights), _small_view(offset), _map_view(y))
+
+    @staticmethod
+    def linear_weigh_linear(
+        x: Tensor,
+        mlp1_weight: Tensor,
+        mlp2_weight: Tensor,
+        mlp2_bias: Tensor | None,
+        weights: Tensor,
+        offset: Tensor,
+        branches: Tensor,
+        weighed: Tensor,
+        y: Tensor,
+    ) -> None:
+        """y = mlp2 of what `weigh` makes of mlp1 x, for as many images at a time as `weighed` has; branches has as
+        many, or all to be kept. float32 only, for which the CPU has its own products."""
+        mlp1, mlp2 = _native.matrix_view(mlp1_weight), _native.matrix_view(mlp2_weight)
+        mlp2_bias = None if mlp2_bias is None else mlp2_bias.contiguous()
+        bias = _native.weight_view(mlp2_bias)
+        given = _map_view(x), mlp1, _small_view(weights), _small_view(offset), mlp2, bias
+        _native.kernels().linear_weigh_linear(*given, _map_view(branches), _map_view(weighed), _map_view(y))
 
     @staticmethod
     def weigh_backward_weights(
@@ -182,10 +209,13 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     return device_reasons(a.x, _KERNELS, triton=True), []
 
 
-def parts(x: Tensor, *gemms: str) -> dict[str, str]:
+def parts(x: Tensor) -> dict[str, str]:
     device = x.device.type
     kernel = "Triton kernel" if device == "cuda" else _native.kernel_name(device)
-    return {"shifts and weights": kernel, **dict.fromkeys(gemms, "PyTorch's GEMMs")}
+    return {
+        "shifts and weights": kernel,
+        "split_mlp1 and split_mlp2": "PyTorch's GEMMs" if device == "cuda" else kernel,
+    }
 
 
 _op = FusedOp(
@@ -197,7 +227,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     saved=3,
-    parts=lambda a: parts(a.x, "split_mlp1 and split_mlp2"),
+    parts=lambda a: parts(a.x),
 )
 
 

@@ -194,8 +194,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    rows = a.x.shape[0] * a.x.shape[1]
-    gemms = "PyTorch's GEMMs, of the Gram form" if a.gram else f"{products_of_rows(a.x, rows)}, of q, k and v"
+    gemms = "PyTorch's GEMMs, of the Gram form" if a.gram else f"{products_of_rows(a.x)}, of q, k and v"
     kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
     return {"attention": kernel, "products over all channels": gemms}
 
