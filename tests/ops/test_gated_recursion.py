@@ -194,6 +194,8 @@ def test_explains():
 def test_hands_over_where_torch_is_faster(isa, monkeypatch):
     monkeypatch.setattr(_native, "kernels", lambda: SimpleNamespace(isa=isa))
     pwa, dw, *_ = make().tensors
+    assert not explain("gated_recursion", pwa.requires_grad_(), dw).slower
+    pwa, dw = pwa.detach().bfloat16(), dw.bfloat16()
     assert bool(explain("gated_recursion", pwa, dw).slower) == (isa == "avx2")
     assert explain("gated_recursion", pwa.requires_grad_(), dw).parts == {"gated_recursion": "PyTorch"}
     with torch.no_grad():

@@ -66,7 +66,18 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor,
 
 def products(x: Tensor) -> str:
     """What multiplies tensors like x, for `explain`."""
-    return _native.kernel_name("cpu") if _has_kernel(x) and _gapless(x) else _TORCH
+    return _native.kernel_name("cpu") if multiplies(x) else _TORCH
+
+
+def multiplies(x: Tensor) -> bool:
+    """Whether products of x are ours."""
+    return _has_kernel(x) and _gapless(x)
+
+
+def crew_pays(x: Tensor) -> bool:
+    """Whether `with_crew` does for an op that multiplies x: PyTorch's products would be left with one thread, and the
+    passes of small tensors wake no other."""
+    return x.numel() >= _CREW_ELEMENTS and multiplies(x)
 
 
 def products_of_rows(x: Tensor) -> str:
@@ -75,6 +86,7 @@ def products_of_rows(x: Tensor) -> str:
 
 
 _TORCH, _LEAST_ROWS = "PyTorch's GEMMs", 512
+_CREW_ELEMENTS = 2**12
 _NOTHING, _PLUS, _TIMES = range(3)  # Combine in csrc/include/pointwise.h
 
 

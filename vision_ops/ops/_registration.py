@@ -95,11 +95,16 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def with_crew(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """For CPU kernels of several passes: the threads are woken once. PyTorch's ops run on one thread meanwhile."""
+def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool] | None = None) -> Callable[..., Any]:
+    """For CPU kernels of several passes: the threads are woken once. PyTorch's ops run on one thread meanwhile.
+
+    pays: whether that is faster, given the op's first argument.
+    """
 
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
+        if pays is not None and not pays(args[0 if len(args) == 1 else 2][0]):
+            return kernel(*args)
         return _native.kernels().with_crew(kernel, *args)
 
     return run

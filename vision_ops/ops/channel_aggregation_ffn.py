@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import linear, linear_to, products, weight_gradient
-from ._registration import FusedOp, allocate, device_reasons, empty, without_autocast
+from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
+from ._registration import FusedOp, Kernels, allocate, device_reasons, empty, with_crew, without_autocast
 from .dwconv import (
     convolution_name,
     convolve_backward_cuda,
@@ -374,9 +374,12 @@ def _backward(
         t.write(given)
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, device), functools.partial(_backward, device))
-    for key, device in (("CPU", _cpu), ("CUDA", _cuda))
+_KERNELS: dict[str, Kernels] = {
+    "CPU": (
+        with_crew(functools.partial(_forward, _cpu), crew_pays),
+        with_crew(functools.partial(_backward, _cpu), crew_pays),
+    ),
+    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
 }
 
 

@@ -11,7 +11,8 @@ from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ..reference.dwconv import ACTIVATIONS
 from ._checks import check_sigma, check_tensor
-from ._registration import FusedOp, allocate, device_reasons, empty, memory_format
+from ._pointwise import crew_pays
+from ._registration import FusedOp, Kernels, allocate, device_reasons, empty, memory_format, with_crew
 from .dwconv import ACTIVATION_CODES
 from .gated_recursion import pixel_dense
 
@@ -100,9 +101,12 @@ def _backward(device: Callable[[], Decomposition], grads: list[Any], grad: Tenso
         given.copy_(dx)
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, device), functools.partial(_backward, device))
-    for key, device in (("CPU", cpu_decomposition), ("CUDA", cuda_decomposition))
+_KERNELS: dict[str, Kernels] = {
+    "CPU": (
+        with_crew(functools.partial(_forward, cpu_decomposition), crew_pays),
+        with_crew(functools.partial(_backward, cpu_decomposition), crew_pays),
+    ),
+    "CUDA": (functools.partial(_forward, cuda_decomposition), functools.partial(_backward, cuda_decomposition)),
 }
 
 

@@ -10,8 +10,17 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
-from ._pointwise import linear, linear_times, products, weight_gradient
-from ._registration import FusedOp, _any_requires_grad, device_reasons, empty, memory_format, without_autocast
+from ._pointwise import crew_pays, linear, linear_times, multiplies, products, weight_gradient
+from ._registration import (
+    FusedOp,
+    Kernels,
+    _any_requires_grad,
+    device_reasons,
+    empty,
+    memory_format,
+    with_crew,
+    without_autocast,
+)
 
 
 class _Arguments(NamedTuple):
@@ -175,15 +184,18 @@ def _backward(gates: Callable[[], Gates], grads: list[Any], grad: Tensor, a: _Ar
             given.copy_(found)
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, gates), functools.partial(_backward, gates))
-    for key, gates in (("CPU", cpu_gates), ("CUDA", cuda_gates))
+_KERNELS: dict[str, Kernels] = {
+    "CPU": (
+        with_crew(functools.partial(_forward, cpu_gates), crew_pays),
+        with_crew(functools.partial(_backward, cpu_gates), crew_pays),
+    ),
+    "CUDA": (functools.partial(_forward, cuda_gates), functools.partial(_backward, cuda_gates)),
 }
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.pwa, _KERNELS, triton=True)
-    if cannot or a.pwa.device.type != "cpu":
+    if cannot or a.pwa.device.type != "cpu" or multiplies(a.pwa):
         return cannot, []
     if torch.is_grad_enabled() and _any_requires_grad(a):
         return [], ["on CPUs PyTorch trains faster, keeping every p_k where the kernels compute them again"]
@@ -256,8 +268,8 @@ def fused_gated_recursion(
     Returns (N, d_last, H, W). Bias and gate are one pass, or where the products are ours, in float32 on CPUs, their
     end. Backward keeps the arguments only and computes every p_k again. Gradients come in each argument's own dtype and
     are bitwise repeatable with the same number of threads. Without a kernel for the device, `reference.gated_recursion`
-    runs; so it does on CPUs where PyTorch is faster, in training and without AVX-512 (`explain` tells). `fused_gnconv`
-    always has the kernels.
+    runs; so it does on CPUs where the products are PyTorch's and it is faster, in training and without AVX-512
+    (`explain` tells). `fused_gnconv` always has the kernels.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -10,8 +10,8 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
-from ._pointwise import linear, weight_gradient
-from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
+from ._pointwise import crew_pays, linear, weight_gradient
+from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
 from .dwconv import (
     convolution_name,
     convolve,
@@ -124,9 +124,12 @@ def _split(projected: Tensor, a: _Arguments) -> tuple[Tensor, Tensor]:
     return projected[:, : projected.shape[1] - total], projected[:, projected.shape[1] - total :]
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, device), functools.partial(_backward, device))
-    for key, device in (("CPU", _cpu), ("CUDA", _cuda))
+_KERNELS: dict[str, Kernels] = {
+    "CPU": (
+        with_crew(functools.partial(_forward, _cpu), crew_pays),
+        with_crew(functools.partial(_backward, _cpu), crew_pays),
+    ),
+    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
 }
 
 

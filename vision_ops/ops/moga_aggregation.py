@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import linear, linear_to, products, weight_gradient
-from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, without_autocast
+from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
+from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
 from .gated_recursion import channel_sums, cuda_gates, pixel_dense
@@ -149,9 +149,12 @@ def _backward(
         linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx, plus=grad)
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, device), functools.partial(_backward, device))
-    for key, device in (("CPU", _cpu), ("CUDA", _cuda))
+_KERNELS: dict[str, Kernels] = {
+    "CPU": (
+        with_crew(functools.partial(_forward, _cpu), crew_pays),
+        with_crew(functools.partial(_backward, _cpu), crew_pays),
+    ),
+    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
 }
 
 
