@@ -74,6 +74,11 @@ def multiplies(x: Tensor) -> bool:
     return _has_kernel(x) and _gapless(x)
 
 
+def multiplies_as_is(x: Tensor) -> bool:
+    """Whether they and gradients of their weights are, without a copy of x in another layout."""
+    return _has_kernel(x) and _lined(x)
+
+
 def crew_pays(x: Tensor) -> bool:
     """Whether `with_crew` does for an op that multiplies x: PyTorch's products would be left with one thread, and the
     passes of small tensors wake no other."""

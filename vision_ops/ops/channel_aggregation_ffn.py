@@ -20,7 +20,7 @@ from .dwconv import (
     convolve_torch,
     convolves_cuda,
 )
-from .gated_recursion import channel_sums, cuda_gates, pixel_dense
+from .gated_recursion import channel_sums, channels_last_dense, cuda_gates, product_dense
 
 # Of a chunk of the batch in hidden channels: its tensors stay in a third-level cache between the passes, and large
 # images take no more memory.
@@ -76,13 +76,14 @@ class _Device(NamedTuple):
     aggregate: Callable[..., None]
     aggregate_backward: Callable[..., Tensor]
     channel_sums: Callable[[Tensor, Tensor | None], None]
+    dense: Callable[[Tensor], Tensor]  # x and the gradient of y as the others take them
     chunk_bytes: int | None  # None: the whole batch at once
     columns: int  # fc2's matrix has a multiple of so many
     spare: int  # tensors of hidden channels that the backward pass takes beside h and its gradient
 
 
 def _cpu(x: Tensor) -> _Device:
-    return _Device(_aggregate, _aggregate_backward, channel_sums, _CHUNK_BYTES, columns=1, spare=1)
+    return _Device(_aggregate, _aggregate_backward, channel_sums, product_dense, _CHUNK_BYTES, columns=1, spare=1)
 
 
 def _cuda(x: Tensor) -> _Device:
@@ -96,7 +97,7 @@ def _cuda(x: Tensor) -> _Device:
         functools.partial(_aggregate_cuda, convolve),
         functools.partial(_aggregate_backward_cuda, convolve, backward, sums),
     )
-    return _Device(*kernels, sums, None, columns=8, spare=0)
+    return _Device(*kernels, sums, channels_last_dense, None, columns=8, spare=0)
 
 
 class _Fc2:
@@ -120,7 +121,9 @@ class _Fc2:
 
     def gradient_of_d(self, grad: Tensor) -> Tensor:
         n, _, h, w = grad.shape
-        return (grad.flatten(2).transpose(1, 2).to(self.of_d.dtype) @ self.of_d).view(n, 1, h, w)
+        of_d = allocate((n, 1, h, w), self.of_d)
+        linear(grad.to(self.of_d.dtype), self.of_d[None], None, of_d)
+        return of_d
 
     def gradients(self, product: Tensor, dweight: Tensor | None, dsigma: Tensor | None) -> None:
         """From the gradient of y times [h | d], summed over the pixels."""
@@ -314,7 +317,7 @@ def _aggregate_backward_cuda(
 @without_autocast
 def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     device, (y, scores, kept) = on(a.x), _output(a)
-    chunks, x = _Chunks(a, device), pixel_dense(a.x, torch.channels_last)
+    chunks, x = _Chunks(a, device), device.dense(a.x)
     fc2, reach = chunks.fc2, chunks.reach
     h_buffer = chunks.buffer(_hidden_channels(a))
     f_buffer = None if a.keep else chunks.buffer(_fc1_channels(a), reach)
@@ -338,7 +341,8 @@ def _backward(
     on: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, scores: Tensor, kept: Tensor
 ) -> None:
     dx, dfc1, dfc1_bias, ddw, ddw_bias, dfc2, dfc2_bias, ddecompose, ddecompose_bias, dsigma = grads
-    device, x, grad = on(a.x), *(pixel_dense(t, torch.channels_last) for t in (a.x, grad))
+    device = on(a.x)
+    x, grad = device.dense(a.x), device.dense(grad)
     chunks = _Chunks(a, device)
     fc2, reach, c = chunks.fc2, chunks.reach, a.x.shape[1]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
-from ._pointwise import crew_pays, linear, linear_times, multiplies, products, weight_gradient
+from ._pointwise import crew_pays, linear, linear_times, multiplies, multiplies_as_is, products, weight_gradient
 from ._registration import (
     FusedOp,
     Kernels,
@@ -53,6 +53,15 @@ def pixel_dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     gapless = h == 1 or w == 1 or t.stride(2) == w * pixel
     lined = (c == 1 or t.stride(1) == 1) if memory_format == torch.channels_last else (pixel == 1 or h * w == 1)
     return t if gapless and lined else t.contiguous(memory_format=memory_format)
+
+
+def channels_last_dense(t: Tensor) -> Tensor:
+    return pixel_dense(t, torch.channels_last)
+
+
+def product_dense(t: Tensor) -> Tensor:
+    """The same, but for what the products and sums of CPUs take as it is."""
+    return t if multiplies_as_is(t) else channels_last_dense(t)
 
 
 class Gates(NamedTuple):

@@ -22,7 +22,17 @@ from .dwconv import (
     convolve_torch,
     convolves_cuda,
 )
-from .gated_recursion import ChainAgain, Gates, check_chain, cpu_gates, cuda_gates, gate_parts, pixel_dense, run_chain
+from .gated_recursion import (
+    ChainAgain,
+    Gates,
+    channels_last_dense,
+    check_chain,
+    cpu_gates,
+    cuda_gates,
+    gate_parts,
+    product_dense,
+    run_chain,
+)
 
 
 class _Arguments(NamedTuple):
@@ -61,22 +71,23 @@ class _Device(NamedTuple):
     gates: Gates
     convolve: Callable[..., None]
     convolve_backward: Callable[..., None]
+    dense: Callable[[Tensor], Tensor]
 
 
 def _cpu(x: Tensor) -> _Device:
-    return _Device(cpu_gates(), convolve, convolve_backward)
+    return _Device(cpu_gates(), convolve, convolve_backward, product_dense)
 
 
 def _cuda(x: Tensor) -> _Device:
     if convolves_cuda(x):
-        return _Device(cuda_gates(), convolve_cuda, convolve_backward_cuda)
-    return _Device(cuda_gates(), convolve_torch, convolve_backward_torch)
+        return _Device(cuda_gates(), convolve_cuda, convolve_backward_cuda, channels_last_dense)
+    return _Device(cuda_gates(), convolve_torch, convolve_backward_torch, channels_last_dense)
 
 
 # In between everything is channels_last, whatever x is: the GEMMs at either end change the layout on their way.
 @without_autocast
 def _forward(device: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    (gates, convolve, _), (y, projected, dw) = device(a.x), _output(a)
+    (gates, convolve, *_), (y, projected, dw) = device(a.x), _output(a)
     linear(a.x, a.proj_in_weight.flatten(1), a.proj_in_bias, projected)
     pwa, abc = _split(projected, a)
     convolve(abc, *_scaled_conv(a), dw)
@@ -90,10 +101,10 @@ def _forward(device: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor
 def _backward(
     device: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor
 ) -> None:
-    gates, _, convolve_backward = device(a.x)
+    gates, _, convolve_backward, dense = device(a.x)
     dx, dproj_in, dproj_in_bias, ddw_weight, ddw_bias, dproj_out, dproj_out_bias, dpws, dpw_biases = grads
     pwa, abc = _split(projected, a)
-    grad = pixel_dense(grad, torch.channels_last)
+    grad = dense(grad)
     chain = ChainAgain(gates, pwa, dw, a.pw_weights, a.pw_biases, last=dproj_out is not None)
     if dproj_out is not None:
         weight_gradient(grad, chain.p.pop(), dproj_out)
@@ -114,7 +125,7 @@ def _backward(
     if ddw_bias is not None and bias is not None:
         ddw_bias.copy_(bias.mul_(a.scale))
     gates.channel_sums(dabc, sums[1])
-    weight_gradient(dprojected, pixel_dense(a.x, torch.channels_last), dproj_in)
+    weight_gradient(dprojected, dense(a.x), dproj_in)
     if dx is not None:
         linear(dprojected, a.proj_in_weight.flatten(1).t(), None, dx)
 

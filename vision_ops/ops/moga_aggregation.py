@@ -15,7 +15,7 @@ from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
 from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
-from .gated_recursion import channel_sums, cuda_gates, pixel_dense
+from .gated_recursion import channel_sums, channels_last_dense, cuda_gates, product_dense
 from .moga_gate import Gate, cpu_gate, cuda_gate
 from .multi_order_dwconv import (
     check_branches,
@@ -73,17 +73,18 @@ class _Device(NamedTuple):
     channel_sums: Callable[[Tensor, Tensor | None], None]
     multi_order: Callable[..., None]
     multi_order_backward: Callable[..., None]
+    dense: Callable[[Tensor], Tensor]
 
 
 def _cpu(x: Tensor) -> _Device:
-    return _Device(cpu_decomposition(), cpu_gate(), channel_sums, multi_order, multi_order_backward)
+    return _Device(cpu_decomposition(), cpu_gate(), channel_sums, multi_order, multi_order_backward, product_dense)
 
 
 def _cuda(x: Tensor) -> _Device:
     kernels = cuda_decomposition(), cuda_gate(), cuda_gates().channel_sums
     if convolves_cuda(x):
-        return _Device(*kernels, multi_order_cuda, multi_order_backward_cuda)
-    return _Device(*kernels, multi_order_torch, multi_order_backward_torch)
+        return _Device(*kernels, multi_order_cuda, multi_order_backward_cuda, channels_last_dense)
+    return _Device(*kernels, multi_order_torch, multi_order_backward_torch, channels_last_dense)
 
 
 def _means(device: _Device, x: Tensor, a: _Arguments) -> Tensor:
@@ -103,7 +104,7 @@ def _scratch(a: _Arguments) -> Tensor:
 @without_autocast
 def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     device, (y, p, dw) = on(a.x), _output(a)
-    x = pixel_dense(a.x, torch.channels_last)
+    x = device.dense(a.x)
     linear(x, a.proj_1_weight.flatten(1), a.proj_1_bias, p)
     u, gate, value = _scratch(a), _scratch(a), _scratch(a)
     device.decomposition.run(p, _means(device, x, a), flat(a.sigma), "silu", u)
@@ -120,7 +121,8 @@ def _backward(
     on: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, p: Tensor, dw: Tensor
 ) -> None:
     dx, dproj_1, dproj_1_bias, dgate, dgate_bias, dpw, dpw_bias, dproj_2, dproj_2_bias, dsigma, ddws, ddw_biases = grads
-    device, x, given = on(a.x), *(pixel_dense(t, torch.channels_last) for t in (a.x, grad))
+    device = on(a.x)
+    x, given = device.dense(a.x), device.dense(grad)
     means, sigma = _means(device, x, a), flat(a.sigma)
     u, gate, value, product = (_scratch(a) for _ in range(4))
     device.decomposition.run(p, means, sigma, "silu", u)
