@@ -167,6 +167,10 @@ PYBIND11_MODULE(_cpu, m) {
           const Tensor4 tm = tensor(matrix), tx = tensor(x), ts = tensor(scale), tz = tensor(z), ty = tensor(y);
           run([&] { return cpu_kernels().cross_covariance->apply(tm, transposed, tx, ts, tz, ty); });
         });
+  m.def("sum_tokens", [](py::handle x, py::handle sums, py::handle centred) {
+    const Tensor4 tx = tensor(x), ts = tensor(sums), tc = tensor(centred);
+    run([&] { return cpu_kernels().cross_covariance->sum_tokens(tx, ts, tc); });
+  });
   m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
     const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
     run([&] { return cpu_kernels().global_filter->forward(tx, tw, ty); });

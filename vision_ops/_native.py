@@ -92,6 +92,23 @@ def weight_view(w: Tensor | None) -> tuple[int, ...] | None:
     return (w.data_ptr(), DTYPES[w.dtype], 1, w.shape[0], 1, taps, 0, taps, 0, 1)
 
 
+def tokens_view(t: Tensor | None) -> tuple[int, ...] | None:
+    """(B, N, C) as a (B, C, N, 1) view."""
+    if t is None:
+        return None
+    (b, n, c), (sample, token, channel) = t.shape, t.stride()
+    return t.data_ptr(), DTYPES[t.dtype], b, c, n, 1, sample, channel, token, 1
+
+
+def vectors_view(t: Tensor | None) -> tuple[int, ...] | None:
+    """(B, C) as a (B, C, 1, 1) view, (C,) as one of one sample."""
+    if t is None:
+        return None
+    b, sample = (1, 0) if t.ndim == 1 else (len(t), t.stride(0))
+    return t.data_ptr(), DTYPES[t.dtype], b, t.shape[-1], 1, 1, sample, t.stride(-1), 1, 1
+
+
 def matrix_view(w: Tensor) -> tuple[int, ...]:
-    """A matrix as a (1, 1, O, I) view."""
-    return (w.data_ptr(), DTYPES[w.dtype], 1, 1, *w.shape, 0, 0, *w.stride())
+    """A matrix as a (1, 1, O, I) view, (B, O, I) as a (B, 1, O, I) one."""
+    b, sample = (1, 0) if w.ndim == 2 else (len(w), w.stride(0))
+    return (w.data_ptr(), DTYPES[w.dtype], b, 1, *w.shape[-2:], sample, 0, *w.stride()[-2:])

@@ -387,6 +387,48 @@ Error run_apply(const Tensor4& matrix, bool transposed, const Tensor4& x, const 
       });
 }
 
+// In float64: as good as exact.
+Error sum_tokens(const Tensor4& x, const Tensor4& sums, const Tensor4& centred) {
+  const int64_t batch = x.size[0], channels = x.size[1], tokens = x.size[2], width = padded(channels);
+  const int64_t chunks = clamp64(tokens / 32, 1, ceil_div(kFixedTasks, max64(batch, 1)));
+  double* partial = (double*)thread_scratch(kSums, max64(batch * chunks * width, 1) * sizeof(double));
+  if (!partial) return kOutOfMemory;
+  const int64_t work = batch * tokens * channels;
+  const auto rows_of = [&](const Tensor4& t, int64_t task, const auto& f) {
+    const int64_t sample = task / chunks, chunk = task % chunks;
+    for (int64_t n = chunk * tokens / chunks; n < (chunk + 1) * tokens / chunks; n++) {
+      f((float*)t.data + sample * t.stride[0] + n * t.stride[2], n);
+    }
+  };
+  Error error = for_each_task<double>(batch * chunks, work, 0, [&](int64_t task, double*) {
+    double* total = partial + task * width;
+    memset(total, 0, width * sizeof(double));
+    rows_of(x, task, [&](const float* row, int64_t) {
+      for_each_vector<float>(channels, [&](int64_t c, int, const auto& get, const auto&) {
+        store(total + c, load(total + c) + __builtin_convertvector(get(row + c), Double));
+      });
+    });
+  });
+  if (error) return error;
+  return for_each_task<float>(batch * (centred.data ? chunks : 1), work, width, [&](int64_t task, float* mean) {
+    const int64_t sample = centred.data ? task / chunks : task, chunk = centred.data ? task % chunks : 0;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Double total = {};
+      for (int64_t k = 0; k < chunks; k++) total += load(partial + (sample * chunks + k) * width + c);
+      store(mean + c, __builtin_convertvector(total / (double)tokens, Float));
+      const int64_t count = min64(kLanes, channels - c);
+      if (chunk == 0) memcpy((double*)sums.data + sample * channels + c, &total, count * sizeof(double));
+    }
+    if (!centred.data) return;
+    rows_of(x, task, [&](const float* row, int64_t n) {
+      float* to = (float*)centred.data + sample * centred.stride[0] + n * centred.stride[2];
+      for_each_vector<float>(channels, [&](int64_t c, int, const auto& get, const auto& put) {
+        put(to + c, get(row + c) - load(mean + c));
+      });
+    });
+  });
+}
+
 Error gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tensor4& v, const Tensor4& gram,
            const Tensor4& norms) {
   return (gram.dtype == kFloat64 ? run_gram<double> : run_gram<float>)(a, b, u, v, gram, norms);
@@ -408,7 +450,7 @@ Error apply(const Tensor4& matrix, bool transposed, const Tensor4& x, const Tens
 }  // namespace
 
 extern const CrossCovarianceOps cross_covariance_ops;
-const CrossCovarianceOps cross_covariance_ops = {gram, softmax, softmax_backward, apply};
+const CrossCovarianceOps cross_covariance_ops = {gram, softmax, softmax_backward, apply, sum_tokens};
 
 }  // namespace VOPS_ISA
 }  // namespace vops

@@ -17,7 +17,8 @@ constexpr int kTileRows = 6, kShortRows = 4;
 constexpr int kTileRows = 4, kShortRows = 2;
 #endif
 constexpr int kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
-constexpr int64_t kDepth = 384;
+// A step's sums are complete before they are added to those before: longer ones would round more.
+constexpr int64_t kDepth = 192;
 constexpr int64_t kLine = 64 / sizeof(float);  // of a cache
 // Of packed tiles. Powers of two would crowd a few sets of a cache.
 constexpr int64_t kDepthPitch = kDepth + 16, kPackedTile = kTileRows * kDepthPitch + 16;
@@ -185,15 +186,9 @@ VOPS_INLINE void prefetch_rows(const float* p, int64_t pitch, int64_t rows) {
   }
 }
 
-// What the sums of a tile begin with.
-VOPS_INLINE Sums first_sums(const Target& to, int64_t rows, int64_t columns, bool first) {
+// What the sums of a tile begin with, in the first step.
+VOPS_INLINE Sums first_sums(const Target& to, int64_t rows, int64_t columns) {
   Sums sums = {};
-  if (!first) {
-    for_each_sum(to, rows, columns, [&](int r, int j, int64_t c, int64_t, const auto& get, const auto&) {
-      sums.at[r][j] = get(to.c + c);
-    });
-    return sums;
-  }
   if (to.row_bias || to.column_bias) {
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; r++) {
@@ -296,13 +291,14 @@ void multiply_block(const Tiles& tiles, int64_t rows, const float* panels, int64
       const Target to = target(i, j);
       const int64_t height = min64(kTileRows, rows - i);
       const bool times = last && to.combine == kTimes;
-      if (first && i == 0) prefetch_rows(to.c, to.pitch, height);
-      if (first) prefetch_rows(to.c + kTileRows * to.pitch, to.pitch, min64(kTileRows, rows - i - kTileRows));
+      if (i == 0) prefetch_rows(to.c, to.pitch, height);
+      prefetch_rows(to.c + kTileRows * to.pitch, to.pitch, min64(kTileRows, rows - i - kTileRows));
       if (times) prefetch_rows(to.z, to.z_pitch, height);
-      Sums sums = first_sums(to, height, width, first);
+      Sums sums = first ? first_sums(to, height, width) : Sums{};
       multiply_tile(tiles, i, height, panel, depth, {panel, 0, depth}, &sums);
       for_each_sum(to, height, width, [&](int r, int k, int64_t c, int64_t z, const auto& get, const auto& put) {
-        put(to.c + c, times ? sums.at[r][k] * get(to.z + z) : sums.at[r][k]);
+        const Float total = first ? sums.at[r][k] : sums.at[r][k] + get(to.c + c);
+        put(to.c + c, times ? total * get(to.z + z) : total);
       });
     }
   }
@@ -326,36 +322,37 @@ Matrix by_pixel(const Tensor4& t, int64_t n, int64_t pixel) {
   return {(const float*)t.data + n * t.stride[0] + pixel * step, step, t.stride[1]};
 }
 
-// A bias, then panels of a weight.
+// For each matrix a bias, then panels of the weight.
 int64_t packed_size(int64_t outputs, int64_t inputs) {
   return ceil_div(outputs, kTileColumns) * kTileColumns * (1 + inputs);
 }
 
 Error pack(const Tensor4& w, const Tensor4& b, float* packed) {
   const int64_t columns = w.size[2], depth = w.size[3], panels = ceil_div(columns, kTileColumns);
-  const int64_t padded_columns = panels * kTileColumns;
+  const int64_t padded_columns = panels * kTileColumns, matrices = w.size[0];
   const Steps steps = cut_depth(depth);
-  for (int64_t c = 0; c < padded_columns; c++) {
-    packed[c] = b.data && c < columns ? ((const float*)b.data)[c * b.stride[1]] : 0.f;
-  }
-  const Matrix matrix = {(const float*)w.data, w.stride[2], w.stride[3]};
-  return for_each_task<float>(panels, columns * depth, 0, [&](int64_t panel, float*) {
+  return for_each_task<float>(matrices * panels, matrices * columns * depth, 0, [&](int64_t task, float*) {
+    const int64_t n = task / panels, first = task % panels * kTileColumns, count = min64(kTileColumns, columns - first);
+    const Matrix matrix = {(const float*)w.data + n * w.stride[0], w.stride[2], w.stride[3]};
+    const float* bias = (const float*)b.data + (b.size[0] == 1 ? 0 : n * b.stride[0]);
+    float* to = packed + n * packed_size(columns, depth);
+    for (int64_t c = 0; c < kTileColumns; c++)
+      to[first + c] = b.data && c < count ? bias[(first + c) * b.stride[1]] : 0.f;
     for (int64_t i = 0; i < steps.count; i++) {
       const RowRange k = steps[i];
-      const int64_t first = panel * kTileColumns, count = min64(kTileColumns, columns - first);
-      float* to = packed + (1 + k.begin) * padded_columns + first * (k.end - k.begin);
-      pack_panels(matrix.from(first, k.begin), count, k.end - k.begin, to);
+      float* panel = to + (1 + k.begin) * padded_columns + first * (k.end - k.begin);
+      pack_panels(matrix.from(first, k.begin), count, k.end - k.begin, panel);
     }
   });
 }
 
 // Neighbours in y are channels: pixels are the rows.
-Error multiply_packed(const Tensor4& x, const float* bias, const Tensor4& z, Combine combine, const Tensor4& y) {
-  const Pixels pixels = merged_pixels(x, y, z);
+Error multiply_packed(const Tensor4& x, int64_t matrices, const float* packed_matrices, const Tensor4& z,
+                      Combine combine, const Tensor4& y) {
+  const Pixels pixels = matrices == 1 ? merged_pixels(x, y, z) : Pixels{matrices, x.size[2] * x.size[3]};
   const int64_t depth = x.size[1], columns = y.size[1], panels = ceil_div(columns, kTileColumns);
   const int64_t padded_columns = panels * kTileColumns;
   const Steps steps = cut_depth(depth);
-  const float* weight = bias + padded_columns;
   const int64_t tiles = ceil_div(pixels.count, kTileRows), wanted = tasks_for_threads();
   const int64_t rows = kTileRows * clamp64(ceil_div(tiles * pixels.images, wanted), min64(tiles, 24 / kTileRows),
                                            kBlockRows / kTileRows);
@@ -367,6 +364,8 @@ Error multiply_packed(const Tensor4& x, const float* bias, const Tensor4& z, Com
     const int64_t count = min64(rows, pixels.count - first), group = task % groups;
     const int64_t begin = group * panels / groups * kTileColumns;
     const int64_t end = min64(columns, (group + 1) * panels / groups * kTileColumns);
+    const float* bias = packed_matrices + (matrices == 1 ? 0 : n * packed_size(columns, depth));
+    const float* weight = bias + padded_columns;
     for (int64_t i = 0; i < steps.count; i++) {
       const RowRange k = steps[i];
       const int64_t length = k.end - k.begin;
@@ -388,14 +387,14 @@ Error multiply_packed(const Tensor4& x, const float* bias, const Tensor4& z, Com
 
 Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
                    const Tensor4& y) {
-  float* packed = (float*)thread_scratch(kSums, packed_size(w.size[2], w.size[3]) * sizeof(float));
+  float* packed = (float*)thread_scratch(kSums, w.size[0] * packed_size(w.size[2], w.size[3]) * sizeof(float));
   if (!packed) return kOutOfMemory;
   const Error error = pack(w, b, packed);
-  return error ? error : multiply_packed(x, packed, z, combine, y);
+  return error ? error : multiply_packed(x, w.size[0], packed, z, combine, y);
 }
 
 Error forward_packed(const Tensor4& x, const float* packed, const Tensor4& y) {
-  return y.size[0] * y.size[1] * y.size[2] * y.size[3] ? multiply_packed(x, packed, {}, kNothing, y) : nullptr;
+  return y.size[0] * y.size[1] * y.size[2] * y.size[3] ? multiply_packed(x, 1, packed, {}, kNothing, y) : nullptr;
 }
 
 // Neighbours in y are pixels: channels are the rows.
@@ -449,7 +448,7 @@ Error forward_planes(const Tensor4& x, const Tensor4& w, const Tensor4& b, const
 Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& z, Combine combine,
               const Tensor4& y) {
   if (y.size[0] * y.size[1] * y.size[2] * y.size[3] == 0) return nullptr;
-  return (is_channels_last(y) ? forward_rows : forward_planes)(x, w, b, z, combine, y);
+  return (w.size[0] > 1 || is_channels_last(y) ? forward_rows : forward_planes)(x, w, b, z, combine, y);
 }
 
 // Sums over so many pixels are complete before they are added to others: longer ones would round more.
@@ -463,8 +462,9 @@ Matrix by_channel(const Tensor4& t, int64_t n, int64_t pixel) {
 }
 
 // C = A B, or C += A B. The columns of B arrive while those before are multiplied, and those of `next` with the last.
+// Rows that lie `below` or more under the last column of a tile are left out.
 void add_products(const Matrix& a, int64_t rows, const Matrix& b, const Matrix& next, int64_t columns, int64_t depth,
-                  bool first, float* c, int64_t pitch, float* scratch) {
+                  bool first, int64_t below, float* c, int64_t pitch, float* scratch) {
   float* panel = scratch;
   const Tiles tiles = make_tiles(a, rows, depth, panel + kTileColumns * kSumDepth);
   const int64_t share = ceil_div(depth, ceil_div(rows, kTileRows)), every = ceil_div(depth, share);
@@ -472,7 +472,8 @@ void add_products(const Matrix& a, int64_t rows, const Matrix& b, const Matrix& 
     const int64_t width = min64(kTileColumns, columns - j);
     pack_panels(b.from(j, 0), width, depth, panel);
     Matrix ahead = j + kTileColumns < columns ? b.from(j + kTileColumns, 0) : next;
-    for (int64_t i = 0; i < rows; i += kTileRows, ahead = ahead.from(0, share)) {
+    const int64_t end = min64(rows, j + width + below);
+    for (int64_t i = 0; i < end; i += kTileRows, ahead = ahead.from(0, share)) {
       const int64_t height = min64(kTileRows, rows - i);
       const Target to = {c + i * pitch + j, nullptr, pitch, 0, nullptr, nullptr, kNothing};
       prefetch_rows(i + kTileRows < rows ? to.c + kTileRows * pitch : c + j + kTileColumns, pitch, kTileRows);
@@ -487,51 +488,67 @@ void add_products(const Matrix& a, int64_t rows, const Matrix& b, const Matrix& 
 
 // The pixels are cut into parts, by their number only, which are added in order; the matrix among the threads.
 Error backward_weight(const Tensor4& dy, const Tensor4& x, const Tensor4& dw) {
-  const int64_t rows = dw.size[2], columns = dw.size[3];
-  const Pixels pixels = merged_pixels(dy, x);
-  const Steps cuts = {ceil_div(pixels.count, kSumDepth), pixels.count};  // of an image
+  const int64_t matrices = dw.size[0], rows = dw.size[2], columns = dw.size[3];
+  const Pixels pixels = matrices == 1 ? merged_pixels(dy, x) : Pixels{1, x.size[2] * x.size[3]};  // of a matrix
+  const Steps cuts = {ceil_div(pixels.count, kSumDepth), pixels.count};                           // of an image
   const int64_t steps = pixels.images * cuts.count, parts = clamp64(steps / 4, 1, kMaxParts);
-  float* data = (float*)dw.data;
+  const auto to_row = [&](int64_t matrix, int64_t row) {
+    return (float*)dw.data + matrix * dw.stride[0] + row * dw.stride[2];
+  };
   if (steps == 0) {
-    for (int64_t r = 0; r < rows; r++) memset(data + r * dw.stride[2], 0, columns * sizeof(float));
+    for (int64_t r = 0; r < matrices * rows; r++) memset(to_row(r / rows, r % rows), 0, columns * sizeof(float));
   }
   if (steps * rows * columns == 0) return nullptr;
   const int64_t pitch = columns + kLine;  // powers of two would crowd a few sets of a cache
-  float* sums = (float*)thread_scratch(kSums, (parts - 1) * rows * pitch * sizeof(float));
+  float* sums = (float*)thread_scratch(kSums, matrices * (parts - 1) * rows * pitch * sizeof(float));
   if (!sums) return kOutOfMemory;
+  const auto sums_of = [&](int64_t matrix, int64_t part) {  // but the first
+    return sums + (matrix * (parts - 1) + part - 1) * rows * pitch;
+  };
+
+  // The second moments of x are symmetric: one half is multiplied, and mirrored in the end.
+  bool symmetric = dy.data == x.data && rows == columns;
+  for (int i = 0; i < 4; i++) symmetric = symmetric && dy.stride[i] == x.stride[i];
 
   const bool by_rows = rows > columns;
   const int64_t unit = by_rows ? kTileRows : kTileColumns, extent = by_rows ? rows : columns;
   const int64_t units = ceil_div(extent, unit), threads = omp_get_max_threads();
-  const int64_t groups = threads == 1 ? 1 : clamp64(ceil_div(2 * threads, parts), 1, max64(units / 4, 1));
-  const int64_t work = pixels.images * pixels.count * rows * columns;
+  const int64_t groups = threads == 1 ? 1 : clamp64(ceil_div(2 * threads, matrices * parts), 1, max64(units / 4, 1));
+  const int64_t work = x.size[0] * x.size[2] * x.size[3] * rows * columns;
   const int64_t scratch = kTileColumns * kSumDepth + ceil_div(rows, kTileRows) * kPackedTile;
-  Error error = for_each_task<float>(parts * groups, work, scratch, [&](int64_t task, float* memory) {
-    const int64_t part = task / groups, group = task % groups;
+  Error error = for_each_task<float>(matrices * parts * groups, work, scratch, [&](int64_t task, float* memory) {
+    const int64_t matrix = task / groups / parts, part = task / groups % parts, group = task % groups;
     const int64_t begin = group * units / groups * unit, end = min64((group + 1) * units / groups * unit, extent);
     const int64_t row = by_rows ? begin : 0, column = by_rows ? 0 : begin;
     const int64_t height = by_rows ? end - begin : rows, width = by_rows ? columns : end - begin;
-    float* c = part == 0 ? data : sums + (part - 1) * rows * pitch;
+    float* c = part == 0 ? to_row(matrix, 0) : sums_of(matrix, part);
     const int64_t c_pitch = part == 0 ? dw.stride[2] : pitch;
     const auto from = [&](const Tensor4& t, int64_t step, int64_t channel) {
-      return by_channel(t, step / cuts.count, cuts[step % cuts.count].begin).from(channel, 0);
+      return by_channel(t, matrix + step / cuts.count, cuts[step % cuts.count].begin).from(channel, 0);
     };
     const int64_t first = part * steps / parts, stop = (part + 1) * steps / parts;
     for (int64_t i = first; i < stop; i++) {
       const RowRange k = cuts[i % cuts.count];
       const Matrix b = from(x, i, column), next = i + 1 < stop ? from(x, i + 1, column) : b;
-      add_products(from(dy, i, row), height, b, next, width, k.end - k.begin, i == first, c + row * c_pitch + column,
-                   c_pitch, memory);
+      add_products(from(dy, i, row), height, b, next, width, k.end - k.begin, i == first, symmetric ? column : rows,
+                   c + row * c_pitch + column, c_pitch, memory);
     }
   });
-  if (error || parts == 1) return error;
-  return for_each_task<float>(rows, parts * rows * columns, 0, [&](int64_t row, float*) {
-    float* to = data + row * dw.stride[2];
-    for_each_vector(columns, [&](int64_t i, const auto& get, const auto& put) {
-      Float total = get(to + i);
-      for (int64_t p = 0; p + 1 < parts; p++) total += get(sums + (p * rows + row) * pitch + i);
-      put(to + i, total);
+  if (error) return error;
+  if (parts > 1)
+    error = for_each_task<float>(matrices * rows, matrices * parts * rows * columns, 0, [&](int64_t task, float*) {
+      const int64_t matrix = task / rows, row = task % rows;
+      float* to = to_row(matrix, row);
+      for_each_vector(columns, [&](int64_t i, const auto& get, const auto& put) {
+        Float total = get(to + i);
+        for (int64_t p = 1; p < parts; p++) total += get(sums_of(matrix, p) + row * pitch + i);
+        put(to + i, total);
+      });
     });
+  if (error || !symmetric) return error;
+  return for_each_task<float>(matrices * rows, matrices * rows * columns, 0, [&](int64_t task, float*) {
+    const int64_t matrix = task / rows, row = task % rows;
+    for (int64_t c = 0; c < row; c++) to_row(matrix, row)[c] = to_row(matrix, c)[row];
   });
 }
 

@@ -22,6 +22,9 @@ struct CrossCovarianceOps {
   // absent together with z.
   Error (*apply)(const Tensor4& matrix, bool transposed, const Tensor4& x, const Tensor4& scale, const Tensor4& z,
                  const Tensor4& y);
+  // sums = those of x over its tokens, contiguous float64; centred = x less its mean in float32, may be absent. x and
+  // centred are float32 (B, C, N, 1) views, whose channels are neighbours.
+  Error (*sum_tokens)(const Tensor4& x, const Tensor4& sums, const Tensor4& centred);
 };
 
 }  // namespace vops

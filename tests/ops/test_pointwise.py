@@ -149,6 +149,55 @@ def test_weight_gradient_of_nothing(size):
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize(
+    "size, outputs", [((3, 50, 20), 33), ((4, 4, 5), 1), ((2, 130, 200), 97), ((1, 40, 9), 70), ((2, 5, 6), 7)], ids=str
+)
+def test_tokens_with_a_matrix_for_each_sample(size, outputs):
+    b, n, c = size
+    x, y = torch.randn(b, n, c + 3)[:, :, 2:-1], torch.full((b, n, outputs + 2), torch.nan)[:, :, :outputs]
+    weights, biases = torch.randn(b, outputs, c), torch.randn(b, outputs)
+    expected = torch.baddbmm(biases.double()[:, None], x.double(), weights.double().mT)
+    close = {"rtol": 0, "atol": 1e-6 * (c + 1) ** 0.5 * expected.abs().max().item()}
+    _pointwise.linear_tokens(x, weights, biases, y)
+    torch.testing.assert_close(y.double(), expected, **close)
+    _pointwise.linear_tokens(x, weights.mT.contiguous().mT, None, y, plus=y)
+    torch.testing.assert_close(y.double(), 2 * expected - biases[:, None], **close)
+    dense = torch.full((b, n, outputs), torch.nan)
+    _pointwise.linear_tokens(x, weights[0], biases[0], dense)
+    torch.testing.assert_close(dense.double(), x.double() @ weights[0].double().T + biases[0], **close)
+
+    expected = dense.double().mT @ x.double()
+    close = {"rtol": 0, "atol": 1e-6 * n**0.5 * expected.abs().max().item()}
+    _pointwise.weight_gradient_tokens(dense, x, weights)
+    torch.testing.assert_close(weights.double(), expected, **close)
+    total = torch.full((outputs, c), torch.nan)
+    _pointwise.weight_gradient_tokens(dense, x, total)
+    torch.testing.assert_close(total.double(), expected.sum(0), **close)
+
+
+@pytest.mark.parametrize("size", [(1, 900, 70), (3, 400, 33), (2, 20, 7), (1, 1700, 160)], ids=str)
+def test_second_moments(size):
+    """Of which one half is mirrored: the same numbers as of a copy."""
+    b, n, c = size
+    x = torch.randn(b, n, c)
+    moments, whole = (torch.full((b, c, c), torch.nan) for _ in range(2))
+    _pointwise.weight_gradient_tokens(x, x, moments)
+    _pointwise.weight_gradient_tokens(x, x.clone(), whole)
+    if _pointwise.multiplies_tokens(x):
+        assert torch.equal(moments, whole) and torch.equal(moments, moments.mT)
+    torch.testing.assert_close(moments, whole)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_long_sums_round_no_more_than_pytorchs(layout):
+    x, weight = sized(1, 768, (20, 20), layout), torch.randn(96, 768)
+    y = torch.empty_like(x[:, :96])
+    _pointwise.linear(x, weight, None, y)
+    expected = exact(x, weight, None)
+    eager = torch.nn.functional.conv2d(x, weight[:, :, None, None])
+    assert (y - expected).abs().max() <= 2 * (eager - expected).abs().max()
+
+
 def test_weight_gradient_writes_nothing_else():
     whole = torch.full((40, 50), 7.0)
     part = whole[3:37, 5:44]

@@ -66,7 +66,9 @@ CASES = [
     {"tokens": 1},
     {"tokens": 300, "channels": 50},
     {"tokens": 33, "channels": 73, "heads": 1},
-    {"batch": 16, "tokens": 33, "channels": 73, "heads": 1},  # 528 rows: products of our own
+    {"batch": 16, "tokens": 33, "channels": 73, "heads": 1},  # worth a crew
+    {"tokens": 80, "channels": 72, "layout": "channel_major"},
+    {"tokens": 80, "channels": 72, "layout": "slice"},
     {"tokens": 20, "channels": 12, "heads": 12},
     {"tokens": 7, "channels": 1, "heads": 1},
     {"batch": 1, "tokens": 1100, "channels": 12, "heads": 1},
@@ -258,7 +260,8 @@ def test_export_and_functorch():
         (1024, 96, torch.float32, True),
         (1024, 96, torch.float64, True),
         (1024, 96, torch.bfloat16, False),  # whose GEMMs are faster than float32's
-        (784, 384, torch.float32, True),
+        (784, 192, torch.float32, True),
+        (784, 384, torch.float32, False),
         (256, 160, torch.float32, False),
         (64, 304, torch.float32, False),
         (196, 64, torch.float32, False),  # enough tokens, but little work

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._heads import by_head, wide
+from ._heads import by_head, sum_tokens, wide
+from ._pointwise import linear_tokens, multiplies_tokens, weight_gradient_tokens
 from ._registration import allocate_contiguous
 from .cross_covariance import Attention, empty_attention, gram_gradient
 
@@ -36,10 +37,40 @@ class _Weights(NamedTuple):
         return by_head(self.proj.expand(batch, -1, -1), heads)
 
 
+class _Centred:
+    """x less its mean, some samples at a time in one piece of memory: caches hold it, and its pages are not new."""
+
+    def __init__(self, x: Tensor) -> None:
+        b, n, c = x.shape
+        self._x, dtype = x, wide(x.dtype)
+        self._step = min(b, max(1, _CENTRED_ELEMENTS // (n * c)))
+        self._memory = allocate_contiguous((self._step, n, c), x, dtype)
+        self._held: int | None = None  # the first of the samples in memory
+        self._own = multiplies_tokens(x) and x.stride(2) == 1
+        self._mean = None if self._own else x.mean(1, dtype=dtype)
+        self.mean: Tensor = allocate_contiguous((b, c), x, torch.float64)  # once all parts were there
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        b, n, _ = self._x.shape
+        for first in range(0, b, self._step):
+            part = slice(first, min(b, first + self._step))
+            centred = self._memory[: part.stop - first]
+            if self._held != first:
+                self._held = first
+                x = self._x[part]
+                if self._mean is None:
+                    torch.div(sum_tokens(x, centred), n, out=self.mean[part])
+                else:
+                    torch.sub(x, self._mean[part, None], out=centred)
+                    # The mean is rounded, and what it misses meets large means in the products.
+                    torch.add(self._mean[part], centred.mean(1).double(), out=self.mean[part])
+            yield part, centred
+
+
 class _Again(NamedTuple):
     """What both passes compute."""
 
-    mean: Tensor  # of x over the tokens, (B, C)
+    centred: _Centred
     moments: Tensor  # S, (B, C, C)
     means: Tensor  # of q, k and v, (B, 3C), float64
     attention: Attention
@@ -55,18 +86,15 @@ def _weights(a: Any) -> _Weights:
 
 def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
     (b, n, c), heads = a.x.shape, a.num_heads
-    mean = a.x.mean(1, dtype=wide(a.x.dtype))
-    moments = allocate_contiguous((b, c, c), mean)
-    rest = torch.empty_like(mean)
-    for part, x in _centred(a.x, mean):
-        torch.bmm(x.transpose(1, 2), x, out=moments[part])
-        torch.mean(x, 1, out=rest[part])
-    # The mean is rounded, and what it misses meets large means in the products.
-    means = (mean.double() + rest.double()) @ w.qkv.double().t()
+    centred = _Centred(a.x)
+    moments = allocate_contiguous((b, c, c), w.qkv)
+    for part, x in centred.parts():
+        weight_gradient_tokens(x, x, moments[part])
+    means = centred.mean @ w.qkv.double().t()
     if w.qkv_bias is not None:
         means += w.qkv_bias
     # S is symmetric: with the weights on its right, all samples are one product.
-    products = torch.mm(moments.flatten(0, 1), w.qkv[: 2 * c].t()).view(b, c, 2 * c)
+    products = _times(moments, w.qkv[: 2 * c])
     of_q, of_k = (by_head(t, heads) for t in products.split(c, dim=2))
     attention = empty_attention(of_q, a.temperature)
     gram, norms, weights, temperature = attention
@@ -77,28 +105,25 @@ def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
     exact_norms = squares.mul_(n).add_(norms)
     kernels.softmax(exact.to(gram.dtype), exact_norms.to(norms.dtype), temperature, weights)
     attention = Attention(exact, exact_norms, weights, temperature)
-    folded = allocate_contiguous((b, c, c), mean)
+    folded = torch.empty_like(moments)
     kernels.apply(weights, w.proj_heads(heads, b), by_head(folded, heads), transposed=True)
-    matrix = torch.mm(folded.flatten(0, 1), w.qkv[2 * c :]).view(b, c, c)
-    return _Again(mean, moments, means, attention, folded, matrix)
+    return _Again(centred, moments, means, attention, folded, _times(folded, w.qkv[2 * c :].t()))
 
 
-def _centred(x: Tensor, mean: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x less its mean, some samples at a time in one piece of memory: caches hold it, and its pages are not new."""
-    b, n, c = x.shape
-    samples = min(b, max(1, _CENTRED_ELEMENTS // (n * c)))
-    memory = allocate_contiguous((samples, n, c), mean)
-    for first in range(0, b, samples):
-        part = slice(first, min(b, first + samples))
-        yield part, torch.sub(x[part], mean[part, None], out=memory[: part.stop - first])
+def _times(matrices: Tensor, weight: Tensor) -> Tensor:
+    """Each of (B, M, K) times the transpose of a weight (N, K), as one product: (B, M, N)."""
+    b, m, _ = matrices.shape
+    out = allocate_contiguous((b, m, len(weight)), matrices)
+    linear_tokens(matrices.flatten(0, 1)[None], weight, None, out.flatten(0, 1)[None])
+    return out
 
 
 def _add_products(constant: Tensor, products: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
-    """out = a row for every sample, the same for all its tokens, plus the products."""
+    """out = a row for every sample, the same for all its tokens, plus tokens times the transpose of a matrix."""
     total = out if out.dtype == constant.dtype else allocate_contiguous(out.shape, constant)
-    torch.baddbmm(constant[:, None], *products[0], out=total)
-    for a, b in products[1:]:
-        total.baddbmm_(a, b)
+    linear_tokens(*products[0], constant, total)
+    for x, matrix in products[1:]:
+        linear_tokens(x, matrix, None, total, plus=total)
     if total is not out:
         out.copy_(total)
 
@@ -110,28 +135,29 @@ def _split(means: Tensor, heads: int) -> list[Tensor]:
 
 def forward(a: Any, y: Tensor, kernels: ModuleType) -> None:
     w = _weights(a)
-    mean, _, means, _, folded, matrix = _compute(a, w, kernels)
-    constant = torch.bmm(folded, means[:, 2 * y.shape[2] :, None].to(mean.dtype)).squeeze(2)
+    centred, _, means, _, folded, matrix = _compute(a, w, kernels)
+    constant = torch.bmm(folded, means[:, 2 * y.shape[2] :, None].to(folded.dtype)).squeeze(2)
     if w.proj_bias is not None:
         constant += w.proj_bias
-    for part, x in _centred(a.x, mean):
-        _add_products(constant[part], [(x, matrix[part].transpose(1, 2))], y[part])
+    for part, x in centred.parts():
+        _add_products(constant[part], [(x, matrix[part])], y[part])
 
 
 def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleType) -> None:
     dx, dqkv, dqkv_bias, dtemperature, dproj, dproj_bias = grads
     (b, n, c), heads, w = a.x.shape, a.num_heads, _weights(a)
-    mean, moments, means, attention, folded, matrix = _compute(a, w, kernels)
-    grad = grad.to(mean.dtype)
-    dmatrix, dsum = allocate_contiguous((b, c, c), mean), grad.sum(1)
-    for part, x in _centred(a.x, mean):
-        torch.bmm(grad[part].transpose(1, 2), x, out=dmatrix[part])
+    centred, moments, means, attention, folded, matrix = _compute(a, w, kernels)
+    mean, grad = centred.mean.to(moments.dtype), grad.to(moments.dtype)
+    dsum = sum_tokens(grad).to(mean.dtype) if multiplies_tokens(grad) and grad.stride(2) == 1 else grad.sum(1)
+    dmatrix = torch.empty_like(moments)
+    for part, x in centred.parts():
+        weight_gradient_tokens(grad[part], x, dmatrix[part])
     if dproj_bias is not None:
         dproj_bias.copy_(dsum.sum(0))
 
     q, k, _ = _split(means, heads)
     flat_v = means[:, 2 * c :].to(mean.dtype)
-    dfolded = torch.mm(dmatrix.flatten(0, 1), w.qkv[2 * c :].t()).view(b, c, c)
+    dfolded = _times(dmatrix, w.qkv[2 * c :])
     dfolded.addcmul_(dsum[:, :, None], flat_v[:, None])
     if dproj is not None:
         each = allocate_contiguous((b, c, c), mean)
@@ -156,14 +182,16 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
 
     if dqkv is not None:
         each = torch.empty_like(w.qkv)
-        torch.mm(rows.flatten(1), moments.flatten(0, 1), out=each[: 2 * c])
-        torch.mm(folded.flatten(0, 1).t(), dmatrix.flatten(0, 1), out=each[2 * c :])
+        weight_gradient_tokens(rows.flatten(1).t()[None], moments.flatten(0, 1)[None], each[: 2 * c])
+        weight_gradient_tokens(folded.flatten(0, 1)[None], dmatrix.flatten(0, 1)[None], each[2 * c :])
         dqkv.copy_(each.addmm_(dmeans.t(), mean))
     if dqkv_bias is not None:
         dqkv_bias.copy_(dmeans.sum(0))
     if dx is not None:
-        symmetric = torch.mm(w.qkv[: 2 * c].t(), rows.flatten(1)).view(c, b, c).transpose(0, 1)
+        symmetric = torch.empty_like(moments)  # transposed
+        linear_tokens(rows.flatten(1).t()[None], w.qkv[: 2 * c].t(), None, symmetric.flatten(0, 1)[None])
         # The mean of the gradient of x, which its centring takes out, comes back with that of the mean itself.
         constant = (dmeans @ w.qkv).sub_(torch.bmm(dsum[:, None], matrix).squeeze(1)).div_(n)
-        for part, x in _centred(a.x, mean):
-            _add_products(constant[part], [(grad[part], matrix[part]), (x, symmetric[part])], dx[part])
+        for part, x in centred.parts():
+            products = [(grad[part], matrix[part].transpose(1, 2)), (x, symmetric[part])]
+            _add_products(constant[part], products, dx[part])

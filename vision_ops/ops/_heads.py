@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._registration import allocate_contiguous
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -64,3 +65,11 @@ def apply(
     """y = matrix x, or its transpose times x, plus scale * z, if they are given; scale is (B, heads, d, 1)."""
     rest: list[Any] = [_native.view(t) for t in (x, scale, z, y)]
     _native.kernels().apply_by_head(_native.view(matrix), transposed, *rest)
+
+
+def sum_tokens(x: Tensor, centred: Tensor | None = None) -> Tensor:
+    """(B, C) in float64; centred = x less its mean. Both are float32 (B, N, C) with neighbouring channels."""
+    b, _, c = x.shape
+    sums = allocate_contiguous((b, c), x, torch.float64)
+    _native.kernels().sum_tokens(_native.tokens_view(x), _native.vectors_view(sums), _native.tokens_view(centred))
+    return sums

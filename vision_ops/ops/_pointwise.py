@@ -44,6 +44,24 @@ def multiplies_rows(x: Tensor) -> bool:
     return _has_kernel(x) and x.numel() >= _LEAST_ROWS * x.shape[-1]
 
 
+def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
+    """`linear` of (B, N, C), neighbouring channels, by a matrix (O, I), or (B, O, I) for each sample, then with biases
+    (O,) or (B, O); plus, if given, is out."""
+    if multiplies_tokens(x):
+        given = _native.tokens_view(x), _native.matrix_view(weight), _native.vectors_view(bias)
+        combined = _native.tokens_view(plus), _NOTHING if plus is None else _PLUS
+        _native.kernels().pointwise(*given, *combined, _native.tokens_view(out))
+    elif weight.ndim == 2 and plus is None:
+        linear_rows(x.flatten(0, 1), weight, bias, out.flatten(0, 1))
+    elif plus is not None:
+        out.baddbmm_(x, weight.transpose(1, 2))
+    elif bias is None:
+        torch.bmm(x, weight.transpose(1, 2), out=out)
+    else:
+        bias = bias.to(out.dtype)
+        torch.baddbmm(bias if bias.ndim == 1 else bias[:, None], x, weight.transpose(1, 2), out=out)
+
+
 def linear_to(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
     """`linear` of a channels_last x into any layout. PyTorch's GEMMs take longer to change it than a copy does."""
     if out.shape[1] == 1 or out.stride(1) == 1 or _multiplies(x, out, plus):
@@ -173,6 +191,24 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
 
 def _pixels_of_rows(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2) if t.ndim == 4 else t.t()[None, :, :, None]
+
+
+def weight_gradient_tokens(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    """`weight_gradient` of `linear_tokens`."""
+    if multiplies_tokens(x) and out.dtype == x.dtype:
+        views = _native.tokens_view(grad), _native.tokens_view(x), _native.matrix_view(out)
+        _native.kernels().pointwise_backward_weight(*views)
+    elif out.ndim == 3:
+        torch.bmm(grad.transpose(1, 2), x, out=out)
+    elif out.dtype == x.dtype:
+        torch.mm(grad.flatten(0, 1).t(), x.flatten(0, 1), out=out)
+    else:
+        out.copy_(torch.mm(grad.flatten(0, 1).t(), x.flatten(0, 1)))
+
+
+def multiplies_tokens(x: Tensor) -> bool:
+    """Whether `linear_tokens` of (B, N, C) is ours. Few tokens do not pay for the packing of the weight."""
+    return _has_kernel(x) and x.shape[0] * x.shape[1] >= 16
 
 
 def _pixels(t: Tensor) -> Tensor:

@@ -95,15 +95,20 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+# Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/parallel.h. So much pays for a
+# crew (measured on two threads).
+CREW_WORK = 1 << 19
+
+
 def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool] | None = None) -> Callable[..., Any]:
     """For CPU kernels of several passes: the threads are woken once. PyTorch's ops run on one thread meanwhile.
 
-    pays: whether that is faster, given the op's first argument.
+    pays: whether that is faster, given the first of the op's arguments, which are a NamedTuple.
     """
 
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
-        if pays is not None and not pays(args[0 if len(args) == 1 else 2][0]):
+        if pays is not None and not pays(next(a for a in args if isinstance(a, tuple))[0]):
             return kernel(*args)
         return _native.kernels().with_crew(kernel, *args)
 

@@ -11,7 +11,7 @@ from ..dispatch import Explanation, explainers
 from . import _heads
 from ._checks import autocast_enabled, check_parameter, check_tensor
 from ._heads import wide
-from ._registration import FusedOp, allocate_contiguous, device_reasons, without_autocast
+from ._registration import CREW_WORK, FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
 
 
 class _Arguments(NamedTuple):
@@ -115,14 +115,21 @@ def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, kernels: 
         attend_backward(kernels, dweights, a.q, a.k, attention, dq, dk, dtemperature)
 
 
+def _crew_pays(q: Tensor) -> bool:
+    return q.numel() * q.shape[2] > CREW_WORK
+
+
+_forward_in_crew, _backward_in_crew = with_crew(_forward, _crew_pays), with_crew(_backward, _crew_pays)
+
+
 @without_autocast
 def _forward_cpu(a: _Arguments) -> Tensor:
-    return _forward(a, _heads)
+    return _forward_in_crew(a, _heads)
 
 
 @without_autocast
 def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
-    _backward(grads, grad, a, _heads)
+    _backward_in_crew(grads, grad, a, _heads)
 
 
 def _forward_cuda(a: _Arguments) -> Tensor:

@@ -12,8 +12,8 @@ from ..dispatch import Explanation, explainers
 from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
 from ._heads import by_head
-from ._pointwise import linear_rows, products_of_rows
-from ._registration import FusedOp, allocate_contiguous, device_reasons, without_autocast
+from ._pointwise import linear_tokens, multiplies_tokens, weight_gradient_tokens
+from ._registration import CREW_WORK, FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
 from .cross_covariance import Attention, attend, attend_backward, check_temperature, empty_matrices, triton_reasons
 
 
@@ -41,11 +41,11 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
 
 def _takes_gram(x: Tensor) -> bool:
     """Whether the Gram form is taken: its products are C x C and float32 at least, and small ones do not pay for the
-    longer way (measured, AVX-512). Graphs for all sizes keep to the qkv form, as they must not depend on the size."""
+    longer way (measured, AVX2). Graphs for all sizes keep to the qkv form, as they must not depend on the size."""
     n, c = x.shape[1:]
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
     holds = statically_known_true if torch.compiler.is_compiling() else bool
-    return dtype in (torch.float32, torch.float64) and holds(n >= 2 * c) and holds(n * c >= 32768)
+    return dtype in (torch.float32, torch.float64) and holds(n >= 4 * c) and holds(n * c >= 32768)
 
 
 # --- The qkv form: q, k and v of every token.
@@ -53,17 +53,13 @@ def _takes_gram(x: Tensor) -> bool:
 
 def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, kernels: ModuleType) -> None:
     (_, n, c), heads = a.x.shape, a.num_heads
-    linear_rows(a.x.reshape(-1, c), a.qkv_weight, a.qkv_bias, qkv.view(-1, 3 * c))
+    linear_tokens(a.x, a.qkv_weight, a.qkv_bias, qkv)
     q, k, v = _split(qkv, heads)
     attention = attend(kernels, q, k, a.temperature)
     if n >= c:
-        folded, v = _folded(a, attention, kernels).transpose(1, 2), qkv[:, :, 2 * c :]
-        if a.proj_bias is None:
-            torch.bmm(v, folded, out=y)
-        else:
-            torch.baddbmm(a.proj_bias.to(y.dtype), v, folded, out=y)
+        linear_tokens(qkv[:, :, 2 * c :], _folded(a, attention, kernels), a.proj_bias, y)
     else:
-        linear_rows(_weighted(v, attention, kernels).view(-1, c), a.proj_weight, a.proj_bias, y.view(-1, c))
+        linear_tokens(_weighted(v, attention, kernels), a.proj_weight, a.proj_bias, y)
 
 
 def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType) -> None:
@@ -72,15 +68,15 @@ def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: 
     q, k, v = _split(qkv, heads)
     attention = attend(kernels, q, k, a.temperature)
     grad = grad.contiguous()
-    rows = grad.view(-1, c)
-    if dproj_bias is not None:
-        torch.sum(rows, 0, out=dproj_bias) if dproj_bias.dtype == grad.dtype else dproj_bias.copy_(rows.sum(0))
+    _bias_gradient(grad, dproj_bias)
 
     dqkv, dweights = allocate_contiguous(qkv.shape, qkv), empty_matrices(attention)
     dq, dk, dv = _split(dqkv, heads)
     if n >= c:
-        torch.bmm(grad, _folded(a, attention, kernels), out=dqkv[:, :, 2 * c :])
-        dfolded = by_head(torch.bmm(grad.transpose(1, 2), qkv[:, :, 2 * c :]), heads)
+        linear_tokens(grad, _folded(a, attention, kernels).transpose(1, 2), None, dqkv[:, :, 2 * c :])
+        dfolded = allocate_contiguous((b, c, c), grad)
+        weight_gradient_tokens(grad, qkv[:, :, 2 * c :], dfolded)
+        dfolded = by_head(dfolded, heads)
         kernels.gram(_proj_heads(a), dfolded, dweights)
         if dproj_weight is not None:
             each = allocate_contiguous((b, c, c), dweights)
@@ -88,21 +84,31 @@ def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: 
             dproj_weight.copy_(each.sum(0))
     else:
         if dproj_weight is not None:
-            _weight_gradient(rows, _weighted(v, attention, kernels).view(-1, c), dproj_weight)
+            weight_gradient_tokens(grad, _weighted(v, attention, kernels), dproj_weight)
         dweighted = allocate_contiguous((b, n, c), grad)
-        linear_rows(rows, a.proj_weight.t(), None, dweighted.view(-1, c))
+        linear_tokens(grad, a.proj_weight.t(), None, dweighted)
         dweighted = by_head(dweighted, heads)
         kernels.gram(dweighted, v, dweights)
         kernels.apply(attention.weights, dweighted, dv, transposed=True)
     attend_backward(kernels, dweights, q, k, attention, dq, dk, dtemperature)
 
-    rows = dqkv.view(-1, 3 * c)
-    if dqkv_bias is not None:
-        dqkv_bias.copy_(rows.sum(0))
+    _bias_gradient(dqkv, dqkv_bias)
     if dqkv_weight is not None:
-        _weight_gradient(rows, a.x.reshape(-1, c), dqkv_weight)
+        weight_gradient_tokens(dqkv, a.x, dqkv_weight)
     if dx is not None:
-        linear_rows(rows, a.qkv_weight.t(), None, dx.view(-1, c))
+        linear_tokens(dqkv, a.qkv_weight.t(), None, dx)
+
+
+def _bias_gradient(grad: Tensor, out: Tensor | None) -> None:
+    if out is None:
+        return
+    rows = grad.flatten(0, 1)
+    if multiplies_tokens(grad):
+        out.copy_(_heads.sum_tokens(rows[None])[0])
+    elif out.dtype == grad.dtype:
+        torch.sum(rows, 0, out=out)
+    else:
+        out.copy_(rows.sum(0))
 
 
 def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -130,13 +136,6 @@ def _weighted(v: Tensor, attention: Attention, kernels: ModuleType) -> Tensor:
     return weighted
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
-    if out.dtype == x.dtype:
-        torch.mm(grad.t(), x, out=out)
-    else:
-        out.copy_(torch.mm(grad.t(), x))
-
-
 # --- The op
 
 
@@ -162,14 +161,22 @@ def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tens
         _backward_qkv(grads, grad, a, qkv, kernels)
 
 
+def _crew_pays(x: Tensor) -> bool:
+    return multiplies_tokens(x) and x.numel() * x.shape[2] > CREW_WORK
+
+
+_forward_in_crew, _backward_in_crew = with_crew(_forward, _crew_pays), with_crew(_backward, _crew_pays)
+
+
+# PyTorch's own copies are parallel outside of a crew only.
 @without_autocast
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor]:
-    return _forward(a, _heads)
+    return _forward_in_crew(a._replace(x=a.x.contiguous()), _heads)
 
 
 @without_autocast
 def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor) -> None:
-    _backward(grads, grad, a, qkv, _heads)
+    _backward_in_crew(grads, grad.contiguous(), a._replace(x=a.x.contiguous()), qkv, _heads)
 
 
 @without_autocast
@@ -194,9 +201,10 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    gemms = "PyTorch's GEMMs, of the Gram form" if a.gram else f"{products_of_rows(a.x)}, of q, k and v"
     kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
-    return {"attention": kernel, "products over all channels": gemms}
+    products = kernel if multiplies_tokens(a.x) else "PyTorch's GEMMs"
+    form = "the Gram form" if a.gram else "q, k and v"
+    return {"attention": kernel, "products over all channels": f"{products}, of {form}"}
 
 
 _op = FusedOp(
@@ -258,10 +266,10 @@ def fused_xca(
     Parameters have the dtype of x, or float32 beside a half x. The attention is that of `fused_cross_covariance`, and
     is merged into the projection where that means less work. With many tokens for its channels (`explain` tells), a
     float32 or float64 x takes the Gram form instead, which has no q, k and v: everything follows from the second
-    moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's, but for those of the other form
-    with a matrix of weights and 512 tokens or more, in float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides
-    the arguments, [q | k | v], or in the Gram form nothing. Gradients come in each argument's own dtype and are bitwise
-    repeatable with the same number of threads. Without a kernel for the device, and on GPUs for float64 and for heads
+    moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's, but for 16 tokens or more in
+    float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides the arguments, [q | k | v], or in the Gram form
+    nothing. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads.
+    Without a kernel for the device, and on GPUs for float64 and for heads
     of more than 96 channels, `reference.xca` runs.
 
     Raises:
