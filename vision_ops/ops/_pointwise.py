@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._registration import allocate_channels_last
+from ._registration import CREW_WORK, allocate_channels_last
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
@@ -28,22 +28,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus:
         torch.add(product, plus, out=out)
 
 
-def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """`linear` of the rows of a matrix, or of a batch of maps, whose channels are last."""
-    product = linear if multiplies_rows(x) else _torch_linear
-    product(_pixels_of_rows(x), weight, bias, _pixels_of_rows(out))
-
-
-def weight_gradient_of_rows(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
-    """`weight_gradient` of `linear_rows`."""
-    weight_gradient(_pixels_of_rows(grad), _pixels_of_rows(x), out)
-
-
-def multiplies_rows(x: Tensor) -> bool:
-    """Whether `linear_rows` is our kernel. Few rows do not pay for the packing of a weight."""
-    return _has_kernel(x) and x.numel() >= _LEAST_ROWS * x.shape[-1]
-
-
 def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
     """`linear` of (B, N, C), neighbouring channels, by a matrix (O, I), or (B, O, I) for each sample, then with biases
     (O,) or (B, O); plus, if given, is out."""
@@ -52,7 +36,7 @@ def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *
         combined = _native.tokens_view(plus), _NOTHING if plus is None else _PLUS
         _native.kernels().pointwise(*given, *combined, _native.tokens_view(out))
     elif weight.ndim == 2 and plus is None:
-        linear_rows(x.flatten(0, 1), weight, bias, out.flatten(0, 1))
+        _torch_linear(x.transpose(1, 2)[..., None], weight, bias, out.transpose(1, 2)[..., None])
     elif plus is not None:
         out.baddbmm_(x, weight.transpose(1, 2))
     elif bias is None:
@@ -103,13 +87,22 @@ def crew_pays(x: Tensor) -> bool:
     return x.numel() >= _CREW_ELEMENTS and multiplies(x)
 
 
-def products_of_rows(x: Tensor) -> str:
-    """The same for `linear_rows`."""
-    return _native.kernel_name("cpu") if multiplies_rows(x) else _TORCH
+def products_of_tokens(x: Tensor) -> str:
+    """What multiplies tokens like x, for `explain`."""
+    return _native.kernel_name("cpu") if multiplies_tokens(x) else _TORCH
 
 
-_TORCH, _LEAST_ROWS = "PyTorch's GEMMs", 512
-_CREW_ELEMENTS = 2**12
+def multiplies_tokens(x: Tensor) -> bool:
+    """Whether `linear_tokens` of (..., C) is ours. Few tokens do not pay for the packing of the weight."""
+    return _has_kernel(x) and x.numel() >= _LEAST_TOKENS * x.shape[-1]
+
+
+def crew_pays_for_tokens(x: Tensor) -> bool:
+    return multiplies_tokens(x) and x.numel() * x.shape[-1] > CREW_WORK
+
+
+_TORCH = "PyTorch's GEMMs"
+_CREW_ELEMENTS, _LEAST_TOKENS = 2**12, 16
 _NOTHING, _PLUS, _TIMES = range(3)  # Combine in csrc/include/pointwise.h
 
 
@@ -204,11 +197,6 @@ def weight_gradient_tokens(grad: Tensor, x: Tensor, out: Tensor) -> None:
         torch.mm(grad.flatten(0, 1).t(), x.flatten(0, 1), out=out)
     else:
         out.copy_(torch.mm(grad.flatten(0, 1).t(), x.flatten(0, 1)))
-
-
-def multiplies_tokens(x: Tensor) -> bool:
-    """Whether `linear_tokens` of (B, N, C) is ours. Few tokens do not pay for the packing of the weight."""
-    return _has_kernel(x) and x.shape[0] * x.shape[1] >= 16
 
 
 def _pixels(t: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def _crew_pays(q: Tensor) -> bool:
     return q.numel() * q.shape[2] > CREW_WORK
 
 
-_forward_in_crew, _backward_in_crew = with_crew(_forward, _crew_pays), with_crew(_backward, _crew_pays)
+_forward_in_crew, _backward_in_crew = (with_crew(run, _crew_pays) for run in (_forward, _backward))
 
 
 @without_autocast

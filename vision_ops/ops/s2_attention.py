@@ -8,7 +8,13 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_tensor
-from ._pointwise import linear_rows, multiplies_rows, products_of_rows, weight_gradient_of_rows
+from ._pointwise import (
+    crew_pays_for_tokens,
+    linear_tokens,
+    multiplies_tokens,
+    products_of_tokens,
+    weight_gradient_tokens,
+)
 from ._registration import FusedOp, Kernels, _any_requires_grad, allocate, device_reasons, with_crew, without_autocast
 from .shift_split_attention import (
     CPUPasses,
@@ -66,7 +72,7 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
     at_a_time = min(at_a_time, len(x)) or 1
     y, weighed = allocate(x.shape, x), allocate((at_a_time, h, w, c), x)
     branches = allocate((len(x) if a.keep else at_a_time, h, w, 3 * c), x)
-    if multiplies_rows(x):
+    if multiplies_tokens(x):
         mlps = a.mlp1_weight, a.mlp2_weight, a.mlp2_bias
         passes.linear_weigh_linear(x, *mlps, weights, offset, branches, weighed, y)
     else:
@@ -82,9 +88,9 @@ def _linear_weigh_linear(
         images = slice(first, first + at_a_time)
         count = len(x[images])
         some, mixed = branches[images] if a.keep else branches[:count], weighed[:count]
-        linear_rows(x[images], a.mlp1_weight, None, some)
+        linear_tokens(x[images].flatten(1, 2), a.mlp1_weight, None, some.flatten(1, 2))
         passes.weigh(some, weights[images], offset[images], mixed)
-        linear_rows(mixed, a.mlp2_weight, a.mlp2_bias, y[images])
+        linear_tokens(mixed.flatten(1, 2), a.mlp2_weight, a.mlp2_bias, y[images].flatten(1, 2))
 
 
 def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved: Tensor) -> None:
@@ -92,18 +98,18 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved
     x, grad, biases, (_, h, w, c) = a.x.contiguous(), grad.contiguous(), _branch_biases(a), a.x.shape
     if not a.keep:
         branches = allocate((len(x), h, w, 3 * c), x)
-        linear_rows(x, a.mlp1_weight, None, branches)
+        linear_tokens(x.flatten(1, 2), a.mlp1_weight, None, branches.flatten(1, 2))
     if dmlp2_bias is not None:
         sums = small(x, 3, c)
         passes.edge_sums(grad, sums)
         dmlp2_bias.copy_(sums[:, 0].sum(0))
 
     dweighed, sums = allocate(x.shape, x), small(x, 4, c)
-    linear_rows(grad, a.mlp2_weight.t(), None, dweighed)
+    linear_tokens(grad.flatten(1, 2), a.mlp2_weight.t(), None, dweighed.flatten(1, 2))
     weighed = None if dmlp2 is None else allocate(x.shape, x)
     passes.weigh_backward_weights(dweighed, branches, weights, (weights * biases).sum(1), sums, weighed)
     if weighed is not None:
-        weight_gradient_of_rows(grad, weighed, dmlp2)
+        weight_gradient_tokens(grad.flatten(1, 2), weighed.flatten(1, 2), dmlp2)
     total, mlps = sums[:, 3:], (a.split_mlp1_weight, a.split_mlp2_weight)
     dweights, dpooled = sums[:, :3] + biases * total, torch.empty_like(pooled)
     passes.branch_weights_backward(dweights, weights, hidden, pooled, mlps, dsplit, dpooled)
@@ -114,10 +120,11 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved
         return
     dbranches = allocate(branches.shape, x)
     passes.weigh_backward_input(dweighed, weights, dpooled, dbranches)
-    weight_gradient_of_rows(dbranches, x, dmlp1)
+    if dmlp1 is not None:
+        weight_gradient_tokens(dbranches.flatten(1, 2), x.flatten(1, 2), dmlp1)
     if dx is not None:
         found = dx if dx.is_contiguous() else dweighed
-        linear_rows(dbranches, a.mlp1_weight.t(), None, found)
+        linear_tokens(dbranches.flatten(1, 2), a.mlp1_weight.t(), None, found.flatten(1, 2))
         if found is not dx:
             dx.copy_(found)
 
@@ -126,16 +133,18 @@ def _images_at_a_time(x: Tensor) -> int:
     return -(-_PIXELS_AT_A_TIME // (x.shape[1] * x.shape[2]))
 
 
+_forward_in_crew, _backward_in_crew = (with_crew(run, crew_pays_for_tokens) for run in (_forward, _backward))
+
+
+# PyTorch's own copies are parallel outside of a crew only.
 @without_autocast
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
-    forward = with_crew(_forward) if multiplies_rows(a.x) else _forward
-    return forward(a, CPUPasses, _images_at_a_time(a.x))
+    return _forward_in_crew(a._replace(x=a.x.contiguous()), CPUPasses, _images_at_a_time(a.x))
 
 
 @without_autocast
 def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
-    backward = with_crew(_backward) if multiplies_rows(a.x) else _backward
-    backward(grads, grad, a, CPUPasses, *saved)
+    _backward_in_crew(grads, grad.contiguous(), a._replace(x=a.x.contiguous()), CPUPasses, *saved)
 
 
 @without_autocast
@@ -164,7 +173,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     saved=4,
-    parts=lambda a: parts(a.x) | {"mlp1 and mlp2": products_of_rows(a.x)},
+    parts=lambda a: parts(a.x) | {"mlp1 and mlp2": products_of_tokens(a.x)},
 )
 
 

@@ -165,7 +165,7 @@ def _forward(a: _Arguments, passes: Any) -> tuple[Tensor, ...]:
     return y, pooled, hidden, weights
 
 
-def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, passes: Any) -> None:
+def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved: Tensor) -> None:
     (dx, *dmlps), (pooled, hidden, weights) = grads, saved
     x, dy = adjacent(a.x), adjacent(grad)
     sums = small(x, 4, dy.shape[3])
@@ -180,16 +180,21 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor, pas
         dx.copy_(found)
 
 
-@with_crew
+def _crew_pays(x: Tensor) -> bool:
+    return x.numel() >= 2**16  # measured on two threads
+
+
+_forward_in_crew, _backward_in_crew = (with_crew(run, _crew_pays) for run in (_forward, _backward))
+
+
 @without_autocast
 def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
-    return _forward(a, CPUPasses)
+    return _forward_in_crew(a, CPUPasses)
 
 
-@with_crew
 @without_autocast
 def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
-    _backward(grads, grad, a, *saved, passes=CPUPasses)
+    _backward_in_crew(grads, grad, a, CPUPasses, *saved)
 
 
 @without_autocast
@@ -199,7 +204,7 @@ def _forward_cuda(a: _Arguments) -> tuple[Tensor, ...]:
 
 @without_autocast
 def _backward_cuda(grads: list[Any], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
-    _backward(grads, grad, a, *saved, passes=triton_passes())
+    _backward(grads, grad, a, triton_passes(), *saved)
 
 
 _KERNELS: dict[str, Kernels] = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}

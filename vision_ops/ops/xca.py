@@ -12,8 +12,14 @@ from ..dispatch import Explanation, explainers
 from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
 from ._heads import by_head
-from ._pointwise import linear_tokens, multiplies_tokens, weight_gradient_tokens
-from ._registration import CREW_WORK, FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
+from ._pointwise import (
+    crew_pays_for_tokens,
+    linear_tokens,
+    multiplies_tokens,
+    products_of_tokens,
+    weight_gradient_tokens,
+)
+from ._registration import FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
 from .cross_covariance import Attention, attend, attend_backward, check_temperature, empty_matrices, triton_reasons
 
 
@@ -161,11 +167,7 @@ def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tens
         _backward_qkv(grads, grad, a, qkv, kernels)
 
 
-def _crew_pays(x: Tensor) -> bool:
-    return multiplies_tokens(x) and x.numel() * x.shape[2] > CREW_WORK
-
-
-_forward_in_crew, _backward_in_crew = with_crew(_forward, _crew_pays), with_crew(_backward, _crew_pays)
+_forward_in_crew, _backward_in_crew = (with_crew(run, crew_pays_for_tokens) for run in (_forward, _backward))
 
 
 # PyTorch's own copies are parallel outside of a crew only.
@@ -202,9 +204,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
-    products = kernel if multiplies_tokens(a.x) else "PyTorch's GEMMs"
     form = "the Gram form" if a.gram else "q, k and v"
-    return {"attention": kernel, "products over all channels": f"{products}, of {form}"}
+    return {"attention": kernel, "products over all channels": f"{products_of_tokens(a.x)}, of {form}"}
 
 
 _op = FusedOp(
