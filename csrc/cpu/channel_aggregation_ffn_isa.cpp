@@ -193,17 +193,6 @@ Error for_each_row(const Tensor4& scores, int64_t work, const Body& body) {
                           [&](int64_t task, A* memory) { body(task / height, task % height, task * width, memory); });
 }
 
-VOPS_INLINE Float gelu_vector(Float v) { return gelu(v); }
-VOPS_INLINE Double gelu_vector(Double v) {
-  for (int k = 0; k < kLanes; k++) v[k] = gelu(v[k]);
-  return v;
-}
-VOPS_INLINE Float gelu_grad_vector(Float v) { return gelu_grad(v); }
-VOPS_INLINE Double gelu_grad_vector(Double v) {
-  for (int k = 0; k < kLanes; k++) v[k] = gelu_grad(v[k]);
-  return v;
-}
-
 template <bool direct, class T, class A>
 VOPS_INLINE void convolve(const Panel<const T>& x, int64_t height, const Weights<A>& w, int64_t blocks, DwConv conv,
                           RowRange out, const Panel<T>& y) {
@@ -267,7 +256,7 @@ Error run_forward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const Te
       Vec<A> score = Vec<A>{} + bias[0];
       for (int64_t bundle = 0; bundle < plan.bundles; bundle++) score += get(parts + bundle * pixels + pixel + k);
       put((A*)scores.data + pixel + k, score);
-      store(values + k, gelu_vector(score));
+      store(values + k, gelu(score));
     });
     write_d(d, n, row, values);
   });
@@ -302,9 +291,9 @@ Error run_backward(const Tensor4& f, const Tensor4& w, const Tensor4& b, const T
     A sum = 0;
     for_each_vector(width, [&](int64_t k, const auto& get, const auto& put) {
       const Vec<A> score = get((const A*)scores.data + pixel + k);
-      const Vec<A> dscore = get((const A*)dd.data + pixel + k) * gelu_grad_vector(score);
+      const Vec<A> dscore = get((const A*)dd.data + pixel + k) * gelu_grad(score);
       put(dscores + pixel + k, dscore);
-      store(values + k, gelu_vector(score));
+      store(values + k, gelu(score));
       sum += sum_of_lanes<A>(dscore);
     });
     const bool own = first <= row && row < first + height;

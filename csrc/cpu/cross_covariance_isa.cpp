@@ -210,19 +210,6 @@ VOPS_INLINE void for_each_vector(int64_t d, const F& f) {
         [n](A* p, Vec<A> v) { n == kLanes ? store(p, v) : store_n(p, v, n); });
   }
 }
-template <class A>
-VOPS_INLINE A sum_of_lanes(Vec<A> v) {
-  A sum = 0;
-  for (int k = 0; k < kLanes; k++) sum += v[k];
-  return sum;
-}
-
-VOPS_INLINE Float exponential(Float v) { return exp(v); }
-VOPS_INLINE Double exponential(Double v) {
-  for (int k = 0; k < kLanes; k++) v[k] = ::exp(v[k]);
-  return v;
-}
-
 VOPS_INLINE float square_root(float v) { return ::sqrtf(v); }
 VOPS_INLINE double square_root(double v) { return ::sqrt(v); }
 
@@ -278,11 +265,11 @@ Error run_softmax(const Tensor4& gram, const Tensor4& norms, const Tensor4& temp
       for (int64_t j = kLanes; j < width; j += kLanes) most = load(row + j) > most ? load(row + j) : most;
       const A largest = largest_lane<A>(most);
       for (int64_t j = 0; j < width; j += kLanes) {
-        store(row + j, exponential(load(row + j) - largest));
+        store(row + j, exp(load(row + j) - largest));
       }
       for (int64_t j = d; j < width; j++) row[j] = 0;
       for (int64_t j = 0; j < width; j += kLanes) sums += load(row + j);
-      const A inverse = 1 / sum_of_lanes<A>(sums);
+      const A inverse = 1 / sum_of_lanes(sums);
       for_each_vector<A>(d, [&](int64_t j, int, const auto&, const auto& put) { put(w + j, load(row + j) * inverse); });
     }
   });
@@ -307,7 +294,7 @@ Error run_softmax_backward(const Tensor4& grad, const Tensor4& weights, const Te
       const A inverse_q = 1 / norm_of(q[i]);
       Vec<A> weighted = {}, products = {};
       for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto&) { weighted += get(t + j) * get(w + j); });
-      const A mean = sum_of_lanes<A>(weighted);
+      const A mean = sum_of_lanes(weighted);
       for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto& put) {
         const Vec<A> inverse = get(inverse_k + j) * inverse_q, logit = get(w + j) * (get(t + j) - mean);
         const Vec<A> product = logit * (get(g + j) * inverse);
@@ -315,7 +302,7 @@ Error run_softmax_backward(const Tensor4& grad, const Tensor4& weights, const Te
         put(of_k + j, get(of_k + j) + product);
         put(t + j, logit * tau * inverse);
       });
-      const A product = sum_of_lanes<A>(products);
+      const A product = sum_of_lanes(products);
       of_temperature += product;
       scale_q[i] = is_bounded(q[i]) ? 0 : -tau * product * inverse_q * inverse_q;
     }

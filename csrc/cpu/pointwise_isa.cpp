@@ -394,7 +394,8 @@ Error forward_rows(const Tensor4& x, const Tensor4& w, const Tensor4& b, const T
 }
 
 Error forward_packed(const Tensor4& x, const float* packed, const Tensor4& y) {
-  return y.size[0] * y.size[1] * y.size[2] * y.size[3] ? multiply_packed(x, 1, packed, {}, kNothing, y) : nullptr;
+  if (y.size[0] * y.size[1] * y.size[2] * y.size[3] == 0) return nullptr;
+  return multiply_packed(x, 1, packed, {}, kNothing, y);
 }
 
 // Neighbours in y are pixels: channels are the rows.
