@@ -72,7 +72,7 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
     at_a_time = min(at_a_time, len(x)) or 1
     y, weighed = allocate(x.shape, x), allocate((at_a_time, h, w, c), x)
     branches = allocate((len(x) if a.keep else at_a_time, h, w, 3 * c), x)
-    if multiplies_tokens(x):
+    if passes is CPUPasses and multiplies_tokens(x):
         mlps = a.mlp1_weight, a.mlp2_weight, a.mlp2_bias
         passes.linear_weigh_linear(x, *mlps, weights, offset, branches, weighed, y)
     else:
