@@ -65,9 +65,7 @@ VOPS_INLINE void gelu_of(Float (&u)[N]) {
 }
 template <int N>
 VOPS_INLINE void gelu_of(Double (&u)[N]) {
-  for (int i = 0; i < N; i++) {
-    for (int k = 0; k < kLanes; k++) u[i][k] = gelu(u[i][k]);
-  }
+  for (int i = 0; i < N; i++) u[i] = gelu(u[i]);
 }
 // And slope = gelu'(u).
 template <int N>
@@ -84,9 +82,7 @@ VOPS_INLINE void gelu_and_slope(Float (&u)[N], Float (&slope)[N]) {
 }
 template <int N>
 VOPS_INLINE void gelu_and_slope(Double (&u)[N], Double (&slope)[N]) {
-  for (int i = 0; i < N; i++) {
-    for (int k = 0; k < kLanes; k++) slope[i][k] = gelu_grad(u[i][k]), u[i][k] = gelu(u[i][k]);
-  }
+  for (int i = 0; i < N; i++) slope[i] = gelu_grad(u[i]), u[i] = gelu(u[i]);
 }
 
 // How the work is cut, by shape only: what is summed over tasks must not depend on the threads. A task takes some

@@ -5,19 +5,13 @@ namespace vops {
 namespace VOPS_ISA {
 namespace {
 
-VOPS_INLINE Float act_of(Float x, Activation act) { return act == kSilu ? silu(x) : act == kGelu ? gelu(x) : x; }
-VOPS_INLINE Float slope_of(Float x, Activation act) {
-  return act == kSilu ? silu_grad(x) : act == kGelu ? gelu_grad(x) : splat(1.f);
+template <class V>
+VOPS_INLINE V act_of(V x, Activation act) {
+  return act == kSilu ? silu(x) : act == kGelu ? gelu(x) : x;
 }
-VOPS_INLINE Double act_of(Double x, Activation act) {
-  if (act == kNoActivation) return x;
-  for (int k = 0; k < kLanes; k++) x[k] = act == kSilu ? silu(x[k]) : gelu(x[k]);
-  return x;
-}
-VOPS_INLINE Double slope_of(Double x, Activation act) {
-  if (act == kNoActivation) return Double{} + 1.;
-  for (int k = 0; k < kLanes; k++) x[k] = act == kSilu ? silu_grad(x[k]) : gelu_grad(x[k]);
-  return x;
+template <class V>
+VOPS_INLINE V slope_of(V x, Activation act) {
+  return act == kSilu ? silu_grad(x) : act == kGelu ? gelu_grad(x) : V{} + 1;
 }
 
 // Lines of images that stay apart: each has means of its own.

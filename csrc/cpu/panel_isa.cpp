@@ -180,13 +180,6 @@ void activate_tensor_backward_of(const Tensor4& u, const Tensor4& dy, int64_t n,
   if (act == kSilu) map_tensor_backward<T>(u, dy, n, c, begin, end, [](Float v) { return silu_grad(v); });
 }
 
-// libm has no vectors: lane by lane.
-template <class F>
-VOPS_INLINE Double by_lane(Double v, F f) {
-  for (int k = 0; k < kLanes; k++) v[k] = f(v[k]);
-  return v;
-}
-
 }  // namespace
 
 bool is_channels_last(const Tensor4& t) { return t.stride[1] == 1 || t.size[1] == 1; }
@@ -245,15 +238,13 @@ void activate_tensor_backward(const Tensor4& u, const Tensor4& dy, int64_t n, Ch
 }
 template <>
 void activate(double* u, int64_t vectors, Activation act) {
-  if (act == kGelu) map(u, vectors, [](Double v) { return by_lane(v, [](double s) { return gelu(s); }); });
-  if (act == kSilu) map(u, vectors, [](Double v) { return by_lane(v, [](double s) { return silu(s); }); });
+  if (act == kGelu) map(u, vectors, [](Double v) { return gelu(v); });
+  if (act == kSilu) map(u, vectors, [](Double v) { return silu(v); });
 }
 template <>
 void activate_backward(double* u, const double* dy, int64_t vectors, Activation act) {
-  if (act == kGelu)
-    map_backward(u, dy, vectors, [](Double v) { return by_lane(v, [](double s) { return gelu_grad(s); }); });
-  if (act == kSilu)
-    map_backward(u, dy, vectors, [](Double v) { return by_lane(v, [](double s) { return silu_grad(s); }); });
+  if (act == kGelu) map_backward(u, dy, vectors, [](Double v) { return gelu_grad(v); });
+  if (act == kSilu) map_backward(u, dy, vectors, [](Double v) { return silu_grad(v); });
 }
 
 }  // namespace VOPS_ISA

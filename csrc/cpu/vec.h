@@ -294,6 +294,7 @@ VOPS_INLINE double silu_grad(double x) {
   const double s = 1. / (1. + ::exp(-x));
   return s * (1. + x * (1. - s));
 }
+// libm has no vectors.
 #define VOPS_BY_LANE(name, of_lane)                                \
   VOPS_INLINE Double name(Double x) {                              \
     for (int k = 0; k < kLanes; k++) x[k] = of_lane((double)x[k]); \

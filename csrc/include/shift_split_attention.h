@@ -4,17 +4,17 @@
 
 namespace vops {
 
+struct LinearWeighLinear {
+  Tensor4 x, mlp1, weights, offset, mlp2, bias;  // offset takes the bias of mlp1 in
+  Tensor4 branches, weighed;                     // of some images at a time; all branches may be kept
+};
+
 // Maps have adjacent channels. x is three branches of C channels. Branches 1 and 2 are moved by one pixel, forward and
 // back along one axis and then along the other, a quarter of the channels each: first along the height in branch 1,
 // along the width in branch 2. What is at the border stays there, too.
 //
 // Per image there are small tensors, contiguous (N, K, 1, C) in the type of sums: float64 for float64, else float32.
 // All sums are bitwise repeatable, whatever the threads.
-struct LinearWeighLinear {
-  Tensor4 x, mlp1, weights, offset, mlp2, bias;  // offset takes the bias of mlp1 in
-  Tensor4 branches, weighed;                     // of some images at a time; all branches may be kept
-};
-
 struct ShiftSplitAttentionOps {
   // sums (K = 3) of any map: over all pixels; of the first row less the last; of the first column less the last.
   Error (*edge_sums)(const Tensor4& map, const Tensor4& sums);

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from vision_ops import _native
-from vision_ops.ops._registration import with_crew
 from vision_ops.ops.shift_split_attention import CPUPasses, small
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_missing))
+
+
+def in_crew(function, *args):
+    return _native.kernels().with_crew(function, *args)
 
 
 def passes(x, weights, count=3):
@@ -34,7 +37,7 @@ def test_same_numbers(threads):
     x, weights = torch.randn(3, 40, 40, 96), torch.rand(3, 3, 32)
     expected = passes(x, weights)
     for _ in range(50):
-        for a, b in zip(with_crew(passes)(x, weights), expected, strict=True):
+        for a, b in zip(in_crew(passes, x, weights), expected, strict=True):
             assert torch.equal(a, b)
 
 
@@ -44,20 +47,19 @@ def test_errors_come_through(threads):
         raise KeyError("of the op")
 
     with pytest.raises(KeyError, match="of the op"):
-        with_crew(fail)(torch.randn(3, 40, 40, 96))
+        in_crew(fail, torch.randn(3, 40, 40, 96))
     test_same_numbers(threads)
 
 
 def test_crew_in_a_crew(threads):
     x, weights = torch.randn(3, 40, 40, 96), torch.rand(3, 3, 32)
-    inner = with_crew(passes)
-    for a, b in zip(with_crew(inner)(x, weights), passes(x, weights), strict=True):
+    for a, b in zip(in_crew(in_crew, passes, x, weights), passes(x, weights), strict=True):
         assert torch.equal(a, b)
 
 
 def test_torch_works_inside_and_after(threads):
     a = torch.randn(300, 300)
-    inside = with_crew(torch.mm)(a, a)
+    inside = in_crew(torch.mm, a, a)
     torch.testing.assert_close(inside, a @ a)
     assert torch.get_num_threads() == threads
 
@@ -65,7 +67,7 @@ def test_torch_works_inside_and_after(threads):
 def test_from_many_threads():
     x, weights, found = torch.randn(3, 40, 40, 96), torch.rand(3, 3, 32), []
     expected = passes(x, weights)
-    callers = [threading.Thread(target=lambda: found.append(with_crew(passes)(x, weights))) for _ in range(8)]
+    callers = [threading.Thread(target=lambda: found.append(in_crew(passes, x, weights))) for _ in range(8)]
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -105,7 +105,7 @@ def _compute(a: Any, w: _Weights, kernels: ModuleType) -> _Again:
     exact_norms = squares.mul_(n).add_(norms)
     kernels.softmax(exact.to(gram.dtype), exact_norms.to(norms.dtype), temperature, weights)
     attention = Attention(exact, exact_norms, weights, temperature)
-    folded = torch.empty_like(moments)
+    folded = allocate_contiguous((b, c, c), moments)
     kernels.apply(weights, w.proj_heads(heads, b), by_head(folded, heads), transposed=True)
     return _Again(centred, moments, means, attention, folded, _times(folded, w.qkv[2 * c :].t()))
 
@@ -149,7 +149,7 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     centred, moments, means, attention, folded, matrix = _compute(a, w, kernels)
     mean, grad = centred.mean.to(moments.dtype), grad.to(moments.dtype)
     dsum = sum_tokens(grad).to(mean.dtype) if multiplies_tokens(grad) and grad.stride(2) == 1 else grad.sum(1)
-    dmatrix = torch.empty_like(moments)
+    dmatrix = allocate_contiguous((b, c, c), moments)
     for part, x in centred.parts():
         weight_gradient_tokens(grad[part], x, dmatrix[part])
     if dproj_bias is not None:
@@ -181,14 +181,14 @@ def backward(grads: list[Tensor | None], grad: Tensor, a: Any, kernels: ModuleTy
     torch.bmm(dsum[:, None], folded, out=dmeans[:, None, 2 * c :])
 
     if dqkv is not None:
-        each = torch.empty_like(w.qkv)
+        each = allocate_contiguous(w.qkv.shape, w.qkv)
         weight_gradient_tokens(rows.flatten(1).t()[None], moments.flatten(0, 1)[None], each[: 2 * c])
         weight_gradient_tokens(folded.flatten(0, 1)[None], dmatrix.flatten(0, 1)[None], each[2 * c :])
         dqkv.copy_(each.addmm_(dmeans.t(), mean))
     if dqkv_bias is not None:
         dqkv_bias.copy_(dmeans.sum(0))
     if dx is not None:
-        symmetric = torch.empty_like(moments)  # transposed
+        symmetric = allocate_contiguous((b, c, c), moments)  # transposed
         linear_tokens(rows.flatten(1).t()[None], w.qkv[: 2 * c].t(), None, symmetric.flatten(0, 1)[None])
         # The mean of the gradient of x, which its centring takes out, comes back with that of the mean itself.
         constant = (dmeans @ w.qkv).sub_(torch.bmm(dsum[:, None], matrix).squeeze(1)).div_(n)

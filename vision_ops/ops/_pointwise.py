@@ -182,10 +182,6 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
     out.copy_(total)
 
 
-def _pixels_of_rows(t: Tensor) -> Tensor:
-    return t.permute(0, 3, 1, 2) if t.ndim == 4 else t.t()[None, :, :, None]
-
-
 def weight_gradient_tokens(grad: Tensor, x: Tensor, out: Tensor) -> None:
     """`weight_gradient` of `linear_tokens`."""
     if multiplies_tokens(x) and out.dtype == x.dtype:

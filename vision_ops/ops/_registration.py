@@ -100,7 +100,7 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 CREW_WORK = 1 << 19
 
 
-def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool] | None = None) -> Callable[..., Any]:
+def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool]) -> Callable[..., Any]:
     """For CPU kernels of several passes: the threads are woken once. PyTorch's ops run on one thread meanwhile.
 
     pays: whether that is faster, given the first of the op's arguments, which are a NamedTuple.
@@ -108,9 +108,8 @@ def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool] | None 
 
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
-        if pays is not None and not pays(next(a for a in args if isinstance(a, tuple))[0]):
-            return kernel(*args)
-        return _native.kernels().with_crew(kernel, *args)
+        arguments = next(a for a in args if isinstance(a, tuple))
+        return _native.kernels().with_crew(kernel, *args) if pays(arguments[0]) else kernel(*args)
 
     return run
 

@@ -111,7 +111,7 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved
     if weighed is not None:
         weight_gradient_tokens(grad.flatten(1, 2), weighed.flatten(1, 2), dmlp2)
     total, mlps = sums[:, 3:], (a.split_mlp1_weight, a.split_mlp2_weight)
-    dweights, dpooled = sums[:, :3] + biases * total, torch.empty_like(pooled)
+    dweights, dpooled = sums[:, :3] + biases * total, small(x, c)
     passes.branch_weights_backward(dweights, weights, hidden, pooled, mlps, dsplit, dpooled)
     if dmlp1_bias is not None:
         # No pixel of dweighed goes to two pixels of a branch, none is lost.

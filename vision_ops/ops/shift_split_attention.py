@@ -32,15 +32,15 @@ def _output(a: _Arguments) -> tuple[Tensor, ...]:
 
 def small(x: Tensor, *sizes: int) -> Tensor:
     """For what is summed over the pixels of every image: float32 for half types."""
-    return x.new_empty((x.shape[0], *sizes), dtype=sum_dtype(x))
+    return allocate((x.shape[0], *sizes), x, dtype=sum_dtype(x))
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# --- The passes, for this op and for those that contain it. Maps are (B, H, W, channels) with adjacent
-# channels, what is small is contiguous. On CUDA the functions of kernels/shift_split_attention.py have the same names.
+# --- The passes, for this op and for those that contain it. Maps are (B, H, W, channels) with adjacent channels, what
+# is small is contiguous. On CUDA the functions of kernels/shift_split_attention.py have the same names.
 
 
 class CPUPasses:
@@ -170,7 +170,7 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved
     x, dy = adjacent(a.x), adjacent(grad)
     sums = small(x, 4, dy.shape[3])
     passes.weigh_backward_weights(dy, x, weights, None, sums, None)
-    mlps, dpooled = (a.split_mlp1_weight, a.split_mlp2_weight), torch.empty_like(pooled)
+    mlps, dpooled = (a.split_mlp1_weight, a.split_mlp2_weight), small(x, dy.shape[3])
     passes.branch_weights_backward(sums, weights, hidden, pooled, mlps, dmlps, dpooled)
     if dx is None:
         return
