@@ -1,7 +1,9 @@
 """How every op enters PyTorch: forward and backward are each an op of the dispatcher, autograd stands outside them.
 
-That is the cheapest arrangement per call, a few microseconds against 16 to 19 for `register_autograd` and `custom_op`
-(measured on a prototype), and `register_autograd` alone would give a silently wrong jvp.
+Graphs and whatever else looks at ops (fake tensors, dispatch modes, the profiler) see them. Where nothing looks, the
+kernels are called directly: the dispatcher's way to a kernel in Python takes tens of microseconds in a training step.
+Autograd outside costs less than `register_autograd` or `custom_op`, and `register_autograd` alone would give a silently
+wrong jvp.
 """
 
 import functools
@@ -51,6 +53,8 @@ def allocate(
     """Where every output of every kernel comes from; the tests fill it with NaN. strides: in place of a format."""
     if strides is not None:
         return torch.empty_strided(shape, strides, dtype=dtype or like.dtype, device=like.device)
+    if memory_format is torch.contiguous_format:
+        return like.new_empty(shape, dtype=dtype)  # takes half the time
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -80,7 +84,9 @@ def workspace(size: int, like: Tensor) -> Tensor:
     return allocate((size // like.element_size(),), like)
 
 
-def _gradient_like(t: Tensor) -> Tensor:
+def gradient_like(t: Tensor) -> Tensor:
+    if t.is_contiguous():
+        return torch.empty_like(t)  # takes a third of the time
     return empty(t.shape, t) if t.ndim == 4 and t.shape[1] > 1 else allocate(t.shape, t)
 
 
@@ -156,11 +162,13 @@ class FusedOp:
         backward = _define(f"{name}_backward(Tensor grad, {schema}, {needs}) -> Tensor[]")
         self._forward = forward
         self._function = _function(self, forward, backward)
+        # Without its look at functorch, which _needs_reference has had: half of the time.
+        self._short_apply: Callable[..., Any] = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
 
         # Where graphs come: compiled, exported and traced ones hold the op.
         def autograd(*given: Any) -> Any:
             if torch.is_grad_enabled() and _any_requires_grad(given):
-                return self._differentiable(given)
+                return self._differentiable(self._function.apply, None, given)
             with torch._C._AutoDispatchBelowAutograd():
                 return forward(*given)
 
@@ -175,19 +183,9 @@ class FusedOp:
 
         def gradients(grad: Tensor, *rest: Any, run: Callable[..., None] | None = None) -> list[Tensor]:
             *given, needs = rest
-            saved_tensors = given.pop() if saved else []
-            needed = iter(needs)
-
-            def empty_gradient(t: Any) -> Any:
-                if isinstance(t, (list, tuple)):
-                    return [empty_gradient(u) for u in t]
-                return _gradient_like(t) if next(needed) else None
-
-            grads = [empty_gradient(t) for t in given[:count]]
-            if run is not None:
-                run(grads, grad, arguments(*given), *saved_tensors)
+            kept = given.pop() if saved else []
             # An op cannot return None: a gradient that is not needed is an empty tensor.
-            return [grad.new_empty(0) if g is None else g for g in _flat(grads)]
+            return [grad.new_empty(0) if g is None else g for g in self.gradients(run, grad, given, kept, needs)]
 
         torch.library.register_fake(forward, lambda *given: output(arguments(*given)), lib=_library)
         torch.library.register_fake(backward, gradients, lib=_library)
@@ -217,19 +215,57 @@ class FusedOp:
     def _run(self, arguments: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._forward(*arguments)
-        # The shortest ways through the dispatcher.
+        kernels = self.direct(_flat(arguments[: self._tensors]))
         if torch.is_grad_enabled() and _any_requires_grad(arguments):
-            return self._differentiable(arguments)
+            apply = self._function.apply if kernels is None else self._short_apply
+            return self._differentiable(apply, kernels, arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return self._forward(*arguments)
+            return self._forward(*arguments) if kernels is None else kernels[0](arguments)
 
-    def _differentiable(self, given: Sequence[Any]) -> Any:
+    def direct(self, tensors: Sequence[Tensor | None]) -> Kernels | None:
+        """The kernels for these tensors, the first of which is one, where the dispatcher would do no more than to call
+        them."""
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            return None
+        if torch.autograd._profiler_enabled():
+            return None
+        kind = tensors[0].device.type  # type: ignore[union-attr]
+        plain = _plain_keys(kind)
+        for t in tensors:
+            if t is None:
+                continue
+            if type(t) not in _PLAIN_TYPES or torch._C._dispatch_keys(t).raw_repr() not in plain:
+                return None
+        return self.kernels.get(kind.upper())
+
+    def gradients(
+        self,
+        run: Callable[..., None] | None,
+        grad: Tensor,
+        given: Sequence[Any],
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Of all tensor arguments, flat; empty ones without `run`, the backward kernel."""
+        needed = iter(needs)
+
+        def empty_gradient(t: Any) -> Any:
+            if isinstance(t, (list, tuple)):
+                return [empty_gradient(u) for u in t]
+            return gradient_like(t) if next(needed) else None
+
+        grads = [empty_gradient(t) for t in given[: self._tensors]]
+        if run is not None:
+            run(grads, grad, self.arguments(*given), *saved)
+        return _flat(grads)
+
+    def _differentiable(self, apply: Callable[..., Any], kernels: Kernels | None, given: Sequence[Any]) -> Any:
         """Through the autograd.Function, which sees no tensors inside of lists."""
         if not self._lists:
-            return self._function.apply(None, *given)
+            return apply(kernels, None, *given)
         tensors = given[: self._tensors]
         lengths = tuple(len(t) if isinstance(t, (list, tuple)) else None for t in tensors)
-        return self._function.apply(lengths, *_flat(tensors), *given[self._tensors :])
+        return apply(kernels, lengths, *_flat(tensors), *given[self._tensors :])
 
     def nested(self, tensors: Sequence[Tensor | None], lengths: tuple[int | None, ...] | None) -> list[Any]:
         """The tensor arguments from what `_differentiable` made of them."""
@@ -288,6 +324,19 @@ def _any_requires_grad(arguments: Sequence[Any]) -> bool:
     return False
 
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """The dispatch keys of ordinary tensors: none of a wrapper, a lazily negated tensor or one of zeros only."""
+    keys = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(keys)
+
+
 def _needs_reference() -> bool:
     """Whether something is active that only PyTorch's own ops support."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -298,10 +347,15 @@ def _needs_reference() -> bool:
 def _function(
     op: FusedOp, forward_op: torch._ops.OpOverload, backward_op: torch._ops.OpOverload
 ) -> type[torch.autograd.Function]:
-    def forward(ctx: Any, lengths: tuple[int | None, ...] | None, *given: Any) -> Any:
+    def forward(ctx: Any, kernels: Kernels | None, lengths: tuple[int | None, ...] | None, *given: Any) -> Any:
         count = len(given) - op._options
         tensors, ctx.options, ctx.lengths = given[:count], given[count:], lengths
-        result = forward_op(*op.nested(tensors, lengths), *ctx.options)
+        arguments = op.arguments(*op.nested(tensors, lengths), *ctx.options)
+        if kernels is None:
+            result = forward_op(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = kernels[0](arguments)
         if op._saved:
             ctx.mark_non_differentiable(*result[1:])
             ctx.set_materialize_grads(False)
@@ -313,9 +367,9 @@ def _function(
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
         count = len(kept) - op._saved
-        tensors, saved, needs = kept[:count], kept[count:], ctx.needs_input_grad[1 : 1 + count]
+        tensors, saved, needs = kept[:count], kept[count:], ctx.needs_input_grad[2 : 2 + count]
         if grad is None:
-            return (None,) * (1 + count + len(ctx.options))
+            return (None,) * (2 + count + len(ctx.options))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             # Views, so that gradients stop here even where one argument was computed from another.
             tensors = [t if t is None else t.view_as(t) for t in tensors]
@@ -325,10 +379,16 @@ def _function(
                 found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
             grads = tuple(next(found) if needed else None for needed in needs)
         else:
-            extra = (list(saved),) if op._saved else ()
-            computed = backward_op(grad, *op.nested(tensors, ctx.lengths), *ctx.options, *extra, list(needs))
-            grads = tuple(g if needed else None for g, needed in zip(computed, needs, strict=True))
-        return (None, *grads, *(None for _ in ctx.options))
+            given = *op.nested(tensors, ctx.lengths), *ctx.options
+            kernels = None if torch.compiler.is_compiling() else op.direct((grad, *kept))
+            if kernels is None:
+                extra = (list(saved),) if op._saved else ()
+                computed = backward_op(grad, *given, *extra, list(needs))
+                grads = tuple(g if needed else None for g, needed in zip(computed, needs, strict=True))
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    grads = tuple(op.gradients(kernels[1], grad, given, saved, needs))
+        return (None, None, *grads, *(None for _ in ctx.options))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)

@@ -1,0 +1,96 @@
+"""Kernels are called past the dispatcher, but only where nobody would notice."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vision_ops import _native, fused_layer_norm_2d
+from vision_ops.ops.layer_norm_2d import _op
+
+pytestmark = pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_missing))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which kernels were called directly."""
+    found = []
+    direct = _op.direct
+    monkeypatch.setattr(_op, "direct", lambda tensors: found.append(direct(tensors) is not None) or direct(tensors))
+    return found
+
+
+def problem():
+    return [torch.randn(s).requires_grad_() for s in ((2, 16, 5, 4), (16,), (16,))]
+
+
+def step(x, weight, bias):
+    y = fused_layer_norm_2d(x, weight, bias, backend="fused")
+    return y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))
+
+
+def test_direct_and_through_the_dispatcher(calls, monkeypatch):
+    given = problem()
+    direct = step(*given)
+    assert calls == [True, True]
+    with torch.no_grad():
+        assert torch.equal(fused_layer_norm_2d(*given, backend="fused"), direct[0])
+    assert calls == [True] * 3
+    monkeypatch.setattr(_op, "direct", lambda tensors: None)
+    for a, b in zip(step(*given), direct, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dispatch_modes_see_the_ops(calls):
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names = []
+    with Log():
+        step(*problem())
+    assert calls == [False, False]
+    assert {"vision_ops.layer_norm_2d.default", "vision_ops.layer_norm_2d_backward.default"} <= set(names)
+
+
+def test_the_profiler_sees_the_ops(calls):
+    with torch.profiler.profile() as profile:
+        step(*problem())
+    assert calls == [False, False]
+    assert {"vision_ops::layer_norm_2d", "vision_ops::layer_norm_2d_backward"} <= {
+        e.key for e in profile.key_averages()
+    }
+
+
+def test_lazily_negated_tensors(calls):
+    weight, bias = torch.randn(16), torch.randn(16)
+    x = torch.randn(2, 16, 5, 4, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    y = fused_layer_norm_2d(x, weight, bias, backend="fused")
+    assert calls == [False]
+    assert torch.equal(y, fused_layer_norm_2d(x.resolve_neg(), weight, bias, backend="fused"))
+
+
+def test_a_gradient_of_lazy_zeros(calls):
+    given = problem()
+    y = fused_layer_norm_2d(*given, backend="fused")
+    grads = torch.autograd.grad(y, given, torch._efficientzerotensor(y.shape))
+    assert calls == [True, False]
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+def test_subclasses_stay_subclasses(calls):
+    class Mine(torch.Tensor):
+        pass
+
+    x, weight, bias = (t.detach() for t in problem())
+    y = fused_layer_norm_2d(x.as_subclass(Mine), weight, bias, backend="fused")
+    assert calls == [False] and type(y) is Mine
+
+
+def test_inference_tensors(calls):
+    x, weight, bias = (t.detach() for t in problem())
+    with torch.inference_mode():
+        y = fused_layer_norm_2d(x.clone(), weight, bias, backend="fused")
+    assert calls == [True]
+    assert torch.equal(y, fused_layer_norm_2d(x, weight, bias, backend="fused"))
