@@ -8,8 +8,6 @@ namespace {
 
 // Multiply-adds that the norm costs per element, about, for for_each_task.
 constexpr int64_t kNormWork = 8;
-// Blocks of channels that are packed at once from channels_last tensors.
-constexpr int64_t kTogether = 4;
 
 template <class T>
 struct AccumulatorOf {
@@ -122,7 +120,7 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   if (batch * height * width == 0) return nullptr;
   const bool direct = reads_in_place(x, f), planes = has_planes(x);
   const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = width * kLanes;
-  const int64_t blocks = ceil_div(channels, kLanes), together = min64(blocks, is_channels_last(x) ? kTogether : 1);
+  const int64_t blocks = ceil_div(channels, kLanes), together = min64(blocks, is_channels_last(x) ? kPackedBlocks : 1);
   const int64_t row_bytes = (blocks + (direct ? 0 : together)) * row * sizeof(A);
   const Cut cut = cut_work(batch, 1, height, width, row_bytes, halo, tasks_for_threads());
 
@@ -228,7 +226,7 @@ Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const T
   const bool want_weights = grads.weight.data || grads.bias.data, planes = has_planes(x);
   const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = max64(width, 1) * kLanes;
   const int64_t blocks = ceil_div(channels, kLanes);
-  const int64_t together = min64(blocks, is_channels_last(x) ? kTogether : 1);
+  const int64_t together = min64(blocks, is_channels_last(x) ? kPackedBlocks : 1);
   const Cut cut =
       cut_work(max64(batch, 1), 1, max64(height, 1), max64(width, 1), 2 * blocks * row * sizeof(A), halo, kFixedTasks);
   const int64_t units = batch * cut.chunks, splits = clamp64(units, 1, kFixedTasks);

@@ -7,20 +7,21 @@ namespace {
 constexpr int kRegisters = sizeof(Float) == 64 ? 32 : 16;
 constexpr int kMaxTile = kRegisters == 32 ? 14 : 8;
 
-// A tile: outputs of one row that lie `dilation` apart (with dilation 1: neighbours), so that every loaded column feeds
+// A tile: outputs of a row that lie `dilation` apart (with dilation 1: neighbours), so that every loaded column feeds
 // up to K of them whatever the dilation. Columns [column_begin, column_end) of the tile's window exist, outputs [0,
-// outputs) are kept.
+// outputs) are kept. The tiles of `height` rows are computed one after the other.
 template <class T>
 struct Tile {
   const T* x;
   int64_t x_row, x_column;  // steps
   const float* w;
   int64_t w_row;
-  int rows;
+  int taps;  // rows of them
   const float* bias;
   T* y;
   int64_t y_column;
   int column_begin, column_end, outputs;
+  int64_t height, next_x, next_y;  // steps from row to row
 };
 
 // Transposed = false: output t reads columns S*t + k. Transposed = true: output t takes the taps k = t - 2*q + K-1 of
@@ -50,32 +51,36 @@ enum Edge { kInner, kNear, kAny };
 template <class T, int K, int S, int N, bool Transposed, Edge E>
 void tile(const Tile<T>& t) {
   typedef Window<K, S, N, Transposed> W;
-  Float acc[N];
-  const Float bias = load(t.bias);
+  const T* top = t.x;
+  T* y = t.y;
+  for (int64_t i = 0; i < t.height; i++, top += t.next_x, y += t.next_y) {
+    Float acc[N];
+    const Float bias = load(t.bias);
 #pragma GCC unroll 16
-  for (int j = 0; j < N; j++) acc[j] = bias;
-  const T* xr = t.x;
-  const float* wr = t.w;
-  for (int r = 0; r < t.rows; r++, xr += t.x_row, wr += t.w_row) {
-    Float w[K];
+    for (int j = 0; j < N; j++) acc[j] = bias;
+    const T* xr = top;
+    const float* wr = t.w;
+    for (int r = 0; r < t.taps; r++, xr += t.x_row, wr += t.w_row) {
+      Float w[K];
 #pragma GCC unroll 16
-    for (int k = 0; k < K; k++) w[k] = load(wr + k * kLanes);
-    const T* x = xr;
+      for (int k = 0; k < K; k++) w[k] = load(wr + k * kLanes);
+      const T* x = xr;
 #pragma GCC unroll 64
-    for (int q = 0; q < W::kColumns; q++, x = stepped(x, t.x_column)) {
-      if (E == kAny && (q < t.column_begin || q >= t.column_end)) continue;
-      if (E == kNear && q < K / 2 && q < t.column_begin) continue;
-      if (E == kNear && q >= W::kColumns - K / 2 && q >= t.column_end) continue;
-      const Float v = load(x);
+      for (int q = 0; q < W::kColumns; q++, x = stepped(x, t.x_column)) {
+        if (E == kAny && (q < t.column_begin || q >= t.column_end)) continue;
+        if (E == kNear && q < K / 2 && q < t.column_begin) continue;
+        if (E == kNear && q >= W::kColumns - K / 2 && q >= t.column_end) continue;
+        const Float v = load(x);
 #pragma GCC unroll 16
-      for (int k = 0; k < K; k++) {
-        if (W::output(q, k) >= 0) acc[W::output(q, k)] += v * w[k];
+        for (int k = 0; k < K; k++) {
+          if (W::output(q, k) >= 0) acc[W::output(q, k)] += v * w[k];
+        }
       }
     }
-  }
 #pragma GCC unroll 16
-  for (int j = 0; j < N; j++) {
-    if (E != kAny || j < t.outputs) store(t.y + j * t.y_column, acc[j]);
+    for (int j = 0; j < N; j++) {
+      if (E != kAny || j < t.outputs) store(y + j * t.y_column, acc[j]);
+    }
   }
 }
 
@@ -143,7 +148,9 @@ int best_tile(int64_t outputs, int64_t kernel) {
 }
 
 // Kernel 3, stride 1, dilation 1 has so little arithmetic that loads and conversions show: two rows of outputs share
-// them.
+// them. So do calls: several tiles are computed side by side, as many as leave what all blocks of a tensor read in the
+// first-level cache.
+constexpr int64_t kPairTiles = 4;
 template <class T>
 struct Pair {
   const T* x;
@@ -151,6 +158,7 @@ struct Pair {
   const float *w, *bias;
   T* y;
   int64_t y_row, y_column;
+  int64_t tiles;  // 1 where something is missing
   int row_begin, row_end, column_begin, column_end, outputs;
 };
 constexpr int kPairWidths[] = {4, kRegisters == 32 ? 7 : 5, kRegisters == 32 ? 8 : 6}, kPairCount = 3;
@@ -166,34 +174,38 @@ int best_pair(int64_t width) {
 
 template <class T, int N, bool Edge>
 void pair(const Pair<T>& t) {
-  Float acc[2][N], w[9];
-  const Float bias = load(t.bias);
+  const T* corner = t.x;
+  T* y = t.y;
+  for (int64_t i = 0; i < (Edge ? 1 : t.tiles); i++, corner += N * t.x_column, y += N * t.y_column) {
+    Float acc[2][N], w[9];
+    const Float bias = load(t.bias);
 #pragma GCC unroll 9
-  for (int k = 0; k < 9; k++) w[k] = load(t.w + k * kLanes);
+    for (int k = 0; k < 9; k++) w[k] = load(t.w + k * kLanes);
 #pragma GCC unroll 16
-  for (int j = 0; j < N; j++) acc[0][j] = acc[1][j] = bias;
+    for (int j = 0; j < N; j++) acc[0][j] = acc[1][j] = bias;
 #pragma GCC unroll 4
-  for (int r = 0; r < 4; r++) {
-    if (Edge && (r < t.row_begin || r >= t.row_end)) continue;
-    const T* x = t.x + r * t.x_row;
+    for (int r = 0; r < 4; r++) {
+      if (Edge && (r < t.row_begin || r >= t.row_end)) continue;
+      const T* x = corner + r * t.x_row;
 #pragma GCC unroll 16
-    for (int q = 0; q < N + 2; q++) {
-      if (Edge && (q < t.column_begin || q >= t.column_end)) continue;
-      const Float v = load(x + q * t.x_column);
+      for (int q = 0; q < N + 2; q++) {
+        if (Edge && (q < t.column_begin || q >= t.column_end)) continue;
+        const Float v = load(x + q * t.x_column);
 #pragma GCC unroll 2
-      for (int o = 0; o < 2; o++) {
+        for (int o = 0; o < 2; o++) {
 #pragma GCC unroll 3
-        for (int k = 0; k < 3; k++) {
-          if (r >= o && r - o < 3 && q >= k && q - k < N) acc[o][q - k] += v * w[(r - o) * 3 + k];
+          for (int k = 0; k < 3; k++) {
+            if (r >= o && r - o < 3 && q >= k && q - k < N) acc[o][q - k] += v * w[(r - o) * 3 + k];
+          }
         }
       }
     }
-  }
 #pragma GCC unroll 2
-  for (int o = 0; o < 2; o++) {
+    for (int o = 0; o < 2; o++) {
 #pragma GCC unroll 16
-    for (int j = 0; j < N; j++) {
-      if (!Edge || j < t.outputs) store(t.y + o * t.y_row + j * t.y_column, acc[o][j]);
+      for (int j = 0; j < N; j++) {
+        if (!Edge || j < t.outputs) store(y + o * t.y_row + j * t.y_column, acc[o][j]);
+      }
     }
   }
 }
@@ -218,12 +230,14 @@ void conv_row_pairs(const Panel<const T>& x, int64_t height, const Weights<float
     const RowRange rows = live_taps(i - f.pad_top, 1, 4, height);
     t.row_begin = (int)rows.begin;
     t.row_end = (int)rows.end;
-    for (int64_t j = 0; j < y.width; j += width) {
+    for (int64_t j = 0; j < y.width; j += t.tiles * width) {
       const RowRange columns = live_taps(j - f.pad_left, 1, width + 2, x.width);
       t.column_begin = (int)columns.begin;
       t.column_end = (int)columns.end;
       t.outputs = (int)min64(width, y.width - j);
       const bool whole = rows.size() == 4 && columns.size() == width + 2 && t.outputs == width;
+      const int64_t end = min64(x.width + f.pad_left - 2, y.width);  // of the outputs whose taps are all there
+      t.tiles = whole ? min64(kPairTiles, (end - j) / width) : 1;
       t.x = x.at(i - f.pad_top, j - f.pad_left);
       t.y = y.at(i, j);
       t.w = w.taps;
@@ -252,6 +266,9 @@ void conv_rows_tiled(const Panel<const T>& x, int64_t height, const Weights<floa
   t.w_row = K * kLanes;
   t.bias = w.bias;
   t.y_column = d * y.column_step;
+  t.next_x = f.stride * x.row_step;
+  t.next_y = y.row_step;
+  const int64_t last_whole = (height - 1 - (K - 1) * d + f.pad_top) / f.stride;  // row that has all taps, if any
   for (int64_t phase = 0; phase < d && phase < y.width; phase++) {
     const int64_t outputs = ceil_div(y.width - phase, d);
     const int size = best_tile(outputs, K), N = kTiles[size];
@@ -264,10 +281,12 @@ void conv_rows_tiled(const Panel<const T>& x, int64_t height, const Weights<floa
       t.column_begin = (int)columns.begin;
       t.column_end = (int)columns.end;
       t.outputs = (int)min64(N, outputs - first);
-      for (int64_t i = out.begin; i < out.end; i++) {
+      for (int64_t i = out.begin; i < out.end; i += t.height) {
         const int64_t top = i * f.stride - f.pad_top;
         const RowRange taps = live_taps(top, d, K, height);
-        t.rows = (int)taps.size();
+        t.taps = (int)taps.size();
+        // Blocks of a tensor, as against those of packed panels, share cache lines: row by row.
+        t.height = taps.size() == K && blocks == 1 ? min64(last_whole + 1, out.end) - i : 1;
         t.w = w.taps + taps.begin * t.w_row;
         t.x = x.at(top + taps.begin * d, left);
         t.y = y.at(i, column);
@@ -292,13 +311,14 @@ void conv_transposed_rows_tiled(const Panel<const T>& dy, int64_t out_height, co
   t.x_row = -dy.row_step;
   t.x_column = dy.column_step;
   t.w_row = 2 * K * kLanes;
+  t.height = 1;
   for (int64_t i = in.begin; i < in.end; i++) {
     int64_t k = (i + f.pad_top) & 1, row = (i + f.pad_top - k) / 2;
     if (row >= out_height) {
       k += 2 * (row - out_height + 1);
       row = out_height - 1;
     }
-    t.rows = k < K ? (int)min64((K - 1 - k) / 2 + 1, row + 1) : 0;
+    t.taps = k < K ? (int)min64((K - 1 - k) / 2 + 1, row + 1) : 0;
     for (int64_t j = first; j < dx.width; j += step) {
       const int64_t column = (j + f.pad_left) / 2 - (K - 1) / 2;
       const RowRange columns = live_taps(column, 1, window, dy.width);

@@ -13,6 +13,15 @@ Run merged_rows(const Tensor4& t, int64_t rows) {
   return gapless ? Run{1, rows * t.size[3]} : Run{rows, t.size[3]};
 }
 
+// The blocks of a pixel are some cache lines of each of its rows of channels, which is not a stream that processors
+// foresee: asks for those of a pixel further on.
+constexpr int64_t kPixelsAhead = 16;
+template <int write, class T>
+VOPS_INLINE void prefetch_pixel(const T* pixel, int64_t step, int64_t channels) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(pixel + kPixelsAhead * step + c, write);
+}
+
 template <class T>
 void pack_channels_last(const T* base, const Tensor4& t, Run run, int64_t channels, float* panel,
                         int64_t block_stride) {
@@ -20,6 +29,7 @@ void pack_channels_last(const T* base, const Tensor4& t, Run run, int64_t channe
   for (int64_t r = 0; r < run.rows; r++) {
     const T* p = base + r * t.stride[2];
     for (int64_t i = 0; i < run.columns; i++, p += t.stride[3], panel += kLanes) {
+      prefetch_pixel<0>(p, t.stride[3], channels);
       float* out = panel;
       for (int64_t c = 0; c < full; c += kLanes, out += block_stride) store(out, load(p + c));
       if (full < channels) store(out, load_n(p + full, (int)(channels - full)));
@@ -33,6 +43,7 @@ void unpack_channels_last(T* base, const Tensor4& t, Run run, int64_t channels, 
   for (int64_t r = 0; r < run.rows; r++) {
     T* p = base + r * t.stride[2];
     for (int64_t i = 0; i < run.columns; i++, p += t.stride[3], panel += kLanes) {
+      prefetch_pixel<1>(p, t.stride[3], channels);
       const float* in = panel;
       for (int64_t c = 0; c < full; c += kLanes, in += block_stride) store(p + c, load(in));
       if (full < channels) store_n(p + full, load(in), (int)(channels - full));
