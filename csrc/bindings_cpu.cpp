@@ -16,6 +16,11 @@ std::vector<Tensor4> tensors(const py::sequence& views) {
   return all;
 }
 
+ChannelAggregationFfn channel_aggregation_ffn_of(const py::sequence& views) {
+  const std::vector<Tensor4> t = tensors(views);
+  return {t.at(0), t.at(1), t.at(2), t.at(3), t.at(4), t.at(5), t.at(6), t.at(7), t.at(8)};
+}
+
 template <class F>
 void run(const F& f) {
   const Error error = without_gil(f);
@@ -226,6 +231,26 @@ PYBIND11_MODULE(_cpu, m) {
             const ChannelAggregationFfnOps& ops = *cpu_kernels().channel_aggregation_ffn;
             return ops.backward(tf, tw, tb, tv, tscores, tdd, tdh, th, td, grads, first, k);
           });
+        });
+
+  m.def("channel_aggregation_ffn",
+        [](const py::sequence& arguments, const py::tuple& chunk, py::handle f, py::handle h, py::handle scores,
+           py::handle y) {
+          const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
+          const ChannelAggregationFfnChunks chunks = {py::cast<int64_t>(chunk[0]), py::cast<int64_t>(chunk[1])};
+          const Tensor4 tf = tensor(f), th = tensor(h), tscores = tensor(scores), ty = tensor(y);
+          run([&] { return channel_aggregation_ffn(a, chunks, tf, th, tscores, ty); });
+        });
+  m.def("channel_aggregation_ffn_backward",
+        [](const py::sequence& arguments, const py::tuple& chunk, py::handle dy, py::handle scores, py::handle f,
+           bool kept, const py::sequence& buffers, py::handle dx, const py::sequence& totals) {
+          const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
+          const ChannelAggregationFfnChunks chunks = {py::cast<int64_t>(chunk[0]), py::cast<int64_t>(chunk[1])};
+          const Tensor4 tdy = tensor(dy), tscores = tensor(scores), tf = tensor(f), tdx = tensor(dx);
+          const std::vector<Tensor4> b = tensors(buffers), t = tensors(totals);
+          const ChannelAggregationFfnBuffers hidden = {b.at(0), b.at(1), b.at(2)};
+          const ChannelAggregationFfnTotals sums = {t.at(0), t.at(1), t.at(2), t.at(3), t.at(4), t.at(5), t.at(6)};
+          run([&] { return channel_aggregation_ffn_backward(a, chunks, tdy, tscores, tf, kept, hidden, tdx, sums); });
         });
 
   m.def("pointwise", [](py::handle x, py::handle w, py::handle b, py::handle z, int combine, py::handle y) {

@@ -25,4 +25,30 @@ struct ChannelAggregationFfnOps {
                     const ChannelAggregationFfnGrads& grads, int64_t first, DwConv conv);
 };
 
+// All of the op in float32, with the products of pointwise.h, on CPUs: f = fc1 x, h and d from f as above, y = fc2 [h |
+// d]. Matrices and biases are as there.
+struct ChannelAggregationFfn {
+  Tensor4 x, fc1, fc1_bias, dw, dw_bias, decompose, decompose_bias, fc2, fc2_bias;
+};
+// So many images at once, or so many rows of one.
+struct ChannelAggregationFfnChunks {
+  int64_t images, rows;
+};
+// Of hidden channels: h, with one for d behind them, and its gradient, with rows around, and that of f.
+struct ChannelAggregationFfnBuffers {
+  Tensor4 h, dh, df;
+};
+// Gradients that are sums over all pixels, contiguous; any may be absent but that of decompose. fc2: of [h | d].
+struct ChannelAggregationFfnTotals {
+  Tensor4 fc1, fc1_bias, dw, dw_bias, decompose, decompose_bias, fc2;
+};
+// f has all images and rows, to be kept, or those of a chunk and around it; h those of a chunk.
+Error channel_aggregation_ffn(const ChannelAggregationFfn& a, ChannelAggregationFfnChunks chunks, const Tensor4& f,
+                              const Tensor4& h, const Tensor4& scores, const Tensor4& y);
+// kept: whether f is what the other has left there, else it is a buffer. dx may be absent.
+Error channel_aggregation_ffn_backward(const ChannelAggregationFfn& a, ChannelAggregationFfnChunks chunks,
+                                       const Tensor4& dy, const Tensor4& scores, const Tensor4& f, bool kept,
+                                       const ChannelAggregationFfnBuffers& buffers, const Tensor4& dx,
+                                       const ChannelAggregationFfnTotals& totals);
+
 }  // namespace vops

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
+from ._pointwise import crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
 from ._registration import FusedOp, Kernels, allocate, device_reasons, empty, with_crew, without_autocast
 from .dwconv import (
     convolution_name,
@@ -191,8 +191,10 @@ class _Chunks:
             self.images = max(1, device.chunk_bytes // (max(h, 1) * row_bytes))
             count = -(-h // max(device.chunk_bytes // row_bytes, self.least_rows, self.reach))
             self.rows = -(-h // max(count, 1))
+        self.fc1_weight = a.fc1_weight.flatten(1)
         self.dw_weight = a.dw_weight.contiguous()
-        self.dw_bias = None if a.dw_bias is None else a.dw_bias.contiguous()
+        biases = (None if t is None else t.contiguous() for t in (a.fc1_bias, a.dw_bias, a.fc2_bias))
+        self.fc1_bias, self.dw_bias, self.fc2_bias = biases
         self.decompose_weight = a.decompose_weight.flatten().contiguous()
 
     def __iter__(self) -> Iterator[_Chunk]:
@@ -213,7 +215,7 @@ class _Chunks:
 
     def fc1(self, x: Tensor, f: Tensor) -> Tensor:
         """Writes fc1's output; returns it."""
-        linear(x, self.a.fc1_weight.flatten(1), self.a.fc1_bias, self.hidden(f))
+        linear(x, self.fc1_weight, self.fc1_bias, self.hidden(f))
         return self.hidden(f)
 
 
@@ -314,10 +316,46 @@ def _aggregate_backward_cuda(
     return df
 
 
+def _whole(c: _Chunks, x: Tensor) -> tuple[list[Any], tuple[int, int]]:
+    """The arguments of the kernels that take all chunks in one call."""
+    vectors = c.fc1_bias, c.dw_weight, c.dw_bias, c.decompose_weight, c.a.decompose_bias, c.fc2_bias
+    fc1_bias, *of_pixels, fc2_bias = map(_native.weight_view, vectors)
+    fc1, fc2 = _native.matrix_view(c.fc1_weight), _native.matrix_view(c.fc2.matrix)
+    return [_native.view(x), fc1, fc1_bias, *of_pixels, fc2, fc2_bias], (c.images, c.rows)
+
+
+def _forward_whole(c: _Chunks, x: Tensor, y: Tensor, scores: Tensor, kept: Tensor) -> None:
+    h = c.buffer(_hidden_channels(c.a))
+    f = kept if c.a.keep else c.hidden(c.buffer(_fc1_channels(c.a), c.reach))
+    _native.kernels().channel_aggregation_ffn(*_whole(c, x), *map(_native.view, (f, h, scores, y)))
+
+
+def _backward_whole(c: _Chunks, x: Tensor, grad: Tensor, scores: Tensor, kept: Tensor, grads: list[Any]) -> None:
+    dx, dfc1, dfc1_bias, ddw, ddw_bias, dfc2, _, ddecompose, ddecompose_bias, dsigma = grads
+    a, channels = c.a, _fc1_channels(c.a)
+    h, dh = c.buffer(_hidden_channels(a)), c.hidden(c.buffer(channels, c.reach))
+    df = c.hidden(c.buffer(channels))
+    f = kept if a.keep else c.hidden(c.buffer(channels, 2 * c.reach))
+    product = allocate((x.shape[1], c.fc2.columns), x) if dfc2 is not None or dsigma is not None else None
+    of_decompose = allocate((c.fc2.hidden,), x)
+    vectors = [_native.weight_view(t) for t in (dfc1_bias, ddw, ddw_bias, of_decompose, ddecompose_bias)]
+    matrices = [None if t is None else _native.matrix_view(t.flatten(1)) for t in (dfc1, product)]
+    given, buffers = map(_native.view, (grad, scores, f)), [_native.view(t) for t in (h, dh, df)]
+    totals = [matrices[0], *vectors, matrices[1]]
+    _native.kernels().channel_aggregation_ffn_backward(*_whole(c, x), *given, a.keep, buffers, _native.view(dx), totals)
+    if ddecompose is not None:
+        ddecompose.view(-1).copy_(of_decompose)
+    if product is not None:
+        c.fc2.gradients(product, dfc2, dsigma)
+
+
 @without_autocast
 def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     device, (y, scores, kept) = on(a.x), _output(a)
     chunks, x = _Chunks(a, device), device.dense(a.x)
+    if multiplies_as_is(x):
+        _forward_whole(chunks, x, y, scores, kept)
+        return y, scores, kept
     fc2, reach = chunks.fc2, chunks.reach
     h_buffer = chunks.buffer(_hidden_channels(a))
     f_buffer = None if a.keep else chunks.buffer(_fc1_channels(a), reach)
@@ -344,6 +382,9 @@ def _backward(
     device = on(a.x)
     x, grad = device.dense(a.x), device.dense(grad)
     chunks = _Chunks(a, device)
+    device.channel_sums(grad, dfc2_bias)
+    if multiplies_as_is(x):
+        return _backward_whole(chunks, x, grad, scores, kept, grads)
     fc2, reach, c = chunks.fc2, chunks.reach, a.x.shape[1]
 
     def total(t: Tensor | None, *shape: int) -> _Total:
@@ -355,7 +396,6 @@ def _backward(
     of_fc1, of_fc1_bias = total(dfc1, fc2.hidden, c), total(dfc1_bias, fc2.hidden)
     of_dw, of_dw_bias = total(ddw, *a.dw_weight.shape), total(ddw_bias, fc2.hidden)
     totals = product, of_decompose, of_decompose_bias, of_fc1, of_fc1_bias, of_dw, of_dw_bias
-    device.channel_sums(grad, dfc2_bias)
     h_buffer, dh_buffer = chunks.buffer(_hidden_channels(a)), chunks.buffer(_fc1_channels(a), reach)
     spare_buffer = chunks.buffer(_fc1_channels(a)) if device.spare else None
     f_buffer = None if a.keep else chunks.buffer(_fc1_channels(a), 2 * reach)
@@ -369,7 +409,7 @@ def _backward(
         df = device.aggregate_backward(chunks, chunk, f, grad, h, dh, spare, scores, parts)
         weight_gradient(df, chunk.of(x), of_fc1.part)
         if dx is not None:
-            linear_to(df, a.fc1_weight.flatten(1).t(), None, chunk.of(dx))
+            linear_to(df, chunks.fc1_weight.t(), None, chunk.of(dx))
         for t in totals:
             t.add()
     if product.part is not None:
