@@ -233,14 +233,13 @@ PYBIND11_MODULE(_cpu, m) {
           });
         });
 
-  m.def("channel_aggregation_ffn",
-        [](const py::sequence& arguments, const py::tuple& chunk, py::handle f, py::handle h, py::handle scores,
-           py::handle y) {
-          const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
-          const ChannelAggregationFfnChunks chunks = {py::cast<int64_t>(chunk[0]), py::cast<int64_t>(chunk[1])};
-          const Tensor4 tf = tensor(f), th = tensor(h), tscores = tensor(scores), ty = tensor(y);
-          run([&] { return channel_aggregation_ffn(a, chunks, tf, th, tscores, ty); });
-        });
+  m.def("channel_aggregation_ffn", [](const py::sequence& arguments, const py::tuple& chunk, py::handle f, py::handle h,
+                                      py::handle scores, py::handle y) {
+    const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
+    const ChannelAggregationFfnChunks chunks = {py::cast<int64_t>(chunk[0]), py::cast<int64_t>(chunk[1])};
+    const Tensor4 tf = tensor(f), th = tensor(h), tscores = tensor(scores), ty = tensor(y);
+    run([&] { return channel_aggregation_ffn(a, chunks, tf, th, tscores, ty); });
+  });
   m.def("channel_aggregation_ffn_backward",
         [](const py::sequence& arguments, const py::tuple& chunk, py::handle dy, py::handle scores, py::handle f,
            bool kept, const py::sequence& buffers, py::handle dx, const py::sequence& totals) {

@@ -56,8 +56,7 @@ Error for_each_chunk(const Tensor4& x, ChannelAggregationFfnChunks size, const F
   const int64_t batch = x.size[0], height = x.size[2];
   for (int64_t n = 0; n < batch; n += size.images) {
     for (int64_t row = 0; row < height; row += size.rows) {
-      const Chunk chunk = {
-          {n, std::min(n + size.images, batch)}, {row, std::min(row + size.rows, height)}, height};
+      const Chunk chunk = {{n, std::min(n + size.images, batch)}, {row, std::min(row + size.rows, height)}, height};
       if (const Error error = f(chunk)) return error;
     }
   }
@@ -79,8 +78,9 @@ DwConv convolution(int64_t kernel, int64_t above) { return {kernel, 1, 1, kernel
 bool is_whole(const Tensor4& t, const Tensor4& x) { return t.size[0] == x.size[0] && t.size[2] == x.size[2]; }
 
 typedef ChannelAggregationFfnTotals Totals;
-constexpr Tensor4 Totals::*kTotals[] = {&Totals::fc1, &Totals::fc1_bias,  &Totals::dw,            &Totals::dw_bias,
-                                        &Totals::fc2, &Totals::decompose, &Totals::decompose_bias};
+constexpr Tensor4 Totals::* kTotals[] = {&Totals::fc1,           &Totals::fc1_bias, &Totals::dw,
+                                         &Totals::dw_bias,       &Totals::fc2,      &Totals::decompose,
+                                         &Totals::decompose_bias};
 int64_t elements(const Tensor4& t) { return t.data ? t.size[0] * t.size[1] * t.size[2] * t.size[3] : 0; }
 int64_t elements(const Totals& totals) {
   int64_t count = 0;
@@ -132,7 +132,8 @@ Error channel_aggregation_ffn_backward(const ChannelAggregationFfn& a, ChannelAg
   const std::unique_ptr<float[]> memory(new (std::nothrow) float[dd_size + count]);
   if (!memory) return kOutOfMemory;
   for (const auto total : kTotals) {
-    if (!a.x.size[0] && elements(totals.*total)) memset((totals.*total).data, 0, elements(totals.*total) * sizeof(float));
+    if (!a.x.size[0] && elements(totals.*total))
+      memset((totals.*total).data, 0, elements(totals.*total) * sizeof(float));
   }
   const Totals apart = moved(totals, memory.get() + dd_size);  // those of later chunks, before they are added
   bool is_first = true;
@@ -144,8 +145,8 @@ Error channel_aggregation_ffn_backward(const ChannelAggregationFfn& a, ChannelAg
     const int64_t pixels = near.rows.size() * width;
     const Tensor4 dd = {
         memory.get(), kFloat32, {near.images.size(), 1, near.rows.size(), width}, {pixels, pixels, width, 1}};
-    const ChannelAggregationFfnGrads grads = {df, parts.dw, parts.dw_bias, parts.decompose, parts.decompose_bias,
-                                              parts.fc1_bias};
+    const ChannelAggregationFfnGrads grads = {
+        df, parts.dw, parts.dw_bias, parts.decompose, parts.decompose_bias, parts.fc1_bias};
     const DwConv conv = convolution(kernel, near.rows.begin - far.rows.begin);
     const CpuKernels& kernels = cpu_kernels();
     Error error = kept ? nullptr : multiply(far.of(a.x), a.fc1, a.fc1_bias, f_rows);
