@@ -23,18 +23,22 @@ from vision_ops.ops import _registration
 sys.path.insert(0, str(Path(__file__).parent))  # for `harness`
 
 
+def poisoned(function):
+    def fill(*args, **kwargs):
+        t = function(*args, **kwargs)
+        return t if isinstance(t, FakeTensor) or torch.compiler.is_compiling() else t.fill_(float("nan"))
+
+    return fill
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Every output is full of NaN before its kernel runs: what a kernel forgets to write shows."""
+    monkeypatch.setattr(_registration, "gradient_like", poisoned(_registration.gradient_like))
     allocate = _registration.allocate
-
-    def poisoned(*args, **kwargs):
-        t = allocate(*args, **kwargs)
-        return t if isinstance(t, FakeTensor) or torch.compiler.is_compiling() else t.fill_(float("nan"))
-
     for name, module in list(sys.modules.items()):
         if name.startswith("vision_ops") and getattr(module, "allocate", None) is allocate:
-            monkeypatch.setattr(module, "allocate", poisoned)
+            monkeypatch.setattr(module, "allocate", poisoned(allocate))
 
 
 @pytest.fixture(autouse=True)
