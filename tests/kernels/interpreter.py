@@ -70,7 +70,7 @@ class _OnCPU(torch.autograd.Function):
         op, kept = ctx.op, ctx.saved_tensors
         count = len(kept) - op._saved
         needs = ctx.needs_input_grad[2 : 2 + count]
-        flat = [_registration._gradient_like(t) if n else None for t, n in zip(kept[:count], needs, strict=True)]
+        flat = [_registration.gradient_like(t) if n else None for t, n in zip(kept[:count], needs, strict=True)]
         arguments = op.arguments(*op.nested(kept[:count], ctx.lengths), *ctx.options)
         op.kernels["CUDA"][1](op.nested(flat, ctx.lengths), grad, arguments, *kept[count:])
         return (None, None, *flat, *(None for _ in ctx.options))

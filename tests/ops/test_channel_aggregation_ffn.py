@@ -110,6 +110,14 @@ def test_chunks_of_the_batch(images, rows, hidden, kernel, dtype, monkeypatch):
         torch.testing.assert_close(
             a, b, rtol=1e-4 if dtype == torch.float32 else 5e-2, atol=5e-4 if dtype == torch.float32 else 0.1
         )
+    # Called as an op, it may have kept nothing: fc1 is then computed again.
+    leaves = [t.clone().requires_grad_() for t in case.tensors]
+    again, kept = (
+        torch.autograd.grad(torch.ops.vision_ops.channel_aggregation_ffn(*leaves, keep)[0].sum(), leaves)
+        for keep in (False, True)
+    )
+    for a, b in zip(again, kept, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

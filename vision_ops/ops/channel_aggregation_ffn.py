@@ -353,7 +353,7 @@ def _backward_whole(c: _Chunks, x: Tensor, grad: Tensor, scores: Tensor, kept: T
 def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     device, (y, scores, kept) = on(a.x), _output(a)
     chunks, x = _Chunks(a, device), device.dense(a.x)
-    if multiplies_as_is(x):
+    if on is _cpu and multiplies_as_is(x):
         _forward_whole(chunks, x, y, scores, kept)
         return y, scores, kept
     fc2, reach = chunks.fc2, chunks.reach
@@ -383,7 +383,7 @@ def _backward(
     x, grad = device.dense(a.x), device.dense(grad)
     chunks = _Chunks(a, device)
     device.channel_sums(grad, dfc2_bias)
-    if multiplies_as_is(x):
+    if on is _cpu and multiplies_as_is(x):
         return _backward_whole(chunks, x, grad, scores, kept, grads)
     fc2, reach, c = chunks.fc2, chunks.reach, a.x.shape[1]
 

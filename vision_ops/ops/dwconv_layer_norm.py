@@ -34,20 +34,20 @@ def _reference(a: _Arguments) -> Tensor:
     return reference.dwconv_layer_norm(a.x, a.weight, a.bias, a.ln_weight, a.ln_bias, eps=a.eps)
 
 
-def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
     return _allocate(a, a.x.device.type == "cuda")
 
 
-def _allocate(a: _Arguments, gpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(a: _Arguments, gpu: bool) -> tuple[Tensor, Tensor]:
     """y and what the backward pass reads: on a GPU the output u of the convolution as (N, H, W, C), on a CPU, which
     computes it again, all means, then all 1 / deviations of its pixels."""
     n, c, h, w = a.x.shape
-    y, nothing = allocate((n, h, w, c), a.x), a.x.new_empty(0)
+    y = allocate((n, h, w, c), a.x)
     if not a.keep:
-        return y, nothing, a.x.new_empty(0)
+        return y, a.x.new_empty(0)
     if gpu:
-        return y, allocate((n, h, w, c), a.x), nothing
-    return y, nothing, allocate((2, n, h, w), a.x, dtype=torch.promote_types(a.x.dtype, torch.float32))
+        return y, allocate((n, h, w, c), a.x)
+    return y, allocate((2, n, h, w), a.x, dtype=torch.promote_types(a.x.dtype, torch.float32))
 
 
 def _channels_first(t: Tensor) -> Tensor:
@@ -59,18 +59,18 @@ def _native_conv(a: _Arguments) -> tuple[int, ...]:
     return size, 1, 1, size // 2, size // 2
 
 
-def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    y, u, statistics = _allocate(a, gpu=False)
+def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor]:
+    y, statistics = _allocate(a, gpu=False)
     kept = _native.view(statistics) if a.keep else None
     parameters = [None if t is None else t.contiguous() for t in a[1:5]]
     views = _native.view(a.x), *map(_native.weight_view, parameters), _native.view(_channels_first(y))
     _native.kernels().dwconv_layer_norm(*views, kept, _native_conv(a), a.eps)
-    return y, u, statistics
+    return y, statistics
 
 
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Tensor, statistics: Tensor) -> None:
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, statistics: Tensor) -> None:
     if not a.keep:
-        statistics = _forward_cpu(a._replace(keep=True))[2]
+        _, statistics = _forward_cpu(a._replace(keep=True))
     dx, *dparameters = grads
     grad = grad.contiguous()
     parameters = [None if t is None else t.contiguous() for t in a[1:4]]
@@ -79,22 +79,22 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Te
     _native.kernels().dwconv_layer_norm_backward(*inputs, _native.view(statistics), *outputs, _native_conv(a))
 
 
-def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor]:
     from ..kernels import layer_norm_2d
 
-    y, u, statistics = _allocate(a, gpu=True)
+    y, u = _allocate(a, gpu=True)
     convolved = _channels_first(u) if a.keep else allocate_channels_last(a.x.shape, a.x)
     weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
     convolve_cuda(to_channels_dense(a.x), weight, bias, convolved)
     layer_norm_2d.forward(convolved, a.ln_weight, a.ln_bias, _channels_first(y), a.eps)
-    return y, u, statistics
+    return y, u
 
 
-def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Tensor, statistics: Tensor) -> None:
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, u: Tensor) -> None:
     from ..kernels import layer_norm_2d
 
     if not a.keep:
-        _, u, _ = _forward_cuda(a._replace(keep=True))
+        _, u = _forward_cuda(a._replace(keep=True))
     dx, dweight, dbias, dln_weight, dln_bias = grads
     of_conv = any(t is not None for t in (dx, dweight, dbias))
     du = allocate_channels_last(a.x.shape, a.x) if of_conv else None
@@ -133,7 +133,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
-    saved=2,
+    saved=1,
     parts=_parts,
     uncast=("ln_weight", "ln_bias"),
 )
