@@ -131,13 +131,9 @@ Error channel_aggregation_ffn_backward(const ChannelAggregationFfn& a, ChannelAg
   const int64_t dd_size = std::min(chunks.images, a.x.size[0]) * dd_rows * width;
   const std::unique_ptr<float[]> memory(new (std::nothrow) float[dd_size + count]);
   if (!memory) return kOutOfMemory;
-  for (const auto total : kTotals) {
-    if (!a.x.size[0] && elements(totals.*total))
-      memset((totals.*total).data, 0, elements(totals.*total) * sizeof(float));
-  }
   const Totals apart = moved(totals, memory.get() + dd_size);  // those of later chunks, before they are added
   bool is_first = true;
-  return for_each_chunk(a.x, chunks, [&](const Chunk& chunk) -> Error {
+  const Error error = for_each_chunk(a.x, chunks, [&](const Chunk& chunk) -> Error {
     const Chunk near = chunk.around(reach), far = chunk.around(2 * reach);
     const Totals& parts = is_first ? totals : apart;
     const Tensor4 f_rows = kept ? far.of(f) : far.first(f), near_dy = near.of(dy);
@@ -173,6 +169,11 @@ Error channel_aggregation_ffn_backward(const ChannelAggregationFfn& a, ChannelAg
     }
     return nullptr;
   });
+  if (!is_first) return error;
+  for (const auto total : kTotals) {  // of no pixels
+    if ((totals.*total).data) memset((totals.*total).data, 0, elements(totals.*total) * sizeof(float));
+  }
+  return error;
 }
 
 }  // namespace vops

@@ -21,7 +21,7 @@ struct Tile {
   T* y;
   int64_t y_column;
   int column_begin, column_end, outputs;
-  int64_t height, next_x, next_y;  // steps from row to row
+  int64_t height, next_x, next_y;  // rows, and the steps from one to the next
 };
 
 // Transposed = false: output t reads columns S*t + k. Transposed = true: output t takes the taps k = t - 2*q + K-1 of
@@ -312,6 +312,7 @@ void conv_transposed_rows_tiled(const Panel<const T>& dy, int64_t out_height, co
   t.x_column = dy.column_step;
   t.w_row = 2 * K * kLanes;
   t.height = 1;
+  t.next_x = t.next_y = 0;
   for (int64_t i = in.begin; i < in.end; i++) {
     int64_t k = (i + f.pad_top) & 1, row = (i + f.pad_top - k) / 2;
     if (row >= out_height) {

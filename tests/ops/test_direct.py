@@ -1,4 +1,4 @@
-"""Kernels are called past the dispatcher, but only where nobody would notice."""
+"""Kernels are called past the dispatcher, but only for ordinary tensors where nothing in the thread looks at ops."""
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
 """How every op enters PyTorch: forward and backward are each an op of the dispatcher, autograd stands outside them.
 
-Graphs and whatever else looks at ops (fake tensors, dispatch modes, the profiler) see them. Where nothing looks, the
-kernels are called directly: the dispatcher's way to a kernel in Python takes tens of microseconds in a training step.
+Graphs, fake tensors, dispatch modes and a profiler of the calling thread see them; observers of other threads do not.
+Where none of these looks, the kernels are called directly: the dispatcher's way to a kernel in Python takes tens of
+microseconds in a training step.
 Autograd outside costs less than `register_autograd` or `custom_op`, and `register_autograd` alone would give a silently
 wrong jvp.
 """
@@ -223,8 +224,8 @@ class FusedOp:
             return self._forward(*arguments) if kernels is None else kernels[0](arguments)
 
     def direct(self, tensors: Sequence[Tensor | None]) -> Kernels | None:
-        """The kernels for these tensors, the first of which is one, where the dispatcher would do no more than to call
-        them."""
+        """The kernels for these tensors, the first of which is not None, if they are ordinary ones and nothing in this
+        thread looks at ops."""
         if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
             return None
         if torch.autograd._profiler_enabled():
