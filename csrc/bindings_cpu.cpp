@@ -21,6 +21,10 @@ ChannelAggregationFfn channel_aggregation_ffn_of(const py::sequence& views) {
   return {t.at(0), t.at(1), t.at(2), t.at(3), t.at(4), t.at(5), t.at(6), t.at(7), t.at(8)};
 }
 
+ChannelAggregationFfnChunks chunks_of(const py::tuple& sizes) {
+  return {py::cast<int64_t>(sizes[0]), py::cast<int64_t>(sizes[1])};
+}
+
 template <class F>
 void run(const F& f) {
   const Error error = without_gil(f);
@@ -236,7 +240,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("channel_aggregation_ffn", [](const py::sequence& arguments, const py::tuple& chunk, py::handle f, py::handle h,
                                       py::handle scores, py::handle y) {
     const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
-    const ChannelAggregationFfnChunks chunks = {py::cast<int64_t>(chunk[0]), py::cast<int64_t>(chunk[1])};
+    const ChannelAggregationFfnChunks chunks = chunks_of(chunk);
     const Tensor4 tf = tensor(f), th = tensor(h), tscores = tensor(scores), ty = tensor(y);
     run([&] { return channel_aggregation_ffn(a, chunks, tf, th, tscores, ty); });
   });
@@ -244,7 +248,7 @@ PYBIND11_MODULE(_cpu, m) {
         [](const py::sequence& arguments, const py::tuple& chunk, py::handle dy, py::handle scores, py::handle f,
            bool kept, const py::sequence& buffers, py::handle dx, const py::sequence& totals) {
           const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
-          const ChannelAggregationFfnChunks chunks = {py::cast<int64_t>(chunk[0]), py::cast<int64_t>(chunk[1])};
+          const ChannelAggregationFfnChunks chunks = chunks_of(chunk);
           const Tensor4 tdy = tensor(dy), tscores = tensor(scores), tf = tensor(f), tdx = tensor(dx);
           const std::vector<Tensor4> b = tensors(buffers), t = tensors(totals);
           const ChannelAggregationFfnBuffers hidden = {b.at(0), b.at(1), b.at(2)};

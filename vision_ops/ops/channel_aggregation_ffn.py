@@ -337,14 +337,12 @@ def _backward_whole(c: _Chunks, x: Tensor, grad: Tensor, scores: Tensor, kept: T
     df = c.hidden(c.buffer(channels))
     f = kept if a.keep else c.hidden(c.buffer(channels, 2 * c.reach))
     product = allocate((x.shape[1], c.fc2.columns), x) if dfc2 is not None or dsigma is not None else None
-    of_decompose = allocate((c.fc2.hidden,), x)
+    of_decompose = allocate((c.fc2.hidden,), x) if ddecompose is None else ddecompose.view(-1)
     vectors = [_native.weight_view(t) for t in (dfc1_bias, ddw, ddw_bias, of_decompose, ddecompose_bias)]
     matrices = [None if t is None else _native.matrix_view(t.flatten(1)) for t in (dfc1, product)]
     given, buffers = map(_native.view, (grad, scores, f)), [_native.view(t) for t in (h, dh, df)]
     totals = [matrices[0], *vectors, matrices[1]]
     _native.kernels().channel_aggregation_ffn_backward(*_whole(c, x), *given, a.keep, buffers, _native.view(dx), totals)
-    if ddecompose is not None:
-        ddecompose.view(-1).copy_(of_decompose)
     if product is not None:
         c.fc2.gradients(product, dfc2, dsigma)
 
