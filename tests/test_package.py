@@ -46,6 +46,12 @@ def test_report():
         assert expected in done.stdout
 
 
+def test_report_into_a_pipe_that_nobody_reads():
+    process = subprocess.Popen([sys.executable, "-m", "vision_ops"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
 def test_binary_that_does_not_load_keeps_the_reason(tmp_path, monkeypatch):
     (tmp_path / "_cpu.so").write_bytes(b"not a library")
     monkeypatch.setattr(_native, "_ROOT", tmp_path)
