@@ -8,6 +8,7 @@ from harness import (
     check_against_reference,
     check_compiles,
     check_gradients,
+    check_half_types_among_nan,
     check_opcheck,
     laid_out,
     outputs,
@@ -167,6 +168,10 @@ def test_gelu_in_its_tails():
 def test_gradcheck():
     check_gradients(make((1, 3, 3, 2), 4))
     check_gradients(make((1, 3, 2, 3), 16, bias=False, layout="channels_last"), second=False)
+
+
+def test_slices_of_half_types():
+    check_half_types_among_nan(make((2, 16, 9, 7), 40))
 
 
 def test_only_the_gradients_that_are_asked_for():

@@ -134,6 +134,7 @@ def test_no_input_is_copied():
     assert torch.equal(y, x[:, :, :2, :3])
 
 
+@pytest.mark.not_finite
 def test_non_finite_values_spread_as_in_eager():
     x, weight, _ = make((1, 16, 9, 9), 5, dilation=2).tensors
     x[0, 3, 4, 4], x[0, 5, 0, 0], x[0, 7, 8, 8] = float("inf"), float("nan"), float("-inf")

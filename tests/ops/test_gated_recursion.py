@@ -13,6 +13,7 @@ from harness import (
     check_bitwise_repeatable,
     check_compiles,
     check_gradients,
+    check_half_types_among_nan,
     check_opcheck,
     laid_out,
     saved_bytes,
@@ -105,6 +106,10 @@ def test_flat_weights_and_no_biases():
 def test_gradcheck():
     check_gradients(make((1, 2, 3), (2, 3, 2)))
     check_gradients(make((2, 2, 2), (2, 1), layout="channels_last"))
+
+
+def test_slices_of_half_types():
+    check_half_types_among_nan(make((2, 9, 7), (16, 32, 64)))
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 5)])

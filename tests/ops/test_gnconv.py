@@ -8,6 +8,7 @@ from harness import (
     check_bitwise_repeatable,
     check_compiles,
     check_gradients,
+    check_half_types_among_nan,
     check_opcheck,
     laid_out,
     outputs,
@@ -118,6 +119,10 @@ def test_autocast_leaves_a_float32_backward_alone():
 def test_gradcheck():
     check_gradients(make((1, 4, 3, 4), 2, kernel_size=3))
     check_gradients(make((2, 4, 2, 2), 3, kernel_size=3, layout="channels_last"), second=False)
+
+
+def test_slices_of_half_types():
+    check_half_types_among_nan(make((2, 32, 9, 7)))
 
 
 @pytest.mark.parametrize("needed", [(0,), (1, 7), (2, 6), (3, 9), (4, 5)])

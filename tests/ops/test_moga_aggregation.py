@@ -8,6 +8,7 @@ from harness import (
     check_against_reference,
     check_compiles,
     check_gradients,
+    check_half_types_among_nan,
     check_opcheck,
     laid_out,
     outputs,
@@ -105,6 +106,10 @@ def test_reference_is_the_definition():
 
 def test_gradcheck():
     check_gradients(make((1, 8, 2, 3), doubled=True), second=False)
+
+
+def test_slices_of_half_types():
+    check_half_types_among_nan(make((2, 32, 9, 7)))
 
 
 def test_only_the_gradients_that_are_asked_for():

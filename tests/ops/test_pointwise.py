@@ -154,7 +154,7 @@ def test_weight_gradient_of_nothing(size):
 )
 def test_tokens_with_a_matrix_for_each_sample(size, outputs):
     b, n, c = size
-    x, y = torch.randn(b, n, c + 3)[:, :, 2:-1], torch.full((b, n, outputs + 2), torch.nan)[:, :, :outputs]
+    x, y = torch.randn(b, n, c + 3)[:, :, 2:-1], torch.zeros(b, n, outputs + 2)[:, :, :outputs].fill_(torch.nan)
     weights, biases = torch.randn(b, outputs, c), torch.randn(b, outputs)
     expected = torch.baddbmm(biases.double()[:, None], x.double(), weights.double().mT)
     close = {"rtol": 0, "atol": 1e-6 * (c + 1) ** 0.5 * expected.abs().max().item()}

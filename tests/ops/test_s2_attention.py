@@ -7,6 +7,7 @@ from harness import (
     check_against_reference,
     check_compiles,
     check_gradients,
+    check_half_types_among_nan,
     laid_out,
     outputs,
     saved_bytes,
@@ -123,6 +124,10 @@ def test_autocast(device):
 @pytest.mark.parametrize("shape", [(2, 2, 3, 5), (1, 1, 3, 10), (1, 3, 1, 10)], ids=str)
 def test_gradcheck(shape, device):
     check_gradients(make(shape, hidden=2, device=device), second=shape[3] == 5)
+
+
+def test_slices_of_half_types():
+    check_half_types_among_nan(make((2, 9, 7, 16)))
 
 
 def test_only_the_gradients_that_are_asked_for(device):

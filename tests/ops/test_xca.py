@@ -7,6 +7,7 @@ from harness import (
     check_bitwise_repeatable,
     check_compiles,
     check_gradients,
+    check_half_types_among_nan,
     outputs,
     saved_bytes,
 )
@@ -115,6 +116,7 @@ def test_common_offset(form, dtype, offset):
     check_against_reference(make(256, 48, 4, dtype=dtype, offset=offset))
 
 
+@pytest.mark.not_finite
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 def test_channels_of_zeros(form, dtype):
     case = make(40, dtype=dtype, bias=False)
@@ -169,6 +171,10 @@ def test_autocast_leaves_a_float32_backward_alone(form):
 def test_gradcheck(form):
     check_gradients(make(5, 4, 2, batch=1))
     check_gradients(make(3, 4, 1, layout="channel_major"), second=False)
+
+
+def test_slices_of_half_types():
+    check_half_types_among_nan(make(30, 32, 4))
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (5,), (0, 3)])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._registration import CREW_WORK, allocate_channels_last
+from ._registration import CREW_WORK, allocate_channels_last, memory_format
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus:
     elif plus is None:
         _torch_linear(x, weight, bias, out)
     elif plus is out and bias is None and (pair := _matrices(x, out)):
-        pair[1].addmm_(pair[0], weight.to(x.dtype).t())
+        pair[1].addmm_(pair[0], operand(weight.to(x.dtype)).t())
     else:
         product = torch.empty_like(out) if plus is out else out
         _torch_linear(x, weight, bias, product)
@@ -42,7 +42,7 @@ def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *
     elif bias is None:
         torch.bmm(x, weight.transpose(1, 2), out=out)
     else:
-        bias = bias.to(out.dtype)
+        bias = operand(bias.to(out.dtype))
         torch.baddbmm(bias if bias.ndim == 1 else bias[:, None], x, weight.transpose(1, 2), out=out)
 
 
@@ -64,6 +64,23 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor,
         return False
     _multiply(x, weight, bias, out, factor, _TIMES)
     return True
+
+
+def operand(t: Tensor) -> Tensor:
+    """What a caller gave, as PyTorch's products of half types on CPUs may read it: a copy where there is memory between
+    its numbers. With AMX they multiply by zero what lies between the rows, which may be NaN."""
+    if t.dtype.itemsize != 2 or t.device.type != "cpu" or _solid(t):
+        return t
+    return t.contiguous(memory_format=memory_format(t) if t.ndim == 4 else torch.contiguous_format)
+
+
+def _solid(t: Tensor) -> bool:
+    """Whether it has all the numbers from its first to its last one."""
+    span = numbers = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        if stride > 0:
+            span, numbers = span + (size - 1) * stride, numbers * size
+    return span <= numbers or t.numel() == 0
 
 
 def products(x: Tensor) -> str:
@@ -141,7 +158,7 @@ def _lined(t: Tensor) -> bool:
 
 
 def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight, bias = operand(weight.to(x.dtype)), None if bias is None else operand(bias.to(x.dtype))
     if pair := _matrices(x, out):
         if bias is None:
             torch.mm(pair[0], weight.t(), out=pair[1])

@@ -185,6 +185,8 @@ class _Chunks:
     def __init__(self, a: _Arguments, device: _Device) -> None:
         n, _, h, w = a.x.shape
         self.a, self.fc2 = a, _Fc2(a, device.columns)
+        # Tensor cores' columns are all that lies behind the channels on a GPU.
+        self.pitch = _hidden_channels(a) if device.columns == 1 else self.fc2.columns
         self.images, self.rows, self.reach = n, h, a.dw_weight.shape[-1] // 2
         if device.chunk_bytes is not None:
             row_bytes = max(1, _hidden_channels(a) * w * a.x.dtype.itemsize)
@@ -209,6 +211,14 @@ class _Chunks:
         n, _, h, w = self.a.x.shape
         shape = min(self.images, n), channels, min(self.rows + 2 * reach, h), w
         return allocate(shape, self.a.x, torch.channels_last)
+
+    def operand(self, used: int) -> Tensor:
+        """A buffer for an operand of PyTorch's products, which may read what lies between the rows of `used` channels
+        and multiply it by zero: written zeros, or nothing."""
+        t = self.buffer(self.pitch)
+        if used < self.pitch:
+            t[:, used:] = 0
+        return t
 
     def hidden(self, t: Tensor) -> Tensor:
         return t[:, : self.fc2.hidden]
@@ -355,7 +365,7 @@ def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Te
         _forward_whole(chunks, x, y, scores, kept)
         return y, scores, kept
     fc2, reach = chunks.fc2, chunks.reach
-    h_buffer = chunks.buffer(_hidden_channels(a))
+    h_buffer = chunks.operand(fc2.columns)
     f_buffer = None if a.keep else chunks.buffer(_fc1_channels(a), reach)
     for chunk in chunks:
         near = chunk.around(reach)
@@ -394,8 +404,8 @@ def _backward(
     of_fc1, of_fc1_bias = total(dfc1, fc2.hidden, c), total(dfc1_bias, fc2.hidden)
     of_dw, of_dw_bias = total(ddw, *a.dw_weight.shape), total(ddw_bias, fc2.hidden)
     totals = product, of_decompose, of_decompose_bias, of_fc1, of_fc1_bias, of_dw, of_dw_bias
-    h_buffer, dh_buffer = chunks.buffer(_hidden_channels(a)), chunks.buffer(_fc1_channels(a), reach)
-    spare_buffer = chunks.buffer(_fc1_channels(a)) if device.spare else None
+    h_buffer, dh_buffer = chunks.operand(fc2.columns), chunks.buffer(_fc1_channels(a), reach)
+    spare_buffer = chunks.operand(fc2.hidden) if device.spare else None
     f_buffer = None if a.keep else chunks.buffer(_fc1_channels(a), 2 * reach)
     for chunk in chunks:
         near, far = chunk.around(reach), chunk.around(2 * reach)

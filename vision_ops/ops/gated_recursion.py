@@ -10,7 +10,16 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
-from ._pointwise import crew_pays, linear, linear_times, multiplies, multiplies_as_is, products, weight_gradient
+from ._pointwise import (
+    crew_pays,
+    linear,
+    linear_times,
+    multiplies,
+    multiplies_as_is,
+    operand,
+    products,
+    weight_gradient,
+)
 from ._registration import (
     FusedOp,
     Kernels,
@@ -60,8 +69,8 @@ def channels_last_dense(t: Tensor) -> Tensor:
 
 
 def product_dense(t: Tensor) -> Tensor:
-    """The same, but for what the products and sums of CPUs take as it is."""
-    return t if multiplies_as_is(t) else channels_last_dense(t)
+    """The same for the products and sums of CPUs, without a copy of what ours take as it is."""
+    return t if multiplies_as_is(t) else operand(channels_last_dense(t))
 
 
 class Gates(NamedTuple):

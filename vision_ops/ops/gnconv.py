@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
-from ._pointwise import crew_pays, linear, weight_gradient
+from ._pointwise import crew_pays, linear, operand, weight_gradient
 from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
 from .dwconv import (
     convolution_name,
@@ -88,7 +88,7 @@ def _cuda(x: Tensor) -> _Device:
 @without_autocast
 def _forward(device: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     (gates, convolve, *_), (y, projected, dw) = device(a.x), _output(a)
-    linear(a.x, a.proj_in_weight.flatten(1), a.proj_in_bias, projected)
+    linear(operand(a.x), a.proj_in_weight.flatten(1), a.proj_in_bias, projected)
     pwa, abc = _split(projected, a)
     convolve(abc, *_scaled_conv(a), dw)
     p = allocate_channels_last(a.x.shape, a.x)
