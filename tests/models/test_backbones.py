@@ -38,14 +38,10 @@ SHORT = {
     "tiny_moat_0_article": {"depths": (1, 1, 1, 1), "img_size": 64, "window_size": 2},
 }
 each = pytest.mark.parametrize("name", SHORT)
-# For what takes long: hornet_tiny_gf has the blocks of hornet_tiny_7x7, and _bn_hs differs in norms and activations.
-one_of_each = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in ("hornet_tiny_7x7", "edgenext_xx_small_bn_hs") else ())
-        for name in SHORT
-    ],
-)
+# For what takes long: hornet_tiny_gf has the blocks of hornet_tiny_7x7, _bn_hs differs in norms and activations, and
+# test_moat_article.py has a shorter test.
+MARKS = dict.fromkeys(("hornet_tiny_7x7", "edgenext_xx_small_bn_hs", "tiny_moat_0_article"), pytest.mark.slow)
+one_of_each = pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in SHORT])
 
 
 def short(name, **options):
@@ -73,7 +69,9 @@ def fresh_compiler():
 def images(name, batch=2, large=False):
     if name.startswith("s2"):
         return torch.randn(batch, 3, 42, 84 if large else 42)
-    return torch.randn(batch, 3, 64, (128 if name.endswith("article") else 96) if large else 64)
+    if name.endswith("article"):  # multiples of 64, with several windows at stride 32
+        return torch.randn(batch, 3, 128, 192 if large else 128)
+    return torch.randn(batch, 3, 64, 96 if large else 64)
 
 
 def test_every_variant_is_counted():

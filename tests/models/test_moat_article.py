@@ -83,7 +83,7 @@ def shaken(model):
     [
         ((96, 64), None, (96, 64)),
         (64, 2, (64, 128)),
-        ((64, 96), (1, 3), (64, 192)),
+        ((64, 96), (2, 3), (64, 192)),
         (224, 7, (224, 224)),
     ],
 )
@@ -173,7 +173,7 @@ def test_whole_maps_compile_and_export():
     model, x = shaken(article(depths=(1, 1, 1, 1))).eval(), torch.randn(2, 3, 64, 64)
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         for y in (x, torch.randn(3, 3, 64, 64)):
             torch.testing.assert_close(exported(y), model(y))

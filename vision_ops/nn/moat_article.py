@@ -165,12 +165,12 @@ class ArticleMOATAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = self.attention.window_size
         check_fits("height and width of x", x.shape[2:], (height, width), multiples=True)
-        # (N, C, H, W) -> (N, H / height, height, W / width, width, C) -> (N, H / height, W / width, height, width, C)
-        windows = x.permute(0, 2, 3, 1).unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3)
-        tokens = windows.flatten(3, 4).flatten(0, 2)
+        n, channels, rows, columns = x.shape
+        shape = n, rows // height, height, columns // width, width, channels
+        tokens = x.permute(0, 2, 3, 1).reshape(shape).transpose(2, 3).reshape(-1, height * width, channels)
         tokens = tokens + self.drop_path(self.attention(self.norm_1(tokens)))
-        windows = tokens.reshape(windows.shape).transpose(2, 3)
-        return windows.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        windows = tokens.reshape(n, rows // height, columns // width, height, width, channels).transpose(2, 3)
+        return windows.reshape(n, rows, columns, channels).permute(0, 3, 1, 2)
 
 
 class ArticleMOATBlock(nn.Module):
