@@ -56,7 +56,7 @@ class S2MLPv2(Backbone):
         super().__init__()
         check_stages(len(patch_size), d_model=d_model, depth=depth, expansion_factor=expansion_factor)
         rates = drop_path_rates(drop_path_rate, depth)
-        self.stages, stages, self.reduction = nn.Sequential(), [], 1
+        self.stages, stages, self.reduction = nn.ModuleList(), [], 1
         for i, (patch, width) in enumerate(zip(patch_size, d_model, strict=True)):
             block = S2Block(width, depth[i], expansion_factor[i], reduction=reduction, drop_path=rates[i], fused=fused)
             before = d_model[i - 1] if i else in_chans

@@ -23,6 +23,9 @@ from ..dispatch import Explanation, resolve_backend
 # What graphs are made of stands for tensors, unlike DTensors and the packed weights of quantized layers.
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
+# As they were when this was imported: some code puts its own in the place of a class's forward.
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU)}
+
 
 class Layer(NamedTuple):
     """A layer as a kernel computes it: its type, its attributes and its tensors.
@@ -32,7 +35,6 @@ class Layer(NamedTuple):
     """
 
     kind: type[nn.Module]
-    forward: Any
     attributes: tuple[tuple[str, Any], ...] = ()
     tensors: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
@@ -60,26 +62,27 @@ def pointwise(inputs: int, outputs: int) -> Layer:
 def _conv2d(shape: tuple[int, ...], stride: int, padding: int, dilation: int, groups: int) -> Layer:
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     attributes = *((name, (n, n)) for name, n in pairs.items()), ("groups", groups), ("padding_mode", "zeros")
-    return Layer(nn.Conv2d, nn.Conv2d.forward, attributes, _WEIGHT_AND_BIAS, shape)
+    return Layer(nn.Conv2d, attributes, _WEIGHT_AND_BIAS, shape)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool | None = None) -> Layer:
-    return Layer(nn.Linear, nn.Linear.forward, (), _WEIGHT_AND_BIAS, (outputs, inputs), bias)
+    return Layer(nn.Linear, (), _WEIGHT_AND_BIAS, (outputs, inputs), bias)
 
 
 def layer_norm(channels: int) -> Layer:
     """Of any eps, which the block hands to the kernel."""
     attributes = (("normalized_shape", (channels,)),)
-    return Layer(nn.LayerNorm, nn.LayerNorm.forward, attributes, _WEIGHT_AND_BIAS, (channels,), True)
+    return Layer(nn.LayerNorm, attributes, _WEIGHT_AND_BIAS, (channels,), True)
 
 
 def dropout() -> Layer:
-    return Layer(nn.Dropout, nn.Dropout.forward, inactive=True)
+    return Layer(nn.Dropout, inactive=True)
 
 
 def module(kind: type[nn.Module], **attributes: Any) -> Layer:
     """Any other module that the kernel computes."""
-    return Layer(kind, kind.forward, tuple(attributes.items()))
+    _FORWARDS.setdefault(kind, kind.forward)
+    return Layer(kind, tuple(attributes.items()))
 
 
 class Layers:
@@ -105,42 +108,46 @@ class Layers:
         if not block.fused:
             return None
         found: list[Any] = []
-        if self._odd(block, x, found) is None:
+        odd = self._odd(block, x, found)
+        if odd is None:
             return found
-        if resolve_backend(None) == "fused" and (reason := self.reason(block, x)) is not None:
+        if resolve_backend(None) == "fused" and odd[1] != _ACTIVE:
             raise ValueError(
-                f"backend='fused', but fused_{self.op} cannot stand for the layers of {type(block).__name__}: {reason}"
+                f"backend='fused', but fused_{self.op} is not what the layers of {type(block).__name__} compute: "
+                + "; ".join(self.reasons(block, x))
             )
         return None
 
-    def _odd(self, block: nn.Module, x: Any, found: list[Any]) -> tuple[int, str] | None:
-        """The first layer that is not as the kernel computes it: its index, and a word that `_words` explains."""
+    def _odd(self, block: nn.Module, x: Any, found: list[Any], start: int = 0) -> tuple[int, str] | None:
+        """The first layer, from start, that is not as the kernel computes it: its index, and a word for `_words`."""
         if not isinstance(x, Tensor):
             return -1, "input"
         if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
             return -1, _GLOBAL_HOOKS
         device = x.device
         for name in self.own:
-            t = _tensor(block, name)
+            t: Any = _tensor(block, name)
             if type(t) not in _PLAIN_TENSORS or t.device != device or t.layout is not torch.strided:
                 return -1, name
             found.append(t)
         for i, (path, expected) in enumerate(self.layers):
-            layer = block
+            if i < start:
+                continue
+            layer: Any = block
             for part in path:
                 layer = layer._modules.get(part)  # takes a tenth of the time of getattr
                 if layer is None:
                     return i, "missing"
-            kind, forward, attributes, tensors, shape, bias, inactive = expected
+            kind, attributes, tensors, shape, bias, inactive = expected
             if type(layer) is not kind:
                 return i, "type"
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return i, "hooks"
             state = layer.__dict__
-            if "forward" in state or kind.forward is not forward:
+            if "forward" in state or kind.forward is not _FORWARDS[kind]:
                 return i, "forward"
             if inactive and layer.training and layer.p > 0:
-                return i, "active"
+                return i, _ACTIVE
             for attribute, value in attributes:
                 if state[attribute] != value:
                     return i, attribute
@@ -160,10 +167,15 @@ class Layers:
                 found.append(t)
         return None
 
-    def reason(self, block: nn.Module, x: Any) -> str | None:
-        """In words, why the block calls its layers; None if it need not, or if only an active dropout is the reason."""
-        odd = self._odd(block, x, [])
-        return None if odd is None or odd[1] == "active" else self._words(block, x, *odd)
+    def reasons(self, block: nn.Module, x: Any) -> list[str]:
+        """In words, why the block calls its layers."""
+        if not block.fused:
+            return [_UNFUSED]
+        found, odd = [], self._odd(block, x, [])
+        while odd is not None:
+            found.append(self._words(block, x, *odd))
+            odd = None if odd[0] < 0 else self._odd(block, x, [], odd[0] + 1)
+        return found
 
     def _words(self, block: nn.Module, x: Any, i: int, what: str) -> str:
         if what == "input":
@@ -178,7 +190,9 @@ class Layers:
             return f"{name} is missing"
         layer = block.get_submodule(name)
         if what == "type":
-            return f"{name} is a {type(layer).__name__}, not a {expected.kind.__name__}"
+            found, kind = type(layer), expected.kind
+            same = found.__name__ == kind.__name__
+            return f"{name} is a {found.__module__ + '.' if same else ''}{found.__name__}, not a {kind.__name__}"
         if what in expected.tensors:
             shape = expected.shape if what == expected.tensors[0] else None
             return f"{name}.{what} {_difference(_tensor(layer, what), x.device, shape)}"
@@ -187,9 +201,10 @@ class Layers:
         return f"{name}.{what} is {getattr(layer, what)!r}, not {dict(expected.attributes)[what]!r}"
 
 
+_ACTIVE = "active"
 _GLOBAL_HOOKS, _UNFUSED = "there are hooks for all modules", "fused=False"
 _OF_ALL = _GLOBAL_HOOKS, _UNFUSED
-_STATES = {"hooks": "has hooks", "forward": "has a forward of its own", "active": "drops"}
+_STATES = {"hooks": "has hooks", "forward": "has a forward of its own", _ACTIVE: "is active"}
 
 
 def _tensor(module: nn.Module, name: str) -> Any:
@@ -220,28 +235,27 @@ def explain_module(module: nn.Module, x: Any) -> Explanation:
     cannot: list[str] = []
     computed: set[str] = set()  # the modules that an op stands for: parts of them are not asked
     for prefix, block in module.named_modules():
-        called: list[str] = []
+        called: dict[str, str] = {}
         for kernel in vars(block).values():
-            if not isinstance(kernel, Layers):
+            if not isinstance(kernel, Layers) or not (kernel.layers or kernel.own):
                 continue
-            names = [_join(prefix, *path) for path, _ in kernel.layers] or [prefix or type(block).__name__]
-            if computed.issuperset(names):
+            names = [".".join(path) for path, _ in kernel.layers]
+            paths = [f"{prefix}.{name}".strip(".") for name in names or [""]]
+            if computed.issuperset(paths):
                 continue
-            odd = kernel._odd(block, x, []) if block.fused else (-1, _UNFUSED)
-            if odd is None:
-                computed.update(names)
-                parts[", ".join(names)] = "PyTorch" if backend == "reference" else f"fused_{kernel.op}"
+            reasons = kernel.reasons(block, x)
+            if not reasons:
+                computed.update(paths)
+                parts[_part(prefix, block, names)] = "PyTorch" if backend == "reference" else f"fused_{kernel.op}"
                 continue
-            called += names
-            reason = kernel._words(block, x, *odd)
-            if prefix and reason not in _OF_ALL:
-                reason = f"{prefix}.{reason}"
-            cannot.append(reason)
-        left = [name for name in dict.fromkeys(called) if name not in computed]
+            called.update(zip(paths, names or [""], strict=True))
+            cannot += [reason if reason in _OF_ALL else f"{prefix}.{reason}".strip(".") for reason in reasons]
+        left = [name for path, name in called.items() if path not in computed]
         if left:
-            parts[", ".join(left)] = "their own forward"
+            parts[_part(prefix, block, left)] = "nothing: a ValueError" if backend == "fused" else "their own forward"
     return Explanation(type(module).__name__, backend, parts, list(dict.fromkeys(cannot)), [])
 
 
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
+def _part(prefix: str, block: nn.Module, names: list[str]) -> str:
+    names = [name for name in names if name]
+    return f"{prefix or type(block).__name__}{' (' + ', '.join(names) + ')' if names else ''}"
