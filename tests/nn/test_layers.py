@@ -179,17 +179,16 @@ def test_adapters_have_an_effect_and_a_gradient(name):
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
 @each_block
-def test_backward_hooks_run(name):
+def test_backward_hooks_run(name, kind):
     block, x = randomized(BLOCKS[name]()), torch.randn(IMAGE, requires_grad=True)
     expected = copy.deepcopy(block)
     expected(x).sum().backward()
     wanted, x.grad = x.grad, None
     called = []
     for leaf in leaves(block):
-        layer = block.get_submodule(leaf)
-        layer.register_full_backward_hook(lambda m, into, out, leaf=leaf: called.append(leaf))
-        layer.register_full_backward_pre_hook(lambda m, out, leaf=leaf: called.append(leaf))
+        getattr(block.get_submodule(leaf), kind)(lambda *_, leaf=leaf: called.append(leaf))
     block(x).sum().backward()
     assert set(called) == set(leaves(block))
     torch.testing.assert_close(x.grad, wanted, atol=1e-4, rtol=1e-4)
