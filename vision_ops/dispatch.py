@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 BACKENDS = ("auto", "fused", "reference")
 
 
@@ -35,8 +37,9 @@ class use_backend:
     """Sets the backend of all ops in this process; as a context manager, until the block ends.
 
     "auto": the fused kernels where they exist for the arguments and are not slower, else PyTorch. "fused": the fused
-    kernels, or a ValueError that says why they cannot run. "reference": plain PyTorch. The `backend=` argument of an op
-    takes the same names and wins. The environment variable VISION_OPS_BACKEND, read at import, sets the initial one.
+    kernels, or a ValueError that says why they cannot run, or why a block of `nn` is to call its layers. "reference":
+    plain PyTorch. The `backend=` argument of an op takes the same names and wins. The environment variable
+    VISION_OPS_BACKEND, read at import, sets the initial one.
 
     Under functorch's transforms, forward-mode AD and export to ONNX, which only PyTorch's own ops support, all run
     plain PyTorch.
@@ -80,13 +83,23 @@ class Explanation:
 explainers: dict[str, Callable[..., Explanation]] = {}
 
 
-def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: str | nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """What `fused_<op>(*args, **kwargs)` would run, part by part, and every reason against the fused kernels.
 
     Takes what the op takes, `backend=` included; trailing arguments may be missing. Nothing is computed.
 
+    Or what a module of `nn` or `models` runs: `explain(module, x)` says of all blocks in it which layers an op stands
+    for, and which layer is the reason where they are called instead: one of another type or with other attributes than
+    the kernel's, with hooks, or with weights that are no plain tensors on the device of x. What the op then runs, which
+    depends on its input, the op's own explanation says.
+
     >>> print(explain("multi_order_dwconv", torch.randn(1, 64, 56, 56)))
+    >>> print(explain(model, images))
     """
+    if isinstance(op, nn.Module):
+        from .nn._layers import explain_module  # which imports this module
+
+        return explain_module(op, *args, **kwargs)
     if op not in explainers:
         raise ValueError(f"op must be one of {sorted(explainers)}, got {op!r}")
     from . import ops  # which import this module

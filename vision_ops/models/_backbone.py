@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from ..nn._blocks import Blocks
 from ..ops._checks import check_integer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -111,7 +110,7 @@ class Backbone(nn.Module, ABC):
         if not wanted or any(not isinstance(i, int) or not -count <= i < count for i in wanted):
             raise ValueError(f"out_indices must be ints from {-count} to {count - 1}, got {wanted}")
         self.out_indices = tuple(i % count for i in wanted)
-        self.features_only, self.grad_checkpointing = features_only, False
+        self.features_only = features_only
         self.num_stages = max(self.out_indices) + 1 if features_only else count
         self.num_features = infos[-1]["num_chs"]
         self.feature_info = FeatureInfo(infos[i] for i in self.out_indices) if features_only else FeatureInfo(infos)
@@ -179,20 +178,14 @@ class Backbone(nn.Module, ABC):
             maps.append(x)
         return [maps[i] for i in self.out_indices]
 
-    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-        for block in blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes every block again in backward instead of keeping what it saved.
 
         Batch norms then update their running statistics twice a step.
         """
-        self.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn._blocks import Blocks
 from ..nn.edgenext import ConvEncoder, ConvEncoderBNHS, PositionalEncodingFourier, SDTAEncoder, SDTAEncoderBNHS
 from ..nn.layer_norm import LayerNorm2d
 from ._backbone import Backbone, Variant, check_stages, drop_path_rates
@@ -90,7 +91,7 @@ class EdgeNeXt(Backbone):
                 }
                 blocks.append(sdta_encoder(dim, rate, layer_scale_init_value, expan_ratio, **options, fused=fused))
             self.downsample_layers.append(embed)
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(Blocks(*blocks))
         self.norm = nn.BatchNorm2d(dims[-1]) if bn_hs else nn.LayerNorm(dims[-1], eps=1e-6)
         self.head_dropout = nn.Dropout(classifier_dropout)
         stages = [(dim, 4 * 2**i) for i, dim in enumerate(dims)]
@@ -106,9 +107,10 @@ class EdgeNeXt(Backbone):
         return f"downsample_layers.{i}", f"stages.{i}"
 
     def forward_stage(self, i: int, x: Tensor) -> Tensor:
-        x = self.run_blocks(self.stages[i], self.downsample_layers[i](x))
+        x = self.stages[i](self.downsample_layers[i](x))
         if i == 0 and self.pos_embd is not None:
-            x = x + self.pos_embd(1, *x.shape[2:])
+            height, width = x.shape[2:]
+            x = x + self.pos_embd(1, height, width, x.device)
         return x
 
     def pool(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from ..nn._blocks import Blocks
 from ..nn.hornet import GlobalLocalFilter, GnConv, HorBlock
 from ..nn.layer_norm import LayerNorm2d
 from ._backbone import Backbone, Variant, check_stages, drop_path_rates
@@ -66,7 +67,7 @@ class HorNet(Backbone):
                 gnconv = partial(gnconv, gflayer=partial(GlobalLocalFilter, fused=fused), h=size[0], w=size[1])
             self.downsample_layers.append(embed)
             self.stages.append(
-                nn.Sequential(*(HorBlock(dim, rate, layer_scale_init_value, gnconv, fused=fused) for rate in rates))
+                Blocks(*(HorBlock(dim, rate, layer_scale_init_value, gnconv, fused=fused) for rate in rates))
             )
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         stages = [(dim, 4 * 2**i) for i, dim in enumerate(dims)]
@@ -82,7 +83,7 @@ class HorNet(Backbone):
         return f"downsample_layers.{i}", f"stages.{i}"
 
     def forward_stage(self, i: int, x: Tensor) -> Tensor:
-        return self.run_blocks(self.stages[i], self.downsample_layers[i](x))
+        return self.stages[i](self.downsample_layers[i](x))
 
     def pool(self, x: Tensor) -> Tensor:
         return self.norm(x.mean(dim=(2, 3)))

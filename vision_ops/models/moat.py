@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn._blocks import Blocks
 from ..nn.moat import MBConv, MOATBlock, RelativeSelfAttention, batch_norm, pad_same
 from ._backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Variant, check_stages
 
@@ -57,7 +58,7 @@ class MOAT(Backbone):
         self.blocks = nn.ModuleList()
         before, index = stem, 0
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            stage = nn.ModuleList()
+            stage = Blocks()
             for j in range(depth):
                 rate = drop_path_rate * index / sum(depths)
                 options: dict[str, Any] = {
@@ -95,7 +96,7 @@ class MOAT(Backbone):
     def forward_stage(self, i: int, x: Tensor) -> Tensor:
         if i == 0:
             x = self.conv_1(F.gelu(self.norm_0(self.conv_0(pad_same(x)))))
-        return self.run_blocks(self.blocks[i], x)
+        return self.blocks[i](x)
 
     def pool(self, x: Tensor) -> Tensor:
         return self.final_layer_norm(x.mean(dim=(2, 3)))

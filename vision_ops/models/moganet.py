@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..nn._blocks import Blocks
 from ..nn.moganet import MogaBlock, build_norm
 from ._backbone import Backbone, Variant, check_stages, drop_path_rates
 
@@ -94,7 +95,7 @@ class MogaNet(Backbone):
             dilation = (1, 2, 1) if i == last and not attn_final_dilation else attn_dw_dilation
             before = embed_dims[i - 1] if i else in_chans
             embed = (_PatchEmbed if i else _StemEmbed)(before, channels, conv_norm_type, fused)
-            blocks = nn.ModuleList(
+            blocks = [
                 MogaBlock(
                     channels,
                     ffn_ratios[i],
@@ -110,9 +111,9 @@ class MogaNet(Backbone):
                     fused=fused,
                 )
                 for j in range(depth)
-            )
+            ]
             self.add_module(f"patch_embed{i + 1}", embed)
-            self.add_module(f"blocks{i + 1}", blocks)
+            self.add_module(f"blocks{i + 1}", Blocks(*blocks))
             self.add_module(f"norm{i + 1}", build_norm("stem_norm_type", stem_norm_type, channels, fused))
         stages = [(channels, 4 * 2**i) for i, channels in enumerate(embed_dims)]
         self.finish(stages, num_classes, features_only, out_indices)
@@ -131,7 +132,7 @@ class MogaNet(Backbone):
 
     def forward_stage(self, i: int, x: Tensor) -> Tensor:
         embed, blocks, norm = (self.get_submodule(name) for name in self.stage_modules(i))
-        return norm(self.run_blocks(blocks, embed(x)))
+        return norm(blocks(embed(x)))
 
 
 def _variant(name: str, dims: tuple[int, ...], depths: tuple[int, ...], drop_path: float, batch: int) -> Variant:

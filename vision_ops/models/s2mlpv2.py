@@ -2,10 +2,19 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..nn.s2mlpv2 import S2Block
 from ._backbone import Backbone, Variant, check_stages, drop_path_rates
+
+
+def check_multiples(size: Sequence[int], factor: int) -> None:
+    if any(n % factor for n in size):
+        raise ValueError(f"height and width of x must be multiples of {factor}, got {tuple(size)}")
+
+
+torch.fx.wrap("check_multiples")
 
 
 class _MeanPool(nn.Module):
@@ -47,7 +56,7 @@ class S2MLPv2(Backbone):
         super().__init__()
         check_stages(len(patch_size), d_model=d_model, depth=depth, expansion_factor=expansion_factor)
         rates = drop_path_rates(drop_path_rate, depth)
-        self.stages, stages, self.reduction = nn.Sequential(), [], 1
+        self.stages, stages, self.reduction = nn.ModuleList(), [], 1
         for i, (patch, width) in enumerate(zip(patch_size, d_model, strict=True)):
             block = S2Block(width, depth[i], expansion_factor[i], reduction=reduction, drop_path=rates[i], fused=fused)
             before = d_model[i - 1] if i else in_chans
@@ -64,14 +73,15 @@ class S2MLPv2(Backbone):
         return (f"stages.{i}",)
 
     def forward_stage(self, i: int, x: Tensor) -> Tensor:
-        embed, block = self.stages[i]
-        if i == 0 and not all(n % self.reduction == 0 for n in x.shape[2:]):
-            raise ValueError(f"height and width of x must be multiples of {self.reduction}, got {tuple(x.shape[2:])}")
-        x = embed(x).permute(0, 2, 3, 1)
-        return self.run_blocks(block.model, x).permute(0, 3, 1, 2)
+        if i == 0:
+            check_multiples(x.shape[2:], self.reduction)
+        return self.stages[i](x)
 
     def pool(self, x: Tensor) -> Tensor:
         return self.mlp_head[0](x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.pool(x) if pre_logits else self.mlp_head(x)
 
 
 def _variant(d_model: tuple[int, int], depth: tuple[int, int]) -> Variant:

@@ -1,4 +1,9 @@
-"""Modules with the official constructor arguments and parameter names, which run the fused ops."""
+"""Modules with the official constructor arguments and parameter names, which run the fused ops.
+
+An op takes the weights of layers and calls none of them. Where calling them would do something else (hooks, adapters,
+other attributes, weights that are no plain tensors on the device of the input), a block calls its layers, or, with the
+backend "fused", raises a ValueError; `vision_ops.explain(module, x)` names the layer. fused=False always calls them.
+"""
 
 from .edgenext import (
     LPI,

@@ -4,6 +4,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.dwconv import fused_dwconv
+from ._layers import Layers
+
+
+class Blocks(nn.Sequential):
+    """Blocks in a row; with grad_checkpointing, each is computed again in backward instead of keeping what it saved."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return x
 
 
 class DropPath(nn.Module):
@@ -41,6 +57,10 @@ def inverted_bottleneck(
     return scaled(pwconv2(act(pwconv1(x))), gamma).permute(0, 3, 1, 2)
 
 
-def backend(module: nn.Module) -> str | None:
-    """The backend argument of the ops of a module with the option `fused`."""
-    return None if module.fused else "reference"
+def convolve(block: nn.Module, kernel: Layers, x: Tensor) -> Tensor:
+    """The depthwise convolution of stride 1 that is the only layer of the kernel."""
+    parameters = kernel.tensors(block, x)
+    if parameters is None:
+        (((name,), _),) = kernel.layers
+        return getattr(block, name)(x)
+    return fused_dwconv(x, *parameters)

@@ -11,15 +11,37 @@ from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
 
 from ..ops._checks import check_integer
+from ..ops.cross_covariance import fused_cross_covariance
 from ..ops.dwconv import fused_dwconv
 from ..ops.dwconv_layer_norm import fused_dwconv_layer_norm
 from ..ops.split_cascade import check_cascade, fused_split_cascade
 from ..ops.xca import fused_xca
 from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
-from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale, scaled
+from ._blocks import DropPath, convolve, inverted_bottleneck, layer_scale, scaled
+from ._layers import Layers, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
+
+
+def fourier_table(
+    H: int, W: int, hidden_dim: int, temperature: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Sines and cosines of row and column, (1, 2 * hidden_dim, H, W), computed in float32."""
+
+    def axis(n: int) -> Tensor:
+        position = torch.arange(1, n + 1, dtype=torch.float32, device=device) / (n + 1e-6) * (2 * math.pi)
+        exponent = torch.arange(hidden_dim // 2, dtype=torch.float32, device=device) * (2 / hidden_dim)
+        angles = position[:, None] / temperature**exponent
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+    rows, columns = axis(H)[:, None, :].expand(-1, W, -1), axis(W)[None, :, :].expand(H, -1, -1)
+    return torch.cat([rows, columns], dim=-1).permute(2, 0, 1)[None].to(dtype)
+
+
+# Leaves of symbolic traces: what they compute with are sizes and dtypes.
+torch.fx.wrap("fourier_table")
+torch.fx.wrap("cross_covariance_weights")
 
 
 class PositionalEncodingFourier(nn.Module):
@@ -45,36 +67,27 @@ class PositionalEncodingFourier(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_tables": {}}
 
-    def _axis(self, n: int, device: torch.device) -> Tensor:
-        """(n, hidden_dim): sines and cosines of one axis in turn."""
-        position = torch.arange(1, n + 1, dtype=torch.float32, device=device) / (n + 1e-6) * (2 * math.pi)
-        exponent = torch.arange(self.hidden_dim // 2, dtype=torch.float32, device=device) * (2 / self.hidden_dim)
-        angles = position[:, None] / self.temperature**exponent
-        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    def _table(self, H: int, W: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return fourier_table(H, W, self.hidden_dim, self.temperature, dtype, device)
 
-    def _table(self, H: int, W: int) -> Tensor:
-        """(1, 2 * hidden_dim, H, W)."""
-        weight = self.token_projection.weight
-        rows, columns = self._axis(H, weight.device), self._axis(W, weight.device)
-        rows = rows[:, None, :].expand(-1, W, -1)
-        columns = columns[None, :, :].expand(H, -1, -1)
-        return torch.cat([rows, columns], dim=-1).permute(2, 0, 1)[None].to(weight.dtype)
-
-    def _kept_table(self, H: int, W: int) -> Tensor:
-        weight = self.token_projection.weight
-        key = H, W, weight.dtype, weight.device
+    def _kept_table(self, *key: Any) -> Tensor:
         if key not in self._tables:
             # Not as an inference tensor, which no later backward pass could save.
             with torch.inference_mode(False), torch.no_grad():
                 if len(self._tables) >= _MOST_TABLES:
                     self._tables.clear()
-                self._tables[key] = self._table(H, W)
+                self._tables[key] = self._table(*key)
         return self._tables[key]
 
-    def forward(self, B: int, H: int, W: int) -> Tensor:
+    def forward(self, B: int, H: int, W: int, device: torch.device | None = None) -> Tensor:
+        """device: where the table is to be, if not where the weight of the projection is before it is called."""
+        weight = getattr(self.token_projection, "weight", None)
+        if not isinstance(weight, (Tensor, torch.fx.Proxy)):  # a wrapper's
+            weight = next(self.token_projection.parameters())
+        key = H, W, weight.dtype, weight.device if device is None else device
         # Under a dispatch mode, such as that of fake tensors, tables are not what they seem.
         plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not _len_torch_dispatch_stack()
-        table = self._kept_table(H, W) if plain else self._table(H, W)
+        table = self._kept_table(*key) if plain and isinstance(H, int) else self._table(*key)
         return self.token_projection(table).expand(B, -1, -1, -1)
 
 
@@ -107,12 +120,16 @@ class ConvEncoder(nn.Module):
         self.gamma = layer_scale(dim, layer_scale_init_value)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self._kernel = Layers("dwconv_layer_norm", {"dwconv": depthwise(dim, kernel_size), "norm": layer_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias
-        y = fused_dwconv_layer_norm(x, *parameters, eps=self.norm.eps, backend=backend(self))
+        parameters = self._kernel.tensors(self, x)
+        if parameters is None:
+            y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        else:
+            y = fused_dwconv_layer_norm(x, *parameters, eps=self.norm.eps)
         return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.gelu, self.pwconv2, self.gamma))
 
 
@@ -133,20 +150,21 @@ class ConvEncoderBNHS(nn.Module):
         self.fused = fused
         self.gamma = layer_scale(dim, layer_scale_init_value)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+        self._kernel = Layers("dwconv", {"dwconv": depthwise(dim, kernel_size)})
         self.norm = nn.BatchNorm2d(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(fused_dwconv(x, self.dwconv.weight, backend=backend(self))).permute(0, 2, 3, 1)
+        y = self.norm(convolve(self, self._kernel, x)).permute(0, 2, 3, 1)
         return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.hardswish, self.pwconv2, self.gamma))
 
 
 class XCA(nn.Module):
     """Cross-covariance attention: softmax(temperature * q k^T) v between the channels of each head.
 
-    q and k are normalised over the tokens; their norm is bounded at 1e-12 from below. It runs as `fused_xca`, in plain
-    PyTorch while attention dropout is active.
+    q and k are normalised over the tokens; their norm is bounded at 1e-12 from below. It runs as `fused_xca`; where
+    it calls its layers, as `fused_cross_covariance` between them; in plain PyTorch while attention dropout is active.
 
     Args:
         dim: channels, a multiple of num_heads.
@@ -177,16 +195,24 @@ class XCA(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        layers = {"qkv": linear(dim, 3 * dim), "attn_drop": dropout(), "proj": linear(dim, dim)}
+        self._kernel = Layers("xca", layers, own=("temperature",))
+        self._attention = Layers("cross_covariance", {"attn_drop": dropout()}, own=("temperature",))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.attn_drop.p > 0:
-            q, k, v = split_heads(self.qkv(x), self.num_heads)
-            weights = self.attn_drop(cross_covariance_weights(q, k, self.temperature)).to(v.dtype)
-            y = self.proj(merge_heads(weights @ v))
-        else:
-            projections = self.qkv.weight, self.qkv.bias, self.temperature, self.proj.weight, self.proj.bias
-            y = fused_xca(x, *projections, num_heads=self.num_heads, backend=backend(self))
-        return self.proj_drop(y)
+        parameters = self._kernel.tensors(self, x)
+        if parameters is None:
+            return self.proj_drop(self.proj(self._attend(self.qkv(x))))
+        temperature, weight, bias, *proj = parameters
+        given = weight, bias, temperature, *proj
+        return self.proj_drop(fused_xca(x, *given, num_heads=self.num_heads))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        q, k, v = split_heads(qkv, self.num_heads)
+        if self._attention.tensors(self, qkv) is not None:
+            return merge_heads(fused_cross_covariance(q, k, v, self.temperature))
+        weights = self.attn_drop(cross_covariance_weights(q, k, self.temperature)).to(v.dtype)
+        return merge_heads(weights @ v)
 
     def no_weight_decay(self) -> set[str]:
         return {"temperature"}
@@ -225,16 +251,19 @@ class LPI(nn.Module):
         self.act = act_layer()
         self.bn = nn.BatchNorm2d(in_features)
         self.conv2 = nn.Conv2d(in_features, in_features, **shared)
+        conv, self._gelu = depthwise(in_features, kernel_size), None
+        if type(self.act) is nn.GELU and self.act.approximate == "none":
+            self._gelu = Layers("dwconv", {"conv1": conv, "act": module(nn.GELU, approximate="none")})
+        self._conv1, self._conv2 = Layers("dwconv", {"conv1": conv}), Layers("dwconv", {"conv2": conv})
 
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         y = x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
-        if isinstance(self.act, nn.GELU) and self.act.approximate == "none":
-            conv = self.conv1
-            y = fused_dwconv(y, conv.weight, conv.bias, activation="gelu", backend=backend(self))
+        parameters = None if self._gelu is None else self._gelu.tensors(self, y)
+        if parameters is None:
+            y = self.act(convolve(self, self._conv1, y))
         else:
-            y = self.act(fused_dwconv(y, self.conv1.weight, self.conv1.bias, backend=backend(self)))
-        y = self.bn(y)
-        y = fused_dwconv(y, self.conv2.weight, self.conv2.bias, backend=backend(self))
+            y = fused_dwconv(y, *parameters, activation="gelu")
+        y = convolve(self, self._conv2, self.bn(y))
         return y.flatten(2).transpose(1, 2)
 
 
@@ -261,9 +290,10 @@ class _SDTA(nn.Module):
         super().__init__()
         check_integer("scales", scales, 2)
         width = check_cascade(dim, scales, "scales")
-        self.fused = fused
+        self.width, self.fused = width, fused
         self.gamma_xca, self.gamma = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(scales - 1))
+        self._kernel = Layers("split_cascade", {f"convs.{i}": depthwise(width, 3) for i in range(scales - 1)})
         self.pos_embd = PositionalEncodingFourier(dim=dim) if use_pos_emb else None
         self.norm_xca = self.make_norm(dim)
         self.xca = XCA(dim, num_heads, qkv_bias, attn_drop, drop, fused=fused)
@@ -272,14 +302,21 @@ class _SDTA(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def cascade(self, x: Tensor) -> Tensor:
-        weights, biases = zip(*((conv.weight, conv.bias) for conv in self.convs), strict=True)
-        return fused_split_cascade(x, weights, biases, backend=backend(self))
+        parameters = self._kernel.tensors(self, x)
+        if parameters is not None:
+            return fused_split_cascade(x, parameters[::2], parameters[1::2])
+        splits = x.split(self.width, dim=1)
+        outputs: list[Tensor] = []
+        for i, conv in enumerate(self.convs):
+            outputs.append(conv(outputs[-1] + splits[i] if i else splits[i]))
+        return torch.cat([*outputs, splits[len(self.convs)]], dim=1)
 
     def with_position(self, x: Tensor) -> Tensor:
         """Adds the encoding of the position to (N, H, W, C)."""
         if self.pos_embd is None:
             return x
-        return x + self.pos_embd(1, *x.shape[1:3]).permute(0, 2, 3, 1)
+        height, width = x.shape[1:3]
+        return x + self.pos_embd(1, height, width, x.device).permute(0, 2, 3, 1)
 
     def attention(self, x: Tensor) -> Tensor:
         """gamma_xca * xca(x) of (N, H, W, C), with its drop path."""

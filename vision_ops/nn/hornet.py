@@ -7,12 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._checks import check_integer
-from ..ops.dwconv import fused_dwconv
 from ..ops.gated_recursion import fused_gated_recursion
 from ..ops.global_filter import fused_global_filter
 from ..ops.gnconv import fused_gnconv
-from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale
+from ..reference.global_filter import global_filter
+from ._blocks import DropPath, convolve, inverted_bottleneck, layer_scale
+from ._layers import Layers, depthwise, pointwise
 from .layer_norm import LayerNorm2d
+
+torch.fx.wrap("global_filter")  # it asks for the size and the dtype of x
 
 
 class GlobalLocalFilter(nn.Module):
@@ -37,12 +40,18 @@ class GlobalLocalFilter(nn.Module):
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, h, w, 2))
         nn.init.trunc_normal_(self.complex_weight, std=0.02)
         self.dw = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, bias=False, groups=dim // 2)
+        self._dw = Layers("dwconv", {"dw": depthwise(dim // 2, 3)})
+        self._filter = Layers("global_filter", own=("complex_weight",))
         self.pre_norm, self.post_norm = LayerNorm2d(dim, fused=fused), LayerNorm2d(dim, fused=fused)
 
     def forward(self, x: Tensor) -> Tensor:
         local, globally = self.pre_norm(x).chunk(2, dim=1)
-        local = fused_dwconv(local, self.dw.weight, backend=backend(self))
-        globally = fused_global_filter(globally, self.complex_weight, backend=backend(self))
+        local = convolve(self, self._dw, local)
+        weight = self._filter.tensors(self, globally)
+        if weight is None:
+            globally = global_filter(globally, self.complex_weight)
+        else:
+            globally = fused_global_filter(globally, *weight)
         return self.post_norm(torch.stack([local, globally], dim=2).flatten(1, 2))
 
 
@@ -89,18 +98,35 @@ class GnConv(nn.Module):
         else:
             self.dwconv = gflayer(total, h=h, w=w)
         self.proj_out = nn.Conv2d(dim, dim, 1)
-        self.pws = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(self.dims, self.dims[1:], strict=False))
+        pairs = list(zip(self.dims, self.dims[1:], strict=False))
+        self.pws = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
+        pws = {f"pws.{i}": pointwise(a, b) for i, (a, b) in enumerate(pairs)}
+        self._kernel = self._dwconv = None
+        if gflayer is None:
+            dwconv = {"dwconv": depthwise(total, 7)}
+            layers = {"proj_in": pointwise(dim, 2 * dim), **dwconv, "proj_out": pointwise(dim, dim), **pws}
+            self._kernel, self._dwconv = Layers("gnconv", layers), Layers("dwconv", dwconv)
+        self._recursion = Layers("gated_recursion", pws)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, biases = [pw.weight for pw in self.pws], [pw.bias for pw in self.pws]
-        if isinstance(self.dwconv, nn.Conv2d):
-            into = self.proj_in.weight, self.proj_in.bias
-            depthwise = self.dwconv.weight, self.dwconv.bias
-            out = self.proj_out.weight, self.proj_out.bias
-            return fused_gnconv(x, *into, *depthwise, weights, biases, *out, scale=self.scale, backend=backend(self))
+        parameters = None if self._kernel is None else self._kernel.tensors(self, x)
+        if parameters is not None:
+            into, out, pws = parameters[:4], parameters[4:6], parameters[6:]
+            given = *into, pws[::2], pws[1::2], *out
+            return fused_gnconv(x, *given, scale=self.scale)
         pwa, abc = self.proj_in(x).split([self.dims[0], sum(self.dims)], dim=1)
-        gates = self.dwconv(abc) * self.scale
-        return self.proj_out(fused_gated_recursion(pwa, gates, weights, biases, backend=backend(self)))
+        gates = self.dwconv(abc) if self._dwconv is None else convolve(self, self._dwconv, abc)
+        return self.proj_out(self._recurse(pwa, gates * self.scale))
+
+    def _recurse(self, p: Tensor, gates: Tensor) -> Tensor:
+        parameters = self._recursion.tensors(self, p)
+        if parameters is not None:
+            return fused_gated_recursion(p, gates, parameters[::2], parameters[1::2])
+        q = gates.split(self.dims, dim=1)
+        p = p * q[0]
+        for i, pw in enumerate(self.pws):
+            p = pw(p) * q[i + 1]
+        return p
 
 
 class HorBlock(nn.Module):

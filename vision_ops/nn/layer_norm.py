@@ -4,6 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.layer_norm_2d import fused_layer_norm_2d
+from ..reference.layer_norm_2d import layer_norm_2d
+from ._layers import Layers
+
+torch.fx.wrap("layer_norm_2d")  # it asks for the dtype and the layout of x
 
 
 class LayerNorm2d(nn.Module):
@@ -22,9 +26,13 @@ class LayerNorm2d(nn.Module):
         self.normalized_shape, self.eps, self.fused = (normalized_shape,), eps, fused
         self.weight = nn.Parameter(torch.ones(normalized_shape))
         self.bias = nn.Parameter(torch.zeros(normalized_shape))
+        self._kernel = Layers("layer_norm_2d", own=("weight", "bias"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_layer_norm_2d(x, self.weight, self.bias, eps=self.eps, backend=None if self.fused else "reference")
+        parameters = self._kernel.tensors(self, x)
+        if parameters is None:
+            return layer_norm_2d(x, self.weight, self.bias, eps=self.eps)
+        return fused_layer_norm_2d(x, *parameters, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape[0]}, eps={self.eps}"

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
 from ..ops._checks import check_integer, check_sequence
 from ..ops.dwconv import fused_dwconv
-from ._blocks import DropPath, backend
+from ..reference.relative_attention import relative_attention
+from ._blocks import DropPath, convolve
+from ._layers import Layers, depthwise
+
+torch.fx.wrap("relative_attention")  # it asks for the size of the table
 
 
 def same_padding(height: int, width: int) -> tuple[int, int, int, int]:
@@ -23,7 +26,8 @@ def same_padding(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def pad_same(x: Tensor) -> Tensor:
-    top, bottom, left, right = same_padding(*x.shape[2:])
+    height, width = x.shape[2:]
+    top, bottom, left, right = same_padding(height, width)
     return F.pad(x, (left, right, top, bottom))
 
 
@@ -82,7 +86,9 @@ class MBConv(nn.Module):
         self.pre_norm = batch_norm(in_channels)
         self.expand_conv = nn.Conv2d(in_channels, hidden, 1, bias=False)
         self.expand_norm = batch_norm(hidden)
-        self.depthwise_conv = nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False)
+        padding = 1 if stride == 1 else 0  # at stride 2 it depends on the size: pad_same
+        self.depthwise_conv = nn.Conv2d(hidden, hidden, 3, stride, padding, groups=hidden, bias=False)
+        self._kernel = Layers("dwconv", {"depthwise_conv": depthwise(hidden, 3, stride=stride, padding=padding)})
         self.depthwise_norm = batch_norm(hidden)
         self.se = SqueezeExcite(hidden, max(1, out_channels // 4)) if se else None
         self.shrink_conv = nn.Conv2d(hidden, out_channels, 1)
@@ -98,13 +104,15 @@ class MBConv(nn.Module):
         return x if self.shortcut_conv is None else self.shortcut_conv(x)
 
     def _depthwise(self, x: Tensor) -> Tensor:
-        weight = self.depthwise_conv.weight
         if self.stride == 1:
-            return fused_dwconv(x, weight, backend=backend(self))
+            return convolve(self, self._kernel, x)
+        parameters = self._kernel.tensors(self, x)
+        if parameters is None:
+            return self.depthwise_conv(pad_same(x))
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             # The padding depends on the size, on which a graph must not.
-            return fused_dwconv(pad_same(x), weight, stride=2, padding=0, backend=backend(self))
-        return fused_dwconv(x, weight, stride=2, padding=same_padding(*x.shape[2:]), backend=backend(self))
+            return fused_dwconv(pad_same(x), *parameters, stride=2, padding=0)
+        return fused_dwconv(x, *parameters, stride=2, padding=same_padding(*x.shape[2:]))
 
     def _residual(self, x: Tensor) -> Tensor:
         y = F.gelu(self.expand_norm(self.expand_conv(self.pre_norm(x))))
@@ -152,9 +160,7 @@ class RelativeSelfAttention(nn.Module):
         height, width = x.shape[1:3]
         tokens = x.flatten(1, 2)
         q, k, v = (p(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = reference.relative_attention(
-            q, k, v, self.relative_position_embedding, height=height, width=width, mask=mask
-        )
+        y = relative_attention(q, k, v, self.relative_position_embedding, height=height, width=width, mask=mask)
         return self.o(y.transpose(1, 2).flatten(2)).unflatten(1, (height, width))
 
 

@@ -11,7 +11,8 @@ from ..ops.dwconv import fused_dwconv
 from ..ops.feature_decompose import fused_feature_decompose
 from ..ops.moga_aggregation import fused_moga_aggregation
 from ..ops.multi_order_dwconv import check_multi_order, fused_multi_order_dwconv
-from ._blocks import DropPath, backend
+from ._blocks import DropPath, convolve
+from ._layers import Layer, Layers, depthwise, dropout, module, pointwise
 from .layer_norm import LayerNorm2d
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"GELU": F.gelu, "ReLU": F.relu, "SiLU": F.silu}
@@ -47,6 +48,10 @@ class ElementScale(nn.Module):
         return x * self.scale
 
 
+def _scale(channels: int) -> Layer:
+    return module(ElementScale)._replace(tensors=("scale",), shape=(1, channels, 1, 1))
+
+
 class MultiOrderDWConv(nn.Module):
     """Multi-order features: `fused_multi_order_dwconv` with kernels 5, 5, 7, then a pointwise convolution.
 
@@ -69,24 +74,24 @@ class MultiOrderDWConv(nn.Module):
     ) -> None:
         super().__init__()
         self.dw_dilation, self.channel_split, self.fused = tuple(dw_dilation), tuple(channel_split), fused
-        _, *widths = check_multi_order(embed_dims, self.dw_dilation, self.channel_split)
-        for i, (width, kernel_size) in enumerate(zip((embed_dims, *widths), (5, 5, 7), strict=True)):
+        self._widths = check_multi_order(embed_dims, self.dw_dilation, self.channel_split)
+        convs = {}
+        for i, (width, kernel_size) in enumerate(zip((embed_dims, *self._widths[1:]), (5, 5, 7), strict=True)):
             d = self.dw_dilation[i]
             conv = nn.Conv2d(width, width, kernel_size, padding=d * (kernel_size // 2), groups=width, dilation=d)
             self.add_module(f"DW_conv{i}", conv)
+            convs[f"DW_conv{i}"] = depthwise(width, kernel_size, dilation=d)
+        self._kernel = Layers("multi_order_dwconv", convs)
         self.PW_conv = nn.Conv2d(embed_dims, embed_dims, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        convs = self.DW_conv0, self.DW_conv1, self.DW_conv2
-        y = fused_multi_order_dwconv(
-            x,
-            [conv.weight for conv in convs],
-            [conv.bias for conv in convs],
-            dilations=self.dw_dilation,
-            split=self.channel_split,
-            backend=backend(self),
-        )
-        return self.PW_conv(y)
+        parameters = self._kernel.tensors(self, x)
+        if parameters is None:
+            low, middle, high = self.DW_conv0(x).split(self._widths, dim=1)
+            return self.PW_conv(torch.cat([low, self.DW_conv1(middle), self.DW_conv2(high)], dim=1))
+        weights, biases = parameters[::2], parameters[1::2]
+        split = self.channel_split
+        return self.PW_conv(fused_multi_order_dwconv(x, weights, biases, dilations=self.dw_dilation, split=split))
 
 
 class MultiOrderGatedAggregation(nn.Module):
@@ -126,28 +131,38 @@ class MultiOrderGatedAggregation(nn.Module):
         self.value = MultiOrderDWConv(embed_dims, attn_dw_dilation, attn_channel_split, fused=fused)
         self.proj_2 = nn.Conv2d(embed_dims, embed_dims, 1)
         self.sigma = ElementScale(embed_dims, init_value=1e-5)
+        sigma = {"sigma": _scale(embed_dims)}
+        self._kernel, self._decompose = None, Layers("feature_decompose", sigma)
+        if attn_act_type == "SiLU":
+            pw = pointwise(embed_dims, embed_dims)
+            options = {name: getattr(self.value, name) for name in ("dw_dilation", "channel_split")}
+            value = {"value": module(MultiOrderDWConv, fused=True, **options), "value.PW_conv": pw}
+            convs = {f"value.{'.'.join(path)}": conv for path, conv in self.value._kernel.layers}
+            layers = {"proj_1": pw, "gate": pw, **value, "proj_2": pw, **sigma, **convs}
+            self._kernel = Layers("moga_aggregation", layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act_type != "SiLU":
+        parameters = None if self._kernel is None else self._kernel.tensors(self, x)
+        if parameters is None:
             return self._composed(x)
-        value, (proj_1, gate, proj_2) = self.value, (self.proj_1, self.gate, self.proj_2)
-        convs = value.DW_conv0, value.DW_conv1, value.DW_conv2
+        into, out, convs = parameters[:4], parameters[4:9], parameters[9:]
+        given = *into, convs[::2], convs[1::2], *out
         return fused_moga_aggregation(
             x,
-            *(proj_1.weight, proj_1.bias, gate.weight, gate.bias),
-            [conv.weight for conv in convs],
-            [conv.bias for conv in convs],
-            *(value.PW_conv.weight, value.PW_conv.bias, proj_2.weight, proj_2.bias, self.sigma.scale),
-            dilations=value.dw_dilation,
-            split=value.channel_split,
+            *given,
+            dilations=self.value.dw_dilation,
+            split=self.value.channel_split,
             double_gate_act=self.double_gate_act,
-            backend=backend(self),
         )
 
     def _composed(self, x: Tensor) -> Tensor:
         act = _ACTIVATIONS[self.act_type]
         p = self.proj_1(x)
-        u = act(fused_feature_decompose(p, self.sigma.scale, activation=None, backend=backend(self)))
+        sigma = self._decompose.tensors(self, p)
+        if sigma is None:
+            u = act(p + self.sigma(p - p.mean(dim=(2, 3), keepdim=True)))
+        else:
+            u = act(fused_feature_decompose(p, *sigma, activation=None))
         gate, value = act(self.gate(u)), act(self.value(u))
         if self.double_gate_act:
             gate, value = act(gate), act(value)
@@ -190,31 +205,26 @@ class ChannelAggregationFFN(nn.Module):
         self.drop = nn.Dropout(ffn_drop)
         self.decompose = nn.Conv2d(hidden, 1, 1)
         self.sigma = ElementScale(hidden, init_value=1e-5)
+        dwconv = {"dwconv": depthwise(hidden, kernel_size)}
+        self._kernel, self._dwconv = None, Layers("dwconv", dwconv)
+        if act_type == "GELU":
+            ends = {"fc2": pointwise(hidden, embed_dims), "decompose": pointwise(hidden, 1), "sigma": _scale(hidden)}
+            layers = {"fc1": pointwise(embed_dims, hidden), **dwconv, **ends, "drop": dropout()}
+            self._kernel = Layers("channel_aggregation_ffn", layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act_type != "GELU" or (self.training and self.drop.p > 0):
-            return self._composed(x)
-        fc1, dwconv, fc2, decompose = self.fc1, self.dwconv, self.fc2, self.decompose
-        return fused_channel_aggregation_ffn(
-            x,
-            fc1.weight,
-            fc1.bias,
-            dwconv.weight,
-            dwconv.bias,
-            fc2.weight,
-            fc2.bias,
-            decompose.weight,
-            decompose.bias,
-            self.sigma.scale,
-            backend=backend(self),
-        )
+        parameters = None if self._kernel is None else self._kernel.tensors(self, x)
+        return self._composed(x) if parameters is None else fused_channel_aggregation_ffn(x, *parameters)
 
     def _composed(self, x: Tensor) -> Tensor:
-        """With what the whole op lacks: dropout within, and other activations."""
-        act, dwconv = _ACTIVATIONS[self.act_type], self.dwconv
-        epilogue = None if self.act_type == "ReLU" else self.act_type.lower()
-        h = fused_dwconv(self.fc1(x), dwconv.weight, dwconv.bias, activation=epilogue, backend=backend(self))
-        h = self.drop(act(h) if epilogue is None else h)
+        """With what the whole op lacks: dropout within, other activations, and layers that are to be called."""
+        act, h = _ACTIVATIONS[self.act_type], self.fc1(x)
+        parameters = None if self.act_type == "ReLU" else self._dwconv.tensors(self, h)
+        if parameters is None:
+            h = act(convolve(self, self._dwconv, h))
+        else:
+            h = fused_dwconv(h, *parameters, activation=self.act_type.lower())
+        h = self.drop(h)
         return self.drop(self.fc2(h + self.sigma(h - act(self.decompose(h)))))
 
 

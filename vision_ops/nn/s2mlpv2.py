@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import fused_s2_attention
+from ..ops import fused_s2_attention, fused_shift_split_attention
 from ..ops._checks import check_integer
-from ..reference.shift_split_attention import split_attention
-from ._blocks import DropPath, backend
+from ..reference.shift_split_attention import spatial_shift, weigh_branches
+from ._blocks import Blocks, DropPath
+from ._layers import Layers, linear, module
 
 
 class SplitAttention(nn.Module):
@@ -28,7 +31,8 @@ class SplitAttention(nn.Module):
         self.mlp2 = nn.Linear(channel // reduction, channel * k, bias=False)
 
     def forward(self, x_all: Tensor) -> Tensor:
-        return split_attention(x_all, self.mlp1.weight, self.mlp2.weight)
+        hidden = F.gelu(self.mlp1(x_all.sum(dim=(1, 2, 3))))
+        return weigh_branches(x_all, self.mlp2(hidden))
 
 
 class S2Attention(nn.Module):
@@ -50,11 +54,27 @@ class S2Attention(nn.Module):
         self.fused = fused
         self.mlp1, self.mlp2 = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         self.split_attention = SplitAttention(channels, reduction=reduction)
+        split = {
+            "split_attention": module(SplitAttention),
+            "split_attention.mlp1": linear(channels, channels // reduction, bias=False),
+            "split_attention.mlp2": linear(channels // reduction, 3 * channels, bias=False),
+        }
+        mlps = {"mlp1": linear(channels, 3 * channels), "mlp2": linear(channels, channels)}
+        self._kernel, self._split = Layers("s2_attention", {**mlps, **split}), Layers("shift_split_attention", split)
 
     def forward(self, x: Tensor) -> Tensor:
-        mlp1, mlp2, split = self.mlp1, self.mlp2, self.split_attention
-        parameters = mlp1.weight, mlp1.bias, mlp2.weight, mlp2.bias, split.mlp1.weight, split.mlp2.weight
-        return fused_s2_attention(x, *parameters, backend=backend(self))
+        parameters = self._kernel.tensors(self, x)
+        if parameters is None:
+            return self.mlp2(self._attend(self.mlp1(x)))
+        weight1, bias1, weight2, bias2, split_weight1, _, split_weight2, _ = parameters
+        return fused_s2_attention(x, weight1, bias1, weight2, bias2, split_weight1, split_weight2)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        parameters = self._split.tensors(self, x)
+        if parameters is not None:
+            return fused_shift_split_attention(x, parameters[0], parameters[2])
+        x1, x2, x3 = x.chunk(3, dim=-1)
+        return self.split_attention(torch.stack([spatial_shift(x1, (1, 2)), spatial_shift(x2, (2, 1)), x3], dim=1))
 
 
 class PreNormResidual(nn.Module):
@@ -111,7 +131,7 @@ class S2Block(nn.Module):
             attention = S2Attention(d_model, reduction=reduction, fused=fused)
             return nn.Sequential(PreNormResidual(d_model, attention, rate), PreNormResidual(d_model, mlp, rate))
 
-        self.model = nn.Sequential(*(layer(rate) for rate in rates))
+        self.model = Blocks(*(layer(rate) for rate in rates))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -27,10 +27,14 @@ def spatial_shift(x: Tensor, dims: tuple[int, int]) -> Tensor:
 
 def split_attention(branches: Tensor, split_mlp1_weight: Tensor, split_mlp2_weight: Tensor) -> Tensor:
     """Weighs the k branches of (B, k, H, W, C) channel by channel; the pooled vector is a sum, not a mean."""
-    k, c = branches.shape[1], branches.shape[-1]
     pooled = branches.sum(dim=(1, 2, 3))
     hidden = F.gelu(F.linear(pooled, split_mlp1_weight.to(pooled.dtype)))
-    weights = F.linear(hidden, split_mlp2_weight.to(pooled.dtype))
+    return weigh_branches(branches, F.linear(hidden, split_mlp2_weight.to(pooled.dtype)))
+
+
+def weigh_branches(branches: Tensor, weights: Tensor) -> Tensor:
+    """sum_k softmax_k(weights)_k * branches_k; weights (B, k * C)."""
+    k, c = branches.shape[1], branches.shape[-1]
     return (branches * weights.unflatten(-1, (k, c)).softmax(dim=1)[:, :, None, None]).sum(dim=1)
 
 

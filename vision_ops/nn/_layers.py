@@ -1,0 +1,261 @@
+"""Whether the layers of a block are what its kernel computes.
+
+A kernel takes the weights of several layers and calls none of them. So it may stand for them only while calling them
+would do nothing else: layers of these very types and attributes, without hooks, with weights that are plain tensors.
+Where it may not, the block calls its layers, and `vision_ops.explain` names the one that is the reason.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
+
+from ..dispatch import Explanation, resolve_backend
+
+# What graphs are made of stands for tensors, unlike DTensors and the packed weights of quantized layers.
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+
+# As they were when this was imported: some code puts its own in the place of a class's forward.
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU)}
+
+
+class Layer(NamedTuple):
+    """A layer as a kernel computes it: its type, its attributes and its tensors.
+
+    shape: of the first of `tensors`. bias: whether there is one, None if the kernel takes both. inactive: whether the
+    kernel leaves the layer out, a dropout.
+    """
+
+    kind: type[nn.Module]
+    attributes: tuple[tuple[str, Any], ...] = ()
+    tensors: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    bias: bool | None = None
+    inactive: bool = False
+
+
+_WEIGHT_AND_BIAS = "weight", "bias"
+
+
+def depthwise(
+    channels: int, kernel_size: int, *, stride: int = 1, padding: int | None = None, dilation: int = 1
+) -> Layer:
+    """nn.Conv2d of one channel per group. padding: None keeps the size."""
+    padding = dilation * (kernel_size // 2) if padding is None else padding
+    shape = channels, 1, kernel_size, kernel_size
+    return _conv2d(shape, stride, padding, dilation, channels)
+
+
+def pointwise(inputs: int, outputs: int) -> Layer:
+    """nn.Conv2d of 1x1."""
+    return _conv2d((outputs, inputs, 1, 1), 1, 0, 1, 1)
+
+
+def _conv2d(shape: tuple[int, ...], stride: int, padding: int, dilation: int, groups: int) -> Layer:
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    attributes = *((name, (n, n)) for name, n in pairs.items()), ("groups", groups), ("padding_mode", "zeros")
+    return Layer(nn.Conv2d, attributes, _WEIGHT_AND_BIAS, shape)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool | None = None) -> Layer:
+    return Layer(nn.Linear, (), _WEIGHT_AND_BIAS, (outputs, inputs), bias)
+
+
+def layer_norm(channels: int) -> Layer:
+    """Of any eps, which the block hands to the kernel."""
+    attributes = (("normalized_shape", (channels,)),)
+    return Layer(nn.LayerNorm, attributes, _WEIGHT_AND_BIAS, (channels,), True)
+
+
+def dropout() -> Layer:
+    return Layer(nn.Dropout, inactive=True)
+
+
+def module(kind: type[nn.Module], **attributes: Any) -> Layer:
+    """Any other module that the kernel computes."""
+    _FORWARDS.setdefault(kind, kind.forward)
+    return Layer(kind, tuple(attributes.items()))
+
+
+class Layers:
+    """The layers that one op computes in the place of a block, and what it takes of the block itself.
+
+    Args:
+        op: the name of the op, "dwconv" for `fused_dwconv`.
+        layers: by their names in the block, which may have dots.
+        own: names of the block's own parameters.
+    """
+
+    def __init__(self, op: str, layers: dict[str, Layer] | None = None, own: tuple[str, ...] = ()) -> None:
+        self.op, self.own = op, own
+        self.layers = tuple((tuple(name.split(".")), layer) for name, layer in (layers or {}).items())
+
+    def tensors(self, block: nn.Module, x: Any) -> list[Any] | None:
+        """The tensors that the op takes besides x, those of the block first, then a layer's after another's; None if
+        the block is to call its layers.
+
+        Raises:
+            ValueError: it is to call them though the backend is "fused".
+        """
+        if not block.fused:
+            return None
+        found: list[Any] = []
+        odd = self._odd(block, x, found)
+        if odd is None:
+            return found
+        if resolve_backend(None) == "fused" and odd[1] != _ACTIVE:
+            raise ValueError(
+                f"backend='fused', but fused_{self.op} is not what the layers of {type(block).__name__} compute: "
+                + "; ".join(self.reasons(block, x))
+            )
+        return None
+
+    def _odd(self, block: nn.Module, x: Any, found: list[Any], start: int = 0) -> tuple[int, str] | None:
+        """The first layer, from start, that is not as the kernel computes it: its index, and a word for `_words`."""
+        if not isinstance(x, Tensor):
+            return -1, "input"
+        if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+            return -1, _GLOBAL_HOOKS
+        device = x.device
+        for name in self.own:
+            t: Any = _tensor(block, name)
+            if type(t) not in _PLAIN_TENSORS or t.device != device or t.layout is not torch.strided:
+                return -1, name
+            found.append(t)
+        for i, (path, expected) in enumerate(self.layers):
+            if i < start:
+                continue
+            layer: Any = block
+            for part in path:
+                layer = layer._modules.get(part)  # takes a tenth of the time of getattr
+                if layer is None:
+                    return i, "missing"
+            kind, attributes, tensors, shape, bias, inactive = expected
+            if type(layer) is not kind:
+                return i, "type"
+            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+                return i, "hooks"
+            state = layer.__dict__
+            if "forward" in state or kind.forward is not _FORWARDS[kind]:
+                return i, "forward"
+            if inactive and layer.training and layer.p > 0:
+                return i, _ACTIVE
+            for attribute, value in attributes:
+                if state[attribute] != value:
+                    return i, attribute
+            parameters = layer._parameters
+            for name in tensors:
+                t = parameters[name] if name in parameters else getattr(layer, name, None)
+                if t is None and name == "bias" and bias is not True:
+                    found.append(None)
+                    continue
+                if type(t) not in _PLAIN_TENSORS or t.device != device or t.layout is not torch.strided:
+                    return i, name
+                if name == "bias":
+                    if bias is False:
+                        return i, name
+                elif t.shape != shape:
+                    return i, name
+                found.append(t)
+        return None
+
+    def reasons(self, block: nn.Module, x: Any) -> list[str]:
+        """In words, why the block calls its layers."""
+        if not block.fused:
+            return [_UNFUSED]
+        found, odd = [], self._odd(block, x, [])
+        while odd is not None:
+            found.append(self._words(block, x, *odd))
+            odd = None if odd[0] < 0 else self._odd(block, x, [], odd[0] + 1)
+        return found
+
+    def _words(self, block: nn.Module, x: Any, i: int, what: str) -> str:
+        if what == "input":
+            return f"x is a {type(x).__name__}, not a tensor"
+        if what in _OF_ALL:
+            return what
+        if i < 0:
+            return f"{what} {_difference(_tensor(block, what), x.device)}"
+        path, expected = self.layers[i]
+        name = ".".join(path)
+        if what == "missing":
+            return f"{name} is missing"
+        layer = block.get_submodule(name)
+        if what == "type":
+            found, kind = type(layer), expected.kind
+            same = found.__name__ == kind.__name__
+            return f"{name} is a {found.__module__ + '.' if same else ''}{found.__name__}, not a {kind.__name__}"
+        if what in expected.tensors:
+            shape = expected.shape if what == expected.tensors[0] else None
+            return f"{name}.{what} {_difference(_tensor(layer, what), x.device, shape)}"
+        if what in _STATES:
+            return f"{name} {_STATES[what]}"
+        return f"{name}.{what} is {getattr(layer, what)!r}, not {dict(expected.attributes)[what]!r}"
+
+
+_ACTIVE = "active"
+_GLOBAL_HOOKS, _UNFUSED = "there are hooks for all modules", "fused=False"
+_OF_ALL = _GLOBAL_HOOKS, _UNFUSED
+_STATES = {"hooks": "has hooks", "forward": "has a forward of its own", _ACTIVE: "is active"}
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """A parameter, or what wrappers and functional calls put in its place."""
+    own = module._parameters  # takes a tenth of the time of getattr
+    return own[name] if name in own else getattr(module, name, None)
+
+
+def _difference(t: Any, device: torch.device, shape: tuple[int, ...] | None = None) -> str:
+    """How a tensor differs from what kernels take."""
+    if t is None:
+        return "is missing"
+    if type(t) not in _PLAIN_TENSORS:
+        return f"is a {type(t).__name__}"
+    if t.device != device:
+        return f"is on {t.device}, x on {device}"
+    if t.layout is not torch.strided:
+        return f"is a tensor of layout {t.layout}"
+    if shape is not None and t.shape != shape:
+        return f"has shape {tuple(t.shape)}, not {shape}"
+    return "is one too many"
+
+
+def explain_module(module: nn.Module, x: Any) -> Explanation:
+    """What every block of a module runs for x, and which layer is the reason where a block calls its layers."""
+    backend = resolve_backend(None)
+    parts: dict[str, str] = {}
+    cannot: list[str] = []
+    computed: set[str] = set()  # the modules that an op stands for: parts of them are not asked
+    for prefix, block in module.named_modules():
+        called: dict[str, str] = {}
+        for kernel in vars(block).values():
+            if not isinstance(kernel, Layers) or not (kernel.layers or kernel.own):
+                continue
+            names = [".".join(path) for path, _ in kernel.layers]
+            paths = [f"{prefix}.{name}".strip(".") for name in names or [""]]
+            if computed.issuperset(paths):
+                continue
+            reasons = kernel.reasons(block, x)
+            if not reasons:
+                computed.update(paths)
+                parts[_part(prefix, block, names)] = "PyTorch" if backend == "reference" else f"fused_{kernel.op}"
+                continue
+            called.update(zip(paths, names or [""], strict=True))
+            cannot += [reason if reason in _OF_ALL else f"{prefix}.{reason}".strip(".") for reason in reasons]
+        left = [name for path, name in called.items() if path not in computed]
+        if left:
+            parts[_part(prefix, block, left)] = "nothing: a ValueError" if backend == "fused" else "their own forward"
+    return Explanation(type(module).__name__, backend, parts, list(dict.fromkeys(cannot)), [])
+
+
+def _part(prefix: str, block: nn.Module, names: list[str]) -> str:
+    names = [name for name in names if name]
+    return f"{prefix or type(block).__name__}{' (' + ', '.join(names) + ')' if names else ''}"
