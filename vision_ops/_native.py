@@ -29,6 +29,8 @@ def _load(part: str) -> tuple[ModuleType | None, str | None]:
 
 build_info = read_build_info()
 cpu, cpu_missing = _load("cpu")
+if cpu is not None:
+    cpu.follow_thread_count(torch.get_num_threads)
 cuda, cuda_missing = _load("cuda")
 triton_missing = None if find_spec("triton") else "Triton is not installed (pip install triton)"
 
