@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from ..nn._checkpointing import checkpointed
 from ..ops._checks import check_integer
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -182,7 +182,7 @@ class Backbone(nn.Module, ABC):
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpointed(block, x)
             else:
                 x = block(x)
         return x
