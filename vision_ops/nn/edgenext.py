@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack
 
+from .._internals import dispatch_modes
 from ..ops._checks import check_integer
 from ..ops.dwconv import fused_dwconv
 from ..ops.dwconv_layer_norm import fused_dwconv_layer_norm
@@ -73,7 +73,7 @@ class PositionalEncodingFourier(nn.Module):
 
     def forward(self, B: int, H: int, W: int) -> Tensor:
         # Under a dispatch mode, such as that of fake tensors, tables are not what they seem.
-        plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not _len_torch_dispatch_stack()
+        plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not dispatch_modes()
         table = self._kept_table(H, W) if plain else self._table(H, W)
         return self.token_projection(table).expand(B, -1, -1, -1)
 

@@ -445,7 +445,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("sigma",),
-    saved=2,
+    saved=(Tensor.contiguous, channels_last_dense),
     parts=_parts,
 )
 
