@@ -92,6 +92,7 @@ def python(code, folder=None, **environment):
 AGAIN = """
 import gc, importlib, os, shutil, sys
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 import vision_ops as old
 
 def import_again(n):
@@ -120,6 +121,9 @@ gc.collect()
 expected = results(functions[0])
 for run in functions:
     assert all(map(torch.equal, results(run), expected))
+    with FlopCounterMode(display=False) as flops:
+        assert all(map(torch.equal, results(run), expected))
+    assert flops.get_total_flops() > 0
 for run in functions[::2]:
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     assert all(map(torch.equal, results(compiled), expected))

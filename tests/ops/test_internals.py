@@ -36,6 +36,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import jacobian
 from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def import_without(names):
@@ -69,6 +70,9 @@ def check():
             assert torch.equal(case.run(case.tensors, "fused"), fused[0])
         with torch.inference_mode():
             assert torch.equal(case.run(case.tensors, "fused"), fused[0])
+        with FlopCounterMode(display=False) as counter:
+            outputs(case, "fused")
+        assert counter.get_flop_counts()["Global"][getattr(torch.ops.vision_ops, op)] > 0
 
     case = make("channel_aggregation_ffn")  # inside of it, there is a product of float32
     *tensors, sigma = case.tensors

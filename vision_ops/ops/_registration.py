@@ -21,6 +21,7 @@ from ..dispatch import Explanation, resolve_backend
 from ._autograd import _any_requires_grad, _flat, function_of
 from ._checks import autocast_enabled
 from ._definitions import define, implement
+from ._flops import count_flops
 
 # forward(arguments) -> y, or (y, *what the op saves); backward(grads, grad_y, arguments, *saved), which writes into
 # grads: one for each tensor argument, a list for a list, None where none is needed.
@@ -138,7 +139,7 @@ class FusedOp:
     saved: for every tensor, besides the arguments, that the forward kernel computes for the backward kernel, what gives
     it the layout again in which it was written: hooks on saved tensors may return it in another one. Kernels and output
     then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of the op
-    runs where, for `explain`; without it the op is one part.
+    runs where, for `explain`; without it the op is one part. FLOPs are counted from the reference (`_flops.py`).
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class FusedOp:
         is_new, definition.op = definition.op is None, self
         if is_new:
             implement(definition)
+            count_flops(definition)
 
     def __call__(self, *given: Any, backend: str | None = None) -> Tensor:
         """Runs the op on checked arguments."""
