@@ -1,3 +1,5 @@
+#include <omp.h>
+
 #include <exception>
 #include <new>
 #include <stdexcept>
@@ -25,8 +27,19 @@ ChannelAggregationFfnChunks chunks_of(const py::tuple& sizes) {
   return {py::cast<int64_t>(sizes[0]), py::cast<int64_t>(sizes[1])};
 }
 
+PyObject* thread_count = nullptr;  // a function
+
+// OpenMP keeps a number of threads for every thread that starts some; PyTorch tells it in those that have asked.
+void follow_thread_count() {
+  static thread_local bool told = false;
+  if (told || !thread_count) return;
+  omp_set_num_threads(py::cast<int>(py::handle(thread_count)()));
+  told = true;
+}
+
 template <class F>
 void run(const F& f) {
+  follow_thread_count();
   const Error error = without_gil(f);
   if (error == kOutOfMemory) throw std::bad_alloc();
   if (error) throw std::runtime_error(error);
@@ -37,6 +50,8 @@ void run(const F& f) {
 PYBIND11_MODULE(_cpu, m) {
   m.attr("isa") = cpu_kernels().isa;
 
+  m.def("follow_thread_count", [](py::function count) { thread_count = count.release().ptr(); });
+
   // Python, too, runs on the thread that called: the others only ever run kernels.
   m.def("with_crew", [](const py::function& function, const py::args& args) {
     struct Call {
@@ -45,6 +60,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::object result;
       std::exception_ptr error;  // which may not leave a parallel region
     } call = {function, args, {}, nullptr};
+    follow_thread_count();
     with_crew(
         [](void* context) {
           Call& c = *(Call*)context;

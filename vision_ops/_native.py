@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import _internals
 from .info import gpu_code, read_build_info
 
 _ROOT = Path(__file__).parent
@@ -17,7 +18,7 @@ _ROOT = Path(__file__).parent
 
 def _load(part: str) -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module(f"vision_ops._{part}"), None
+        return importlib.import_module(f"{__package__}._{part}"), None
     except ImportError as error:
         if list(_ROOT.glob(f"_{part}.*")):
             return None, f"the compiled {part.upper()} kernels could not be loaded: {error}"
@@ -29,6 +30,8 @@ def _load(part: str) -> tuple[ModuleType | None, str | None]:
 
 build_info = read_build_info()
 cpu, cpu_missing = _load("cpu")
+if cpu is not None:
+    cpu.follow_thread_count(torch.get_num_threads)
 cuda, cuda_missing = _load("cuda")
 triton_missing = None if find_spec("triton") else "Triton is not installed (pip install triton)"
 
@@ -73,7 +76,7 @@ def _gpu_missing(index: int) -> str | None:
 
 def target(t: Tensor) -> tuple[int, int]:
     """Where the CUDA kernels run: the device of t and torch's current stream there."""
-    return t.device.index, torch._C._cuda_getCurrentRawStream(t.device.index)
+    return t.device.index, _internals.current_stream(t.device.index)
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -42,7 +42,8 @@ class use_backend:
     VISION_OPS_BACKEND, read at import, sets the initial one.
 
     Under functorch's transforms, forward-mode AD and export to ONNX, which only PyTorch's own ops support, all run
-    plain PyTorch.
+    plain PyTorch. What a network's set_grad_checkpointing computes again in backward runs what the forward pass ran;
+    with a torch.utils.checkpoint of your own, call backward within the block.
     """
 
     def __init__(self, backend: str) -> None:
@@ -60,6 +61,23 @@ class use_backend:
     ) -> None:
         global _current
         _current = self._previous
+
+
+class held_backend:
+    """A context manager for computing again, later, under the backend of the moment it is made."""
+
+    def __init__(self) -> None:
+        self._backend = _current
+
+    def __enter__(self) -> None:
+        global _current
+        self._later, _current = _current, self._backend
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self._later
 
 
 @dataclass(frozen=True)

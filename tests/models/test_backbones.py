@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from vision_ops import models
+from vision_ops import dispatch, models, use_backend
 from vision_ops.models import create_model, list_models
 from vision_ops.nn._blocks import DropPath
 
@@ -180,6 +180,20 @@ def test_checkpointing_gives_the_same_gradients(name):
         network(x).square().sum().backward()
     for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("reference", "auto"), ("auto", "reference")])
+def test_checkpointing_keeps_the_backend_of_the_forward_pass(forward, backward):
+    model, x, found = short("edgenext_xx_small"), images("edgenext_xx_small"), []
+    for checkpointing, later in ((False, forward), (True, backward)):
+        model.set_grad_checkpointing(checkpointing)
+        with use_backend(forward):
+            loss = model(x).square().sum()
+        with use_backend(later):
+            found.append(torch.autograd.grad(loss, list(model.parameters())))
+            assert dispatch.resolve_backend(None) == later
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_weight_decay():

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..nn._blocks import Blocks
 from ..nn.moat_article import ArticleMBConv, ArticleMOATBlock, check_fits
 from ..ops._checks import check_integer
 from ._backbone import Backbone, Variant, check_stages, drop_path_rates
@@ -78,7 +79,7 @@ class MOATArticle(Backbone):
         for i, dim in enumerate(dims):
             before = dims[i - 1] if i else stem
             whole_map = tuple(side // (4 * 2**i) for side in self.img_size)
-            stage = nn.ModuleList()
+            stage = Blocks()
             for j, rate in enumerate(rates[i]):
                 options: dict[str, Any] = {"downscale": j == 0, "drop_path": rate, "fused": fused}
                 channels = dim if j else before, dim
@@ -103,7 +104,7 @@ class MOATArticle(Backbone):
             wanted = self._unit if windows else self.img_size
             check_fits("height and width of x", x.shape[2:], wanted, multiples=windows)
             x = self.stem(x)
-        return self.run_blocks(self.get_submodule(_STAGES[i]), x)
+        return self.get_submodule(_STAGES[i])(x)
 
 
 def _variant(stem: int, dim: int, depths: tuple[int, ...]) -> Variant:

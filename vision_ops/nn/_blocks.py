@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..ops.dwconv import fused_dwconv
+from ._checkpointing import checkpointed
 from ._layers import Layers
 
 
@@ -18,7 +18,7 @@ class Blocks(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         again = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = checkpointed(block, x) if again else block(x)
         return x
 
 
@@ -57,10 +57,10 @@ def inverted_bottleneck(
     return scaled(pwconv2(act(pwconv1(x))), gamma).permute(0, 3, 1, 2)
 
 
-def convolve(block: nn.Module, kernel: Layers, x: Tensor) -> Tensor:
-    """The depthwise convolution of stride 1 that is the only layer of the kernel."""
+def convolve(block: nn.Module, kernel: Layers, x: Tensor, stride: int = 1) -> Tensor:
+    """The depthwise convolution, padded by half of its kernel, that is the only layer of `kernel`."""
     parameters = kernel.tensors(block, x)
     if parameters is None:
         (((name,), _),) = kernel.layers
         return getattr(block, name)(x)
-    return fused_dwconv(x, *parameters)
+    return fused_dwconv(x, *parameters, stride=stride)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack
 
+from .._internals import dispatch_modes
 from ..ops._checks import check_integer
 from ..ops.cross_covariance import fused_cross_covariance
 from ..ops.dwconv import fused_dwconv
@@ -86,7 +86,7 @@ class PositionalEncodingFourier(nn.Module):
             weight = next(self.token_projection.parameters())
         key = H, W, weight.dtype, weight.device if device is None else device
         # Under a dispatch mode, such as that of fake tensors, tables are not what they seem.
-        plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not _len_torch_dispatch_stack()
+        plain = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not dispatch_modes()
         table = self._kept_table(*key) if plain and isinstance(H, int) else self._table(*key)
         return self.token_projection(table).expand(B, -1, -1, -1)
 

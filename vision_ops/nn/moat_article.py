@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops._checks import check_integer, check_sequence
-from ..ops.dwconv import fused_dwconv
 from ..reference.relative_attention import relative_attention
-from ._blocks import DropPath, backend
+from ._blocks import DropPath, convolve
+from ._layers import Layers, depthwise
 
 # What looks at shapes. torch.fx then does not trace them, but calls them, wherever they are wrapped by name.
 fx.wrap("relative_attention")
@@ -44,19 +44,16 @@ class DepthwiseSeparable(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, fused: bool = True) -> None:
         super().__init__()
-        self.fused = fused
+        self.stride, self.fused = stride, fused
         self.conv_dw = nn.Conv2d(in_channels, in_channels, 3, stride, padding=1, groups=in_channels, bias=False)
+        self._kernel = Layers("dwconv", {"conv_dw": depthwise(in_channels, 3, stride=stride, padding=1)})
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
 
-    def _depthwise(self, x: Tensor) -> Tensor:
-        if not self.fused:
-            return self.conv_dw(x)
-        return fused_dwconv(x, self.conv_dw.weight, stride=self.conv_dw.stride[0], backend=backend(self))
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv_pw(F.gelu(self.bn1(self._depthwise(x)))))
+        y = convolve(self, self._kernel, x, self.stride)
+        return self.bn2(self.conv_pw(F.gelu(self.bn1(y))))
 
 
 class ArticleMBConv(nn.Module):

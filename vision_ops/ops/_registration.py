@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import _native
+from .. import _internals, _native
+from .._internals import dispatch_keys, dispatch_modes, function_modes, is_transformed, key_bits, profiler_enabled
 from ..dispatch import Explanation, resolve_backend
+from ._autograd import _any_requires_grad, _flat, function_of
 from ._checks import autocast_enabled
-
-_library = torch.library.Library("vision_ops", "DEF")
+from ._definitions import define, implement
+from ._flops import count_flops
 
 # forward(arguments) -> y, or (y, *what the op saves); backward(grads, grad_y, arguments, *saved), which writes into
 # grads: one for each tensor argument, a list for a list, None where none is needed.
@@ -94,12 +95,19 @@ def gradient_like(t: Tensor) -> Tensor:
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """For kernels that call PyTorch's GEMMs: FusedOp has cast what is to be cast."""
 
+    disabled = _internals.DisableAutocast
+
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
-        with torch._C._DisableAutocast():
+        with disabled() if disabled else torch.autocast(_arguments_in(args)[0].device.type, enabled=False):
             return kernel(*args)
 
     return run
+
+
+def _arguments_in(args: Sequence[Any]) -> Any:
+    """The NamedTuple among what a kernel takes."""
+    return next(a for a in args if isinstance(a, tuple))
 
 
 # Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/parallel.h. So much pays for a
@@ -115,8 +123,7 @@ def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool]) -> Cal
 
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
-        arguments = next(a for a in args if isinstance(a, tuple))
-        return _native.kernels().with_crew(kernel, *args) if pays(arguments[0]) else kernel(*args)
+        return _native.kernels().with_crew(kernel, *args) if pays(_arguments_in(args)[0]) else kernel(*args)
 
     return run
 
@@ -129,9 +136,10 @@ class FusedOp:
     reasons against the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are.
     autocast: whether tensors are cast to its dtype, all but those named in `uncast`; norms take them as they are.
 
-    saved: how many tensors, besides the arguments, the forward kernel computes for the backward kernel. Kernels and
-    output then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of
-    the op runs where, for `explain`; without it the op is one part.
+    saved: for every tensor, besides the arguments, that the forward kernel computes for the backward kernel, what gives
+    it the layout again in which it was written: hooks on saved tensors may return it in another one. Kernels and output
+    then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of the op
+    runs where, for `explain`; without it the op is one part. FLOPs are counted from the reference (`_flops.py`).
     """
 
     def __init__(
@@ -146,96 +154,70 @@ class FusedOp:
         triton: bool = False,
         autocast: bool = True,
         uncast: Sequence[str] = (),
-        saved: int = 0,
+        saved: Sequence[Callable[[Tensor], Tensor]] = (),
         parts: Callable[[Any], dict[str, str]] | None = None,
     ) -> None:
-        self.name, self.arguments, self.reference, self.predicate = name, arguments, reference, predicate
-        self.kernels, self._triton, self._autocasts, self._uncast = kernels, triton, autocast, uncast
-        self._saved, self._parts = saved, parts
+        self.name, self.arguments, self.reference, self.output = name, arguments, reference, output
+        self.predicate, self.kernels, self._triton = predicate, kernels, triton
+        self._autocasts, self._uncast = autocast, uncast
+        self._layouts, self._saved, self._parts = saved, len(saved), parts
         types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self._options = len(types) - count
         self._lists = any(kind.startswith("Tensor") and kind.endswith("[]") for kind in types.values())
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
-        results = f"({', '.join(['Tensor'] * (1 + saved))})" if saved else "Tensor"
-        forward = _define(f"{name}({schema}) -> {results}")
-        needs = "Tensor[] saved, bool[] needs" if saved else "bool[] needs"
-        backward = _define(f"{name}_backward(Tensor grad, {schema}, {needs}) -> Tensor[]")
-        self._forward = forward
-        self._function = _function(self, forward, backward)
-        # Without its look at functorch, which _needs_reference has had: half of the time.
-        self._short_apply: Callable[..., Any] = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
-
-        # Where graphs come: compiled, exported and traced ones hold the op.
-        def autograd(*given: Any) -> Any:
-            if torch.is_grad_enabled() and _any_requires_grad(given):
-                return self._differentiable(self._function.apply, None, given)
-            with torch._C._AutoDispatchBelowAutograd():
-                return forward(*given)
-
-        def refuse_autograd(*given: Any) -> list[Tensor]:
-            if torch.is_grad_enabled() and _any_requires_grad(given):
-                raise RuntimeError(f"torch.ops.vision_ops.{name}_backward has no gradient of its own")
-            with torch._C._AutoDispatchBelowAutograd():
-                return backward(*given)
-
-        _library.impl(name, autograd, "Autograd")
-        _library.impl(f"{name}_backward", refuse_autograd, "Autograd")
-
-        def gradients(grad: Tensor, *rest: Any, run: Callable[..., None] | None = None) -> list[Tensor]:
-            *given, needs = rest
-            kept = given.pop() if saved else []
-            # An op cannot return None: a gradient that is not needed is an empty tensor.
-            return [grad.new_empty(0) if g is None else g for g in self.gradients(run, grad, given, kept, needs)]
-
-        torch.library.register_fake(forward, lambda *given: output(arguments(*given)), lib=_library)
-        torch.library.register_fake(backward, gradients, lib=_library)
-        for key, (run_forward, run_backward) in kernels.items():
-
-            def forward_kernel(*given: Any, run: Any = run_forward) -> Any:
-                return run(arguments(*given))
-
-            _library.impl(name, forward_kernel, key)
-            _library.impl(f"{name}_backward", functools.partial(gradients, run=run_backward), key)
+        results = f"({', '.join(['Tensor'] * (1 + len(saved)))})" if saved else "Tensor"
+        definition = define(name, schema, results, "Tensor[] saved, bool[] needs" if saved else "bool[] needs")
+        self._forward, self._backward = definition.forward, definition.backward
+        self._function = function_of(self)
+        # Without its look at functorch, which __call__ has had.
+        self._short_apply = _internals.short_apply(self._function)
+        is_new, definition.op = definition.op is None, self
+        if is_new:
+            implement(definition)
+            count_flops(definition)
 
     def __call__(self, *given: Any, backend: str | None = None) -> Tensor:
         """Runs the op on checked arguments."""
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
-        # torch.jit.trace knows no lists of optional tensors.
-        if backend == "reference" or _needs_reference() or (self._lists and torch.jit.is_tracing()):
+        in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if backend == "reference" or is_transformed(arguments) or (in_graph and self._cannot_export()):
             return self.reference(arguments)
         cannot, slower = self.predicate(arguments)
         if cannot and backend == "fused":
             raise ValueError(f"backend='fused', but fused_{self.name} cannot run: {'; '.join(cannot)}")
         if cannot or (slower and backend == "auto"):
             return self.reference(arguments)
-        result = self._run(arguments)
+        result = self._forward(*arguments) if in_graph else self._run(arguments)
         return result[0] if self._saved else result
 
+    def _cannot_export(self) -> bool:
+        """Whether the graph that is being made takes only PyTorch's own ops. torch.jit.trace knows no lists of optional
+        tensors."""
+        return torch.onnx.is_in_onnx_export() or (self._lists and torch.jit.is_tracing())
+
     def _run(self, arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._forward(*arguments)
-        kernels = self.direct(_flat(arguments[: self._tensors]))
+        kernels = self.direct(self.tensors(arguments))
         if torch.is_grad_enabled() and _any_requires_grad(arguments):
             apply = self._function.apply if kernels is None else self._short_apply
-            return self._differentiable(apply, kernels, arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._forward(*arguments) if kernels is None else kernels[0](arguments)
+            return self.differentiable(apply, kernels, arguments)
+        if kernels is None:
+            return self._forward(*arguments)
+        with _internals.BelowAutograd():
+            return kernels[0](arguments)
 
     def direct(self, tensors: Sequence[Tensor | None]) -> Kernels | None:
         """The kernels for these tensors, the first of which is not None, if they are ordinary ones and nothing in this
         thread looks at ops."""
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-            return None
-        if torch.autograd._profiler_enabled():
+        if dispatch_modes() or not _internals.calls_directly or function_modes() or profiler_enabled():
             return None
         kind = tensors[0].device.type  # type: ignore[union-attr]
         plain = _plain_keys(kind)
         for t in tensors:
             if t is None:
                 continue
-            if type(t) not in _PLAIN_TYPES or torch._C._dispatch_keys(t).raw_repr() not in plain:
+            if type(t) not in _PLAIN_TYPES or key_bits(dispatch_keys(t)) not in plain:
                 return None
         return self.kernels.get(kind.upper())
 
@@ -257,19 +239,28 @@ class FusedOp:
 
         grads = [empty_gradient(t) for t in given[: self._tensors]]
         if run is not None:
-            run(grads, grad, self.arguments(*given), *saved)
+            laid_out = (lay_out(t) for lay_out, t in zip(self._layouts, saved, strict=True))
+            run(grads, grad, self.arguments(*given), *laid_out)
         return _flat(grads)
 
-    def _differentiable(self, apply: Callable[..., Any], kernels: Kernels | None, given: Sequence[Any]) -> Any:
+    def differentiable(self, apply: Callable[..., Any], kernels: Kernels | None, given: Sequence[Any]) -> Any:
         """Through the autograd.Function, which sees no tensors inside of lists."""
         if not self._lists:
             return apply(kernels, None, *given)
-        tensors = given[: self._tensors]
-        lengths = tuple(len(t) if isinstance(t, (list, tuple)) else None for t in tensors)
-        return apply(kernels, lengths, *_flat(tensors), *given[self._tensors :])
+        return apply(kernels, self.lengths(given), *self.tensors(given), *given[self._tensors :])
+
+    def tensors(self, given: Sequence[Any]) -> list[Tensor | None]:
+        """The tensor arguments, flat."""
+        return _flat(given[: self._tensors])
+
+    def lengths(self, given: Sequence[Any]) -> tuple[int | None, ...] | None:
+        """Of the lists among the tensor arguments."""
+        if not self._lists:
+            return None
+        return tuple(len(t) if isinstance(t, (list, tuple)) else None for t in given[: self._tensors])
 
     def nested(self, tensors: Sequence[Tensor | None], lengths: tuple[int | None, ...] | None) -> list[Any]:
-        """The tensor arguments from what `_differentiable` made of them."""
+        """The tensor arguments from `tensors` and `lengths`."""
         if lengths is None:
             return list(tensors)
         rest = iter(tensors)
@@ -306,25 +297,6 @@ class FusedOp:
         return (*(t if name in self._uncast else cast(t) for name, t in tensors), *given[self._tensors :])
 
 
-def _define(schema: str) -> torch._ops.OpOverload:
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return getattr(torch.ops.vision_ops, schema.split("(")[0]).default
-
-
-def _flat(nested: Sequence[Any]) -> list[Any]:
-    return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else (item,))]
-
-
-def _any_requires_grad(arguments: Sequence[Any]) -> bool:
-    for a in arguments:
-        if isinstance(a, Tensor):
-            if a.requires_grad:
-                return True
-        elif isinstance(a, (list, tuple)) and _any_requires_grad(a):
-            return True
-    return False
-
-
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -334,65 +306,8 @@ def _plain_keys(device: str) -> frozenset[int]:
     keys = []
     for inference in (False, True):
         with torch.inference_mode(inference):
-            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+            keys.append(key_bits(dispatch_keys(torch.empty(0, device=device))))
     return frozenset(keys)
-
-
-def _needs_reference() -> bool:
-    """Whether something is active that only PyTorch's own ops support."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
-
-
-def _function(
-    op: FusedOp, forward_op: torch._ops.OpOverload, backward_op: torch._ops.OpOverload
-) -> type[torch.autograd.Function]:
-    def forward(ctx: Any, kernels: Kernels | None, lengths: tuple[int | None, ...] | None, *given: Any) -> Any:
-        count = len(given) - op._options
-        tensors, ctx.options, ctx.lengths = given[:count], given[count:], lengths
-        arguments = op.arguments(*op.nested(tensors, lengths), *ctx.options)
-        if kernels is None:
-            result = forward_op(*arguments)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                result = kernels[0](arguments)
-        if op._saved:
-            ctx.mark_non_differentiable(*result[1:])
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*tensors, *result[1:])
-        else:
-            ctx.save_for_backward(*tensors)
-        return result
-
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
-        count = len(kept) - op._saved
-        tensors, saved, needs = kept[:count], kept[count:], ctx.needs_input_grad[2 : 2 + count]
-        if grad is None:
-            return (None,) * (2 + count + len(ctx.options))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            # Views, so that gradients stop here even where one argument was computed from another.
-            tensors = [t if t is None else t.view_as(t) for t in tensors]
-            with torch.autocast(grad.device.type, enabled=False):
-                y = op.reference(op.arguments(*op.nested(tensors, ctx.lengths), *ctx.options))
-                inputs = [t for t, needed in zip(tensors, needs, strict=True) if needed]
-                found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-            grads = tuple(next(found) if needed else None for needed in needs)
-        else:
-            given = *op.nested(tensors, ctx.lengths), *ctx.options
-            kernels = None if torch.compiler.is_compiling() else op.direct((grad, *kept))
-            if kernels is None:
-                extra = (list(saved),) if op._saved else ()
-                computed = backward_op(grad, *given, *extra, list(needs))
-                grads = tuple(g if needed else None for g, needed in zip(computed, needs, strict=True))
-            else:
-                with torch._C._AutoDispatchBelowAutograd():
-                    grads = tuple(op.gradients(kernels[1], grad, given, saved, needs))
-        return (None, None, *grads, *(None for _ in ctx.options))
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)
 
 
 def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:

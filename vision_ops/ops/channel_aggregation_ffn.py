@@ -455,7 +455,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("sigma",),
-    saved=2,
+    saved=(Tensor.contiguous, channels_last_dense),
     parts=_parts,
 )
 

@@ -133,7 +133,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
-    saved=1,
+    saved=(Tensor.contiguous,),
     parts=_parts,
     uncast=("ln_weight", "ln_bias"),
 )

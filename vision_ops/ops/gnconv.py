@@ -161,7 +161,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    saved=2,
+    saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
 

@@ -181,7 +181,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("sigma",),
-    saved=2,
+    saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
 

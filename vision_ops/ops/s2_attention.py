@@ -172,7 +172,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    saved=4,
+    saved=(Tensor.contiguous,) * 4,
     parts=lambda a: parts(a.x) | {"mlp1 and mlp2": products_of_tokens(a.x)},
 )
 

@@ -231,7 +231,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    saved=3,
+    saved=(Tensor.contiguous,) * 3,
     parts=lambda a: parts(a.x),
 )
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import _native, reference
+from .._internals import statically_known_true
 from ..dispatch import Explanation, explainers
 from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
@@ -217,7 +217,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("temperature",),
-    saved=1,
+    saved=(Tensor.contiguous,),
     parts=_parts,
 )
 

@@ -1,0 +1,100 @@
+"""What differentiates the ops: their kernels, or their references where only PyTorch's own ops serve."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _internals
+from .._internals import holds_transformed
+
+if TYPE_CHECKING:
+    from ._registration import FusedOp, Kernels
+
+
+def _flat(nested: Sequence[Any]) -> list[Any]:
+    return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else (item,))]
+
+
+def _any_requires_grad(arguments: Sequence[Any]) -> bool:
+    for a in arguments:
+        if isinstance(a, Tensor):
+            if a.requires_grad:
+                return True
+        elif isinstance(a, (list, tuple)) and _any_requires_grad(a):
+            return True
+    return False
+
+
+def function_of(op: "FusedOp") -> type[torch.autograd.Function]:
+    def forward(ctx: Any, kernels: "Kernels | None", lengths: tuple[int | None, ...] | None, *given: Any) -> Any:
+        count = len(given) - op._options
+        tensors, options = given[:count], given[count:]
+        arguments = op.arguments(*op.nested(tensors, lengths), *options)
+        if kernels is None:
+            result = op._forward(*arguments)
+        else:
+            with _internals.BelowAutograd():
+                result = kernels[0](arguments)
+        keep(op, ctx, tensors, lengths, options, result)
+        return result
+
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2 : len(ctx.needs_input_grad) - len(ctx.options)]
+        return (None, None, *gradients(op, ctx, grad, needs), *(None for _ in ctx.options))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)
+
+
+def keep(
+    op: "FusedOp",
+    ctx: Any,
+    tensors: Sequence[Tensor | None],
+    lengths: tuple[int | None, ...] | None,
+    options: Sequence[Any],
+    result: Any,
+) -> None:
+    """For `gradients`."""
+    ctx.options, ctx.lengths = options, lengths
+    if op._saved:
+        ctx.mark_non_differentiable(*result[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *result[1:])
+    else:
+        ctx.save_for_backward(*tensors)
+
+
+def gradients(op: "FusedOp", ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Of all tensor arguments, flat."""
+    if grad is None:
+        return (None,) * len(needs)
+    kept = ctx.saved_tensors
+    tensors, saved = kept[: len(needs)], kept[len(needs) :]
+    compiling = torch.compiler.is_compiling()
+    differentiates = torch.is_grad_enabled() and not compiling  # create_graph=True
+    kernels = None if differentiates or compiling else op.direct((grad, *kept))
+    # The latter where vmap has the backward pass alone.
+    if differentiates or (kernels is None and holds_transformed((grad, *kept))):
+        return _reference_gradients(op, ctx, grad, tensors, needs)
+    given = *op.nested(tensors, ctx.lengths), *ctx.options
+    if kernels is not None:
+        with _internals.BelowAutograd():
+            return op.gradients(kernels[1], grad, given, saved, needs)
+    extra = (list(saved),) if op._saved else ()
+    computed = op._backward(grad, *given, *extra, list(needs))
+    return [g if needed else None for g, needed in zip(computed, needs, strict=True)]
+
+
+def _reference_gradients(
+    op: "FusedOp", ctx: Any, grad: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        # Views, so that gradients stop here even where one argument was computed from another.
+        views = [t if t is None else t.view_as(t) for t in tensors]
+        y = op.reference(op.arguments(*op.nested(views, ctx.lengths), *ctx.options))
+        inputs = [t for t, needed in zip(views, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(y, inputs, grad, create_graph=create_graph))
+    return [next(found) if needed else None for needed in needs]
