@@ -43,8 +43,14 @@ def poisoned_outputs(monkeypatch):
             monkeypatch.setattr(module, "allocate", poisoned(allocate))
 
 
+@pytest.fixture(scope="session")
+def compiler_knows_pytorch():
+    """torch.compile lists PyTorch's functions at its first use: as they are, not as they are patched."""
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+
+
 @pytest.fixture(autouse=True)
-def written_operands(poisoned_outputs, monkeypatch, request):
+def written_operands(compiler_knows_pytorch, poisoned_outputs, monkeypatch, request):
     """No product of PyTorch spans memory that nobody wrote, be it between the rows of an operand."""
     if request.node.get_closest_marker("not_finite"):
         return

@@ -21,6 +21,10 @@ SMALL = {
     "EdgeNeXt": ("edgenext_xx_small", {"dims": (16, 24, 32, 48), "depths": (1, 2, 2, 2)}),
     "S2MLPv2": ("s2mlpv2_small_7", {"d_model": (16, 32), "depth": (1, 2)}),
     "MOAT": ("tiny_moat_0", {"stem": 8, "dims": (16, 32, 64, 128), "depths": (1, 2, 2, 1)}),
+    "MOATArticle": (
+        "tiny_moat_0_article",
+        {"stem": 8, "dims": (16, 32, 64, 128), "depths": (1, 2, 2, 1), "img_size": 64},
+    ),
 }
 
 
@@ -534,7 +538,7 @@ def test_saved_as_safetensors_gives_the_same_logits(tmp_path, network):
     model, other = small(network).eval(), small(network).eval()
     safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
     load_checkpoint(other, str(tmp_path / "model.safetensors"))
-    x = torch.randn(2, 3, 56, 56)
+    x = torch.randn(2, 3, *getattr(model, "img_size", (56, 56)))
     with torch.no_grad():
         assert torch.equal(model(x), other(x))
 

@@ -12,6 +12,7 @@ MODELS = {
     "hornet_tiny_gf": {},
     "moganet_xtiny": {},
     "moganet_xtiny_forcefp32": {"name": "moganet_xtiny", "attn_force_fp32": True},
+    "rk_tiny_moat_0_64x64": {"name": "tiny_moat_0_article", "img_size": 64},
     "s2mlpv2_small_7": {"reduction": 1},
 }
 # The keys of MOAT are TensorFlow's names: see test_checkpoint.py.
@@ -42,6 +43,8 @@ def test_golden_float32(name):
     check_model(name, build(name), 1e-5, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["edgenext_xx_small_bn_hs", "hornet_tiny_7x7", "moganet_xtiny", "s2mlpv2_small_7"])
+@pytest.mark.parametrize(
+    "name", ["edgenext_xx_small_bn_hs", "hornet_tiny_7x7", "moganet_xtiny", "rk_tiny_moat_0_64x64", "s2mlpv2_small_7"]
+)
 def test_golden_features(name):
     check_features(name, build(name, features_only=True), 1e-12)

@@ -23,6 +23,8 @@ MODULES = {
     "MultiOrderDWConv_split134_dil121_2x16x9x7": lambda: nn.MultiOrderDWConv(16, dw_dilation=[1, 2, 1]),
     "MultiOrderGatedAggregation_2x16x9x7": lambda: nn.MultiOrderGatedAggregation(16),
     "MultiOrderGatedAggregation_forcefp32_2x16x9x7": lambda: nn.MultiOrderGatedAggregation(16, double_gate_act=True),
+    "RK_MBConvBlock_down_2x8x8x6": lambda: nn.ArticleMBConv(8, 12, downscale=True, use_se=True),
+    "RK_RelativeSelfAttention_2x12x64": lambda: nn.ArticleSelfAttention(64, 2, (4, 3)),
     "S2Attention_1x4x4x10": lambda: nn.S2Attention(10),
     "S2Attention_2x9x7x16": lambda: nn.S2Attention(16),
     "S2Block_d2_2x16x9x7": lambda: nn.S2Block(16, depth=2, expansion_factor=3),

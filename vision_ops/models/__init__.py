@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ops._checks import check_integer
-from . import edgenext, hornet, moat, moganet, s2mlpv2
+from . import edgenext, hornet, moat, moat_article, moganet, s2mlpv2
 from ._backbone import Backbone, FeatureInfo, Variant
 from .checkpoint import LoadedCheckpoint, load_checkpoint
 from .edgenext import EdgeNeXt
 from .hornet import HorNet
 from .moat import MOAT
+from .moat_article import MOATArticle
 from .moganet import MogaNet
 from .s2mlpv2 import S2MLPv2
 
@@ -21,6 +22,7 @@ __all__ = [
     "FeatureInfo",
     "HorNet",
     "LoadedCheckpoint",
+    "MOATArticle",
     "MogaNet",
     "S2MLPv2",
     "create_model",
@@ -34,6 +36,7 @@ _VARIANTS: dict[str, Variant] = {
     **edgenext.VARIANTS,
     **s2mlpv2.VARIANTS,
     **moat.VARIANTS,
+    **moat_article.VARIANTS,
 }
 
 

@@ -196,7 +196,7 @@ class Backbone(nn.Module, ABC):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone, beside biases and norms."""
-        leaves = "temperature", "relative_position_embedding"
+        leaves = "temperature", "relative_position_embedding", "relative_position_bias_table"
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in leaves}
 
 

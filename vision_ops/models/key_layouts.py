@@ -120,6 +120,14 @@ def _convert_tensorflow(key: str, value: Tensor) -> Tensor:
     return value
 
 
+# --- the article's MOAT
+
+
+def _pick_moat_article(entries: dict[str, Any], ema: bool) -> Picked:
+    """Its index into the tables of biases is computed here."""
+    return _pick(entries, {key: key for key in entries if not key.endswith(".relative_position_index")}, False)
+
+
 # --- the table
 
 _HEAD_FC = (r"^head\.fc\.", "head.")
@@ -190,6 +198,7 @@ LAYOUTS: dict[str, dict[str, KeyLayout]] = {
             convert=_convert_tensorflow,
         ),
     },
+    "MOATArticle": {"official": KeyLayout(pick=_pick_moat_article)},
 }
 
 

@@ -12,12 +12,16 @@ from .edgenext import (
 from .hornet import GlobalLocalFilter, GnConv, HorBlock
 from .layer_norm import LayerNorm2d
 from .moat import MBConv, MOATBlock, RelativeSelfAttention
+from .moat_article import ArticleMBConv, ArticleMOATBlock, ArticleSelfAttention
 from .moganet import ChannelAggregationFFN, MogaBlock, MultiOrderDWConv, MultiOrderGatedAggregation
 from .s2mlpv2 import S2Attention, S2Block, SplitAttention
 
 __all__ = [
     "LPI",
     "XCA",
+    "ArticleMBConv",
+    "ArticleMOATBlock",
+    "ArticleSelfAttention",
     "ChannelAggregationFFN",
     "ConvEncoder",
     "ConvEncoderBNHS",

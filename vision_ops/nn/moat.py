@@ -1,7 +1,7 @@
 """MOAT (arXiv 2210.01820) in the semantics of model/layers/moat_*.py of google-research/deeplab2, which is TensorFlow.
 
-The article's PyTorch code is another network: no expansion before the depthwise convolution, no norm in the stem, other
-shortcuts; it cannot load the official weights and misses the paper's parameter counts.
+The article's PyTorch code is another network, that of `moat_article.py`: no expansion before the depthwise convolution,
+no norm in the stem, other shortcuts; it cannot load the official weights and misses the paper's parameter counts.
 """
 
 from collections.abc import Sequence
