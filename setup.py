@@ -1,11 +1,12 @@
-"""Builds vision_ops: C++ and CUDA C++ kernels behind pybind11.
+"""Builds vision_ops: C++ and CUDA C++ kernels, and what names them in Python.
 
 No torch at build time: the kernels take raw pointers, so one binary serves every torch. Environment variables:
 
 VISION_OPS_BUILD       auto (default): CPU kernels, and CUDA kernels where nvcc is found; cpu: CPU kernels only;
                        cuda: as auto, but a missing nvcc is an error; none: Python only, nothing is compiled
-VISION_OPS_CUDA_ARCHS  GPU architectures, "80;90;100" (the default, less those that nvcc does not know), or "native"
-                       for the GPUs of this machine; PTX of the newest is added, so that later GPUs work too
+VISION_OPS_CUDA_ARCHS  GPU architectures, such as "80;90;100", or "native" for the GPUs of this machine (the default
+                       where it has any, else 80, 90 and 100, less those that nvcc does not know); PTX of the newest is
+                       added, so that later GPUs work too
 VISION_OPS_DEBUG       1: -O1 -g
 VISION_OPS_SANITIZE    address, undefined or thread, or several with commas: adds -fsanitize=... -g
 MAX_JOBS               compiler processes at a time (default: one per core, and no more than there is memory for)
@@ -103,15 +104,18 @@ def output(*command: str) -> str:
 
 def cuda_archs(nvcc: str) -> list[str]:
     """What to compile for, oldest first, such as ["sm_80", "sm_90", "compute_90"]; compute_* is PTX."""
-    wanted = ARCHS or "80;90;100"
-    if ARCHS == "native":
-        wanted = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-        if not re.fullmatch(rf"{ARCH}(\s+{ARCH})*", wanted):
-            raise SystemExit("VISION_OPS_CUDA_ARCHS=native takes the GPU that nvidia-smi reports; it reports none.")
-    archs = sorted(set(re.findall(ARCH, wanted.replace(".", ""))), key=lambda arch: int(arch.rstrip("af")))
     known = re.findall(r"compute_(\d+)", output(nvcc, "--list-gpu-arch"))
+    here = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").replace(".", "")
+    here = here if re.fullmatch(rf"{ARCH}(\s+{ARCH})*", here) else ""
+    if ARCHS == "native" and not here:
+        raise SystemExit("VISION_OPS_CUDA_ARCHS=native takes the GPU that nvidia-smi reports; it reports none.")
+    if ARCHS in ("", "native"):
+        wanted = here if ARCHS or set(here.split()) & set(known) else "80;90;100"
+    else:
+        wanted = ARCHS.replace(".", "")
+    archs = sorted(set(re.findall(ARCH, wanted)), key=lambda arch: int(arch.rstrip("af")))
     unknown = [arch for arch in archs if arch.rstrip("af") not in known]
-    if unknown == archs or (unknown and ARCHS):  # only the default list may shrink in silence
+    if unknown == archs or (unknown and ARCHS):  # only the default may shrink in silence
         raise SystemExit(
             f"{nvcc} does not know the GPU architecture {';'.join(unknown)}, only {';'.join(known)}: "
             "name some of these in VISION_OPS_CUDA_ARCHS, or set VISION_OPS_BUILD=cpu."
@@ -120,11 +124,11 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [f"sm_{arch}" for arch in archs] + ["compute_" + archs[-1].rstrip("af")]
 
 
-def translation_units(part: str, pybind11: Path) -> Iterator[tuple[str, str, list[str]]]:
+def translation_units(part: str) -> Iterator[tuple[str, str, list[str]]]:
     """(source, object, flags) for every object of a part."""
     common = [*(CXXFLAGS if part == "cpu" else NVCCFLAGS), f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/{part}"]
     baseline = ISAS["baseline"] if part == "cpu" else []
-    python = ["-isystem", str(pybind11), "-isystem", sysconfig.get_path("include")]
+    python = ["-isystem", sysconfig.get_path("include")]
     yield f"csrc/bindings_{part}.cpp", f"bindings_{part}.o", common + baseline + python  # no other file sees Python
     for source in sources("csrc/cpu/*.cpp" if part == "cpu" else "csrc/cuda/*.cu"):
         name = source.removeprefix("csrc/").replace("/", "_")
@@ -135,7 +139,7 @@ def translation_units(part: str, pybind11: Path) -> Iterator[tuple[str, str, lis
             yield source, f"{name}.o", common + baseline
 
 
-def ninja_file(parts: list[str], archs: list[str], pybind11: Path) -> str:
+def ninja_file(parts: list[str], archs: list[str]) -> str:
     def shell(*args: str) -> str:
         return shlex.join(args).replace("$", "$$")
 
@@ -158,7 +162,7 @@ def ninja_file(parts: list[str], archs: list[str], pybind11: Path) -> str:
         step += "\n  deps = gcc\n  depfile = $out.d"
         text.append(f"rule {part}\n  command = {step}\n  description = $out\n")
         text.append(f"rule {part}link\n  command = {shell(*linkers[part])} -shared $in -o $out\n  description = $out\n")
-        units = list(translation_units(part, pybind11))
+        units = list(translation_units(part))
         for source, obj, flags in units:  # {part}-compiler holds the compiler's version: a new compiler rebuilds all
             text.append(f"build {obj}: {part} {file(ROOT / source)} | {part}-compiler\n  flags = {shell(*flags)}\n")
         text.append(f"build _{part}{SUFFIX}: {part}link {' '.join(obj for _, obj, _ in units)}\n")
@@ -167,24 +171,18 @@ def ninja_file(parts: list[str], archs: list[str], pybind11: Path) -> str:
 
 def compile_parts(parts: list[str], archs: list[str]) -> None:
     """Leaves _cpu*.so and _cuda*.so in OUT; what is up to date is not compiled again."""
-    import ninja  # these two here: metadata and sdist need no compiler and no build requirements
-    import pybind11
+    import ninja  # here: metadata and sdist need no compiler and no build requirements
 
     hint = "VISION_OPS_BUILD=none installs without compiled kernels."
     if not shutil.which(CXX[0]):
         raise SystemExit(f"No C++ compiler: {CXX[0]} is not on PATH. Install g++ or name a compiler in CXX. {hint}")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise SystemExit(f"No Python.h: install Python's headers (package python3-dev or python3-devel). {hint}")
-    # pip's build isolation has pybind11 at a new path each time; a copy in a fixed place keeps the objects up to date.
-    headers = OUT / f"pybind11-{pybind11.__version__}"
-    if not headers.exists():
-        shutil.copytree(pybind11.get_include(), f"{headers}.part", dirs_exist_ok=True)
-        os.replace(f"{headers}.part", headers)
     for part in parts:
         compiler, version = OUT / f"{part}-compiler", output(*(CXX if part == "cpu" else [str(NVCC)]), "--version")
         if not compiler.exists() or compiler.read_text() != version:
             compiler.write_text(version)
-    (OUT / "build.ninja").write_text(ninja_file(parts, archs, headers))
+    (OUT / "build.ninja").write_text(ninja_file(parts, archs))
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30  # a compiler process takes up to one
     jobs = JOBS or str(max(1, min(len(os.sched_getaffinity(0)), gib)))
     # PyPI's ninja, never the system's: two versions that take turns distrust each other's logs and rebuild everything.

@@ -1,336 +1,213 @@
 #include <omp.h>
 
-#include <exception>
-#include <new>
-#include <stdexcept>
-#include <vector>
-
 #include "bindings.h"
+#include "channel_aggregation_ffn.h"
+#include "cross_covariance.h"
+#include "dwconv_layer_norm.h"
+#include "feature_decompose.h"
+#include "gated_recursion.h"
+#include "global_filter.h"
+#include "instruction_sets.h"
+#include "layer_norm_2d.h"
+#include "moga_gate.h"
+#include "multi_order_dwconv.h"
+#include "pointwise.h"
 #include "runtime.h"
+#include "shift_split_attention.h"
+#include "split_cascade.h"
 
-using namespace vops;
+namespace vops {
 
-namespace {
-
-std::vector<Tensor4> tensors(const py::sequence& views) {
-  std::vector<Tensor4> all;
-  for (const py::handle view : views) all.push_back(tensor(view));
-  return all;
+void raise(Error error) {
+  if (error == kOutOfMemory) throw std::bad_alloc();
+  throw std::runtime_error(error);
 }
 
-ChannelAggregationFfn channel_aggregation_ffn_of(const py::sequence& views) {
-  const std::vector<Tensor4> t = tensors(views);
-  return {t.at(0), t.at(1), t.at(2), t.at(3), t.at(4), t.at(5), t.at(6), t.at(7), t.at(8)};
-}
-
-ChannelAggregationFfnChunks chunks_of(const py::tuple& sizes) {
-  return {py::cast<int64_t>(sizes[0]), py::cast<int64_t>(sizes[1])};
-}
-
-PyObject* thread_count = nullptr;  // a function
+static PyObject* thread_count = nullptr;  // a function
 
 // OpenMP keeps a number of threads for every thread that starts some; PyTorch tells it in those that have asked.
-void follow_thread_count() {
+void prepare() {
   static thread_local bool told = false;
   if (told || !thread_count) return;
-  omp_set_num_threads(py::cast<int>(py::handle(thread_count)()));
+  PyObject* count = PyObject_CallNoArgs(thread_count);
+  if (!count) throw PythonError();
+  omp_set_num_threads((int)PyLong_AsLong(count));
+  Py_DECREF(count);
   told = true;
 }
 
-template <class F>
-void run(const F& f) {
-  follow_thread_count();
-  const Error error = without_gil(f);
-  if (error == kOutOfMemory) throw std::bad_alloc();
-  if (error) throw std::runtime_error(error);
+VOPS_CPU_OP(ChannelAggregationFfnOps, channel_aggregation_ffn)
+VOPS_CPU_OP(CrossCovarianceOps, cross_covariance)
+VOPS_CPU_OP(DwConvOps, dwconv)
+VOPS_CPU_OP(DwConvLayerNormOps, dwconv_layer_norm)
+VOPS_CPU_OP(FeatureDecomposeOps, feature_decompose)
+VOPS_CPU_OP(GatedRecursionOps, gated_recursion)
+VOPS_CPU_OP(GlobalFilterOps, global_filter)
+VOPS_CPU_OP(LayerNorm2dOps, layer_norm_2d)
+VOPS_CPU_OP(MogaGateOps, moga_gate)
+VOPS_CPU_OP(MultiOrderDwConvOps, multi_order_dwconv)
+VOPS_CPU_OP(PointwiseOps, pointwise)
+VOPS_CPU_OP(ShiftSplitAttentionOps, shift_split_attention)
+VOPS_CPU_OP(SplitCascadeOps, split_cascade)
+
+namespace {
+
+using Tensors = std::vector<Tensor4>;
+using Sizes = std::array<int64_t, 2>;
+template <size_t N>
+using TensorArray = std::array<Tensor4, N>;
+
+ChannelAggregationFfn channel_aggregation_ffn_of(const TensorArray<9>& t) {
+  return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]};
 }
+
+// with_crew(function, *arguments). Python, too, runs on the thread that called: the others only ever run kernels.
+PyObject* run_with_crew(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  struct Call {
+    PyObject* const* given;
+    Py_ssize_t count;
+    PyObject* result;
+  } call = {given, count, nullptr};
+  if (count == 0) return PyErr_Format(PyExc_TypeError, "with_crew takes a function");
+  PyObject* prepared = guarded([] {
+    prepare();
+    return Py_None;
+  });
+  if (!prepared) return nullptr;
+  with_crew(
+      [](void* context) {
+        Call& c = *(Call*)context;
+        c.result = PyObject_Vectorcall(c.given[0], c.given + 1, c.count - 1, nullptr);
+      },
+      &call);
+  return call.result;
+}
+PyObject* follow_thread_count(PyObject*, PyObject* count) {
+  Py_INCREF(count);
+  thread_count = count;
+  Py_RETURN_NONE;
+}
+PyMethodDef follow_method = {"follow_thread_count", follow_thread_count, METH_O, nullptr};
+PyMethodDef with_crew_method = {"with_crew", (PyCFunction)(AnyFunction)run_with_crew, METH_FASTCALL, nullptr};
+
+void define_depthwise(PyObject* m) {
+  define(m, "dwconv", cpu_dwconv().forward);
+  define(m, "dwconv_backward_activation", cpu_dwconv().backward_activation);
+  define(m, "dwconv_backward_input", cpu_dwconv().backward_input);
+  define(m, "dwconv_backward_weight", cpu_dwconv().backward_weight);
+
+  define(
+      m, "multi_order_dwconv",
+      +[](Tensor4 x, TensorArray<3> w, TensorArray<3> b, Tensor4 y, std::array<DwConv, 3> convs) {
+        return cpu_multi_order_dwconv().forward(x, multi_order(convs, w, b), y);
+      });
+  define(
+      m, "multi_order_dwconv_backward",
+      +[](Tensor4 dy, Tensor4 x, TensorArray<3> w, TensorArray<3> b, Tensor4 dx, TensorArray<3> dw, TensorArray<3> db,
+          std::array<DwConv, 3> convs) {
+        const MultiOrderDwConvGrads grads = {dx, {dw[0], dw[1], dw[2]}, {db[0], db[1], db[2]}};
+        return cpu_multi_order_dwconv().backward(dy, x, multi_order(convs, w, b), grads);
+      });
+
+  define(m, "dwconv_layer_norm", cpu_dwconv_layer_norm().forward);
+  define(
+      m, "dwconv_layer_norm_backward",
+      +[](Tensor4 dy, Tensor4 x, Tensor4 w, Tensor4 b, Tensor4 ln_w, Tensor4 statistics, Tensor4 dx, Tensor4 dw,
+          Tensor4 db, Tensor4 dln_w, Tensor4 dln_b, DwConv conv) {
+        return cpu_dwconv_layer_norm().backward(dy, x, w, b, ln_w, statistics, {dx, dw, db, dln_w, dln_b}, conv);
+      });
+
+  define(
+      m, "split_cascade", +[](Tensor4 x, Tensors w, Tensors b, Tensor4 y, DwConv conv) {
+        return cpu_split_cascade().forward(x, {conv, (int64_t)w.size(), w.data(), b.data()}, y);
+      });
+  define(
+      m, "split_cascade_backward",
+      +[](Tensor4 dy, Tensor4 x, Tensors w, Tensors b, Tensor4 dx, Tensors dw, Tensors db, DwConv conv) {
+        const SplitCascade p = {conv, (int64_t)w.size(), w.data(), b.data()};
+        return cpu_split_cascade().backward(dy, x, p, {dx, dw.data(), db.data()});
+      });
+}
+
+void define_moganet(PyObject* m) {
+  define(m, "moga_gate", cpu_moga_gate().forward);
+  define(m, "moga_gate_backward", cpu_moga_gate().backward);
+  define(m, "image_means", cpu_feature_decompose().means);
+  define(m, "feature_decompose", cpu_feature_decompose().forward);
+  define(m, "feature_decompose_backward", cpu_feature_decompose().backward);
+
+  define(m, "channel_aggregation", cpu_channel_aggregation_ffn().forward);
+  define(
+      m, "channel_aggregation_backward",
+      +[](Tensor4 f, Tensor4 w, Tensor4 b, Tensor4 v, Tensor4 scores, Tensor4 dd, Tensor4 dh, Tensor4 h, Tensor4 d,
+          Tensor4 df, Tensor4 dw, Tensor4 db, Tensor4 dv, Tensor4 dc, Tensor4 df_sums, int64_t first, DwConv conv) {
+        const ChannelAggregationFfnGrads grads = {df, dw, db, dv, dc, df_sums};
+        return cpu_channel_aggregation_ffn().backward(f, w, b, v, scores, dd, dh, h, d, grads, first, conv);
+      });
+  define(
+      m, "channel_aggregation_ffn",
+      +[](TensorArray<9> arguments, Sizes chunk, Tensor4 f, Tensor4 h, Tensor4 scores, Tensor4 y) {
+        return channel_aggregation_ffn(channel_aggregation_ffn_of(arguments), {chunk[0], chunk[1]}, f, h, scores, y);
+      });
+  define(
+      m, "channel_aggregation_ffn_backward",
+      +[](TensorArray<9> arguments, Sizes chunk, Tensor4 dy, Tensor4 scores, Tensor4 f, bool kept,
+          TensorArray<3> buffers, Tensor4 dx, TensorArray<7> t) {
+        const auto& [h, dh, df] = buffers;
+        return channel_aggregation_ffn_backward(channel_aggregation_ffn_of(arguments), {chunk[0], chunk[1]}, dy, scores,
+                                                f, kept, {h, dh, df}, dx, {t[0], t[1], t[2], t[3], t[4], t[5], t[6]});
+      });
+}
+
+void define_hornet(PyObject* m) {
+  define(m, "gate", cpu_gated_recursion().gate);
+  define(m, "gate_backward", cpu_gated_recursion().gate_backward);
+  define(m, "channel_sums", cpu_gated_recursion().channel_sums);
+  define(m, "global_filter", cpu_global_filter().forward);
+  define(m, "global_filter_backward", cpu_global_filter().backward);
+  define(m, "layer_norm_2d", cpu_layer_norm_2d().forward);
+  define(m, "layer_norm_2d_backward", cpu_layer_norm_2d().backward);
+}
+
+void define_attention(PyObject* m) {
+  define(m, "gram", cpu_cross_covariance().gram);
+  define(m, "cosine_softmax", cpu_cross_covariance().softmax);
+  define(m, "cosine_softmax_backward", cpu_cross_covariance().softmax_backward);
+  define(m, "apply_by_head", cpu_cross_covariance().apply);
+  define(m, "sum_tokens", cpu_cross_covariance().sum_tokens);
+
+  define(m, "edge_sums", cpu_shift_split_attention().edge_sums);
+  define(m, "pool", cpu_shift_split_attention().pool);
+  define(m, "pool_linear", cpu_shift_split_attention().pool_linear);
+  define(m, "branch_weights", cpu_shift_split_attention().branch_weights);
+  define(m, "branch_weights_backward", cpu_shift_split_attention().branch_weights_backward);
+  define(m, "weigh", cpu_shift_split_attention().weigh);
+  define(
+      m, "linear_weigh_linear",
+      +[](Tensor4 x, Tensor4 mlp1, Tensor4 weights, Tensor4 offset, Tensor4 mlp2, Tensor4 bias, Tensor4 branches,
+          Tensor4 weighed, Tensor4 y) {
+        const LinearWeighLinear t = {x, mlp1, weights, offset, mlp2, bias, branches, weighed};
+        return cpu_shift_split_attention().linear_weigh_linear(t, y);
+      });
+  define(m, "weigh_backward_weights", cpu_shift_split_attention().weigh_backward_weights);
+  define(m, "weigh_backward_input", cpu_shift_split_attention().weigh_backward_input);
+}
+
+void fill(PyObject* m) {
+  if (PyModule_AddStringConstant(m, "isa", instruction_set_name())) throw PythonError();
+  add_function(m, &follow_method, nullptr);
+  add_function(m, &with_crew_method, nullptr);
+  define(m, "pointwise", cpu_pointwise().forward);
+  define(m, "pointwise_backward_weight", cpu_pointwise().backward_weight);
+  define_depthwise(m);
+  define_moganet(m);
+  define_hornet(m);
+  define_attention(m);
+}
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+}  // namespace vops
 
-PYBIND11_MODULE(_cpu, m) {
-  m.attr("isa") = cpu_kernels().isa;
-
-  m.def("follow_thread_count", [](py::function count) { thread_count = count.release().ptr(); });
-
-  // Python, too, runs on the thread that called: the others only ever run kernels.
-  m.def("with_crew", [](const py::function& function, const py::args& args) {
-    struct Call {
-      const py::function& function;
-      const py::args& args;
-      py::object result;
-      std::exception_ptr error;  // which may not leave a parallel region
-    } call = {function, args, {}, nullptr};
-    follow_thread_count();
-    with_crew(
-        [](void* context) {
-          Call& c = *(Call*)context;
-          try {
-            c.result = c.function(*c.args);
-          } catch (...) {
-            c.error = std::current_exception();
-          }
-        },
-        &call);
-    if (call.error) std::rethrow_exception(call.error);
-    return call.result;
-  });
-
-  m.def("dwconv", [](py::handle x, py::handle w, py::handle b, py::handle y, const py::tuple& f, int activation) {
-    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), ty = tensor(y);
-    const DwConv c = conv(f);
-    run([&] { return cpu_kernels().dwconv->forward(tx, tw, tb, ty, c, Activation(activation)); });
-  });
-  m.def("dwconv_backward_activation", [](py::handle dy, py::handle x, py::handle w, py::handle b, py::handle du,
-                                         const py::tuple& f, int activation) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tb = tensor(b), tdu = tensor(du);
-    const DwConv c = conv(f);
-    run([&] { return cpu_kernels().dwconv->backward_activation(tdy, tx, tw, tb, tdu, c, Activation(activation)); });
-  });
-  m.def("dwconv_backward_input", [](py::handle dy, py::handle w, py::handle dx, const py::tuple& f) {
-    const Tensor4 tdy = tensor(dy), tw = tensor(w), tdx = tensor(dx);
-    const DwConv c = conv(f);
-    run([&] { return cpu_kernels().dwconv->backward_input(tdy, tw, tdx, c); });
-  });
-  m.def("dwconv_backward_weight", [](py::handle dy, py::handle x, py::handle dw, py::handle db, const py::tuple& f) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tdw = tensor(dw), tdb = tensor(db);
-    const DwConv c = conv(f);
-    run([&] { return cpu_kernels().dwconv->backward_weight(tdy, tx, tdw, tdb, c); });
-  });
-
-  m.def("multi_order_dwconv",
-        [](py::handle x, const py::tuple& weights, const py::tuple& biases, py::handle y, const py::tuple& convs) {
-          const Tensor4 tx = tensor(x), ty = tensor(y);
-          const MultiOrderDwConv p = multi_order(convs, weights, biases);
-          run([&] { return cpu_kernels().multi_order_dwconv->forward(tx, p, ty); });
-        });
-  m.def("multi_order_dwconv_backward",
-        [](py::handle dy, py::handle x, const py::tuple& weights, const py::tuple& biases, py::handle dx,
-           const py::tuple& dweights, const py::tuple& dbiases, const py::tuple& convs) {
-          const Tensor4 tdy = tensor(dy), tx = tensor(x);
-          const MultiOrderDwConv p = multi_order(convs, weights, biases);
-          const MultiOrderDwConvGrads grads = multi_order_grads(dx, dweights, dbiases);
-          run([&] { return cpu_kernels().multi_order_dwconv->backward(tdy, tx, p, grads); });
-        });
-
-  m.def("layer_norm_2d", [](py::handle x, py::handle w, py::handle b, py::handle y, double eps) {
-    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), ty = tensor(y);
-    run([&] { return cpu_kernels().layer_norm_2d->forward(tx, tw, tb, ty, eps); });
-  });
-  m.def("layer_norm_2d_backward",
-        [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw, py::handle db, double eps) {
-          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw),
-                        tdb = tensor(db);
-          run([&] { return cpu_kernels().layer_norm_2d->backward(tdy, tx, tw, tdx, tdw, tdb, eps); });
-        });
-
-  m.def("gate", [](py::handle u, py::handle b, py::handle q, py::handle p) {
-    const Tensor4 tu = tensor(u), tb = tensor(b), tq = tensor(q), tp = tensor(p);
-    run([&] { return cpu_kernels().gated_recursion->gate(tu, tb, tq, tp); });
-  });
-  m.def("gate_backward",
-        [](py::handle dp, py::handle u, py::handle b, py::handle q, py::handle du, py::handle dq, py::handle db) {
-          const Tensor4 tdp = tensor(dp), tu = tensor(u), tb = tensor(b), tq = tensor(q);
-          const Tensor4 tdu = tensor(du), tdq = tensor(dq), tdb = tensor(db);
-          run([&] { return cpu_kernels().gated_recursion->gate_backward(tdp, tu, tb, tq, tdu, tdq, tdb); });
-        });
-  m.def("channel_sums", [](py::handle t, py::handle sums) {
-    const Tensor4 tt = tensor(t), tsums = tensor(sums);
-    run([&] { return cpu_kernels().gated_recursion->channel_sums(tt, tsums); });
-  });
-
-  m.def("dwconv_layer_norm", [](py::handle x, py::handle w, py::handle b, py::handle ln_w, py::handle ln_b,
-                                py::handle y, py::handle statistics, const py::tuple& f, double eps) {
-    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tln_w = tensor(ln_w), tln_b = tensor(ln_b);
-    const Tensor4 ty = tensor(y), ts = tensor(statistics);
-    const DwConv c = conv(f);
-    run([&] { return cpu_kernels().dwconv_layer_norm->forward(tx, tw, tb, tln_w, tln_b, ty, ts, c, eps); });
-  });
-  m.def("dwconv_layer_norm_backward",
-        [](py::handle dy, py::handle x, py::handle w, py::handle b, py::handle ln_w, py::handle statistics,
-           py::handle dx, py::handle dw, py::handle db, py::handle dln_w, py::handle dln_b, const py::tuple& f) {
-          const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tb = tensor(b), tln_w = tensor(ln_w),
-                        ts = tensor(statistics);
-          const DwConvLayerNormGrads grads = {tensor(dx), tensor(dw), tensor(db), tensor(dln_w), tensor(dln_b)};
-          const DwConv c = conv(f);
-          run([&] { return cpu_kernels().dwconv_layer_norm->backward(tdy, tx, tw, tb, tln_w, ts, grads, c); });
-        });
-
-  m.def("split_cascade",
-        [](py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle y, const py::tuple& f) {
-          const Tensor4 tx = tensor(x), ty = tensor(y);
-          const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases);
-          const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
-          run([&] { return cpu_kernels().split_cascade->forward(tx, p, ty); });
-        });
-  m.def("split_cascade_backward",
-        [](py::handle dy, py::handle x, const py::sequence& weights, const py::sequence& biases, py::handle dx,
-           const py::sequence& dweights, const py::sequence& dbiases, const py::tuple& f) {
-          const Tensor4 tdy = tensor(dy), tx = tensor(x);
-          const std::vector<Tensor4> tw = tensors(weights), tb = tensors(biases), tdw = tensors(dweights),
-                                     tdb = tensors(dbiases);
-          const SplitCascade p = {conv(f), (int64_t)tw.size(), tw.data(), tb.data()};
-          const SplitCascadeGrads grads = {tensor(dx), tdw.data(), tdb.data()};
-          run([&] { return cpu_kernels().split_cascade->backward(tdy, tx, p, grads); });
-        });
-
-  m.def("gram", [](py::handle a, py::handle b, py::handle u, py::handle v, py::handle gram, py::handle norms) {
-    const Tensor4 ta = tensor(a), tb = tensor(b), tu = tensor(u), tv = tensor(v), tg = tensor(gram), tn = tensor(norms);
-    run([&] { return cpu_kernels().cross_covariance->gram(ta, tb, tu, tv, tg, tn); });
-  });
-  m.def("cosine_softmax", [](py::handle gram, py::handle norms, py::handle temperature, py::handle weights) {
-    const Tensor4 tg = tensor(gram), tn = tensor(norms), tt = tensor(temperature), tw = tensor(weights);
-    run([&] { return cpu_kernels().cross_covariance->softmax(tg, tn, tt, tw); });
-  });
-  m.def("cosine_softmax_backward", [](py::handle grad, py::handle weights, py::handle gram, py::handle norms,
-                                      py::handle temperature, py::handle scales, py::handle dtemperature) {
-    const Tensor4 td = tensor(grad), tw = tensor(weights), tg = tensor(gram), tn = tensor(norms);
-    const Tensor4 tt = tensor(temperature), ts = tensor(scales), tdt = tensor(dtemperature);
-    run([&] { return cpu_kernels().cross_covariance->softmax_backward(td, tw, tg, tn, tt, ts, tdt); });
-  });
-  m.def("apply_by_head",
-        [](py::handle matrix, bool transposed, py::handle x, py::handle scale, py::handle z, py::handle y) {
-          const Tensor4 tm = tensor(matrix), tx = tensor(x), ts = tensor(scale), tz = tensor(z), ty = tensor(y);
-          run([&] { return cpu_kernels().cross_covariance->apply(tm, transposed, tx, ts, tz, ty); });
-        });
-  m.def("sum_tokens", [](py::handle x, py::handle sums, py::handle centred) {
-    const Tensor4 tx = tensor(x), ts = tensor(sums), tc = tensor(centred);
-    run([&] { return cpu_kernels().cross_covariance->sum_tokens(tx, ts, tc); });
-  });
-  m.def("global_filter", [](py::handle x, py::handle w, py::handle y) {
-    const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
-    run([&] { return cpu_kernels().global_filter->forward(tx, tw, ty); });
-  });
-  m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
-    run([&] { return cpu_kernels().global_filter->backward(tdy, tx, tw, tdx, tdw); });
-  });
-
-  m.def("moga_gate", [](py::handle g, py::handle v, py::handle y, bool doubled) {
-    const Tensor4 tg = tensor(g), tv = tensor(v), ty = tensor(y);
-    run([&] { return cpu_kernels().moga_gate->forward(tg, tv, ty, doubled); });
-  });
-  m.def("moga_gate_backward",
-        [](py::handle dy, py::handle g, py::handle v, py::handle dg, py::handle dv, bool doubled) {
-          const Tensor4 tdy = tensor(dy), tg = tensor(g), tv = tensor(v), tdg = tensor(dg), tdv = tensor(dv);
-          run([&] { return cpu_kernels().moga_gate->backward(tdy, tg, tv, tdg, tdv, doubled); });
-        });
-  m.def("image_means", [](py::handle x, py::handle mean) {
-    const Tensor4 tx = tensor(x), tmean = tensor(mean);
-    run([&] { return cpu_kernels().feature_decompose->means(tx, tmean); });
-  });
-  m.def("feature_decompose", [](py::handle x, py::handle mean, py::handle sigma, py::handle y, int activation) {
-    const Tensor4 tx = tensor(x), tmean = tensor(mean), tsigma = tensor(sigma), ty = tensor(y);
-    run([&] { return cpu_kernels().feature_decompose->forward(tx, tmean, tsigma, ty, Activation(activation)); });
-  });
-  m.def("feature_decompose_backward", [](py::handle dy, py::handle x, py::handle mean, py::handle sigma, py::handle dx,
-                                         py::handle dsigma, int activation) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tmean = tensor(mean), tsigma = tensor(sigma), tdx = tensor(dx),
-                  tdsigma = tensor(dsigma);
-    run([&] {
-      const FeatureDecomposeOps& ops = *cpu_kernels().feature_decompose;
-      return ops.backward(tdy, tx, tmean, tsigma, tdx, tdsigma, Activation(activation));
-    });
-  });
-  m.def("channel_aggregation", [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle c, py::handle h,
-                                  py::handle d, py::handle scores, const py::tuple& size) {
-    const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), tc = tensor(c), th = tensor(h);
-    const Tensor4 td = tensor(d), tscores = tensor(scores);
-    const DwConv k = conv(size);
-    run([&] { return cpu_kernels().channel_aggregation_ffn->forward(tf, tw, tb, tv, tc, th, td, tscores, k); });
-  });
-  m.def("channel_aggregation_backward",
-        [](py::handle f, py::handle w, py::handle b, py::handle v, py::handle scores, py::handle dd, py::handle dh,
-           py::handle h, py::handle d, py::handle df, py::handle dw, py::handle db, py::handle dv, py::handle dc,
-           py::handle df_sums, int64_t first, const py::tuple& size) {
-          const Tensor4 tf = tensor(f), tw = tensor(w), tb = tensor(b), tv = tensor(v), tscores = tensor(scores);
-          const Tensor4 tdd = tensor(dd), tdh = tensor(dh), th = tensor(h), td = tensor(d);
-          const ChannelAggregationFfnGrads grads = {tensor(df), tensor(dw), tensor(db),
-                                                    tensor(dv), tensor(dc), tensor(df_sums)};
-          const DwConv k = conv(size);
-          run([&] {
-            const ChannelAggregationFfnOps& ops = *cpu_kernels().channel_aggregation_ffn;
-            return ops.backward(tf, tw, tb, tv, tscores, tdd, tdh, th, td, grads, first, k);
-          });
-        });
-
-  m.def("channel_aggregation_ffn", [](const py::sequence& arguments, const py::tuple& chunk, py::handle f, py::handle h,
-                                      py::handle scores, py::handle y) {
-    const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
-    const ChannelAggregationFfnChunks chunks = chunks_of(chunk);
-    const Tensor4 tf = tensor(f), th = tensor(h), tscores = tensor(scores), ty = tensor(y);
-    run([&] { return channel_aggregation_ffn(a, chunks, tf, th, tscores, ty); });
-  });
-  m.def("channel_aggregation_ffn_backward",
-        [](const py::sequence& arguments, const py::tuple& chunk, py::handle dy, py::handle scores, py::handle f,
-           bool kept, const py::sequence& buffers, py::handle dx, const py::sequence& totals) {
-          const ChannelAggregationFfn a = channel_aggregation_ffn_of(arguments);
-          const ChannelAggregationFfnChunks chunks = chunks_of(chunk);
-          const Tensor4 tdy = tensor(dy), tscores = tensor(scores), tf = tensor(f), tdx = tensor(dx);
-          const std::vector<Tensor4> b = tensors(buffers), t = tensors(totals);
-          const ChannelAggregationFfnBuffers hidden = {b.at(0), b.at(1), b.at(2)};
-          const ChannelAggregationFfnTotals sums = {t.at(0), t.at(1), t.at(2), t.at(3), t.at(4), t.at(5), t.at(6)};
-          run([&] { return channel_aggregation_ffn_backward(a, chunks, tdy, tscores, tf, kept, hidden, tdx, sums); });
-        });
-
-  m.def("pointwise", [](py::handle x, py::handle w, py::handle b, py::handle z, int combine, py::handle y) {
-    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), tz = tensor(z), ty = tensor(y);
-    run([&] { return cpu_kernels().pointwise->forward(tx, tw, tb, tz, Combine(combine), ty); });
-  });
-  m.def("pointwise_backward_weight", [](py::handle dy, py::handle x, py::handle dw) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tdw = tensor(dw);
-    run([&] { return cpu_kernels().pointwise->backward_weight(tdy, tx, tdw); });
-  });
-
-  m.def("edge_sums", [](py::handle map, py::handle sums) {
-    const Tensor4 tmap = tensor(map), tsums = tensor(sums);
-    run([&] { return cpu_kernels().shift_split_attention->edge_sums(tmap, tsums); });
-  });
-  m.def("pool", [](py::handle sums, py::handle pooled) {
-    const Tensor4 tsums = tensor(sums), tpooled = tensor(pooled);
-    run([&] { return cpu_kernels().shift_split_attention->pool(tsums, tpooled); });
-  });
-  m.def("pool_linear", [](py::handle sums, py::handle w, py::handle b, int64_t pixels, py::handle pooled) {
-    const Tensor4 tsums = tensor(sums), tw = tensor(w), tb = tensor(b), tpooled = tensor(pooled);
-    run([&] { return cpu_kernels().shift_split_attention->pool_linear(tsums, tw, tb, pixels, tpooled); });
-  });
-  m.def("branch_weights", [](py::handle pooled, py::handle mlp1, py::handle mlp2, py::handle hidden,
-                             py::handle weights) {
-    const Tensor4 tpooled = tensor(pooled), tmlp1 = tensor(mlp1), tmlp2 = tensor(mlp2);
-    const Tensor4 thidden = tensor(hidden), tweights = tensor(weights);
-    run([&] { return cpu_kernels().shift_split_attention->branch_weights(tpooled, tmlp1, tmlp2, thidden, tweights); });
-  });
-  m.def("branch_weights_backward", [](py::handle dweights, py::handle weights, py::handle hidden, py::handle pooled,
-                                      py::handle mlp1, py::handle mlp2, py::handle dmlp1, py::handle dmlp2,
-                                      py::handle dpooled) {
-    const Tensor4 tdweights = tensor(dweights), tweights = tensor(weights), thidden = tensor(hidden);
-    const Tensor4 tpooled = tensor(pooled), tmlp1 = tensor(mlp1), tmlp2 = tensor(mlp2);
-    const Tensor4 tdmlp1 = tensor(dmlp1), tdmlp2 = tensor(dmlp2), tdpooled = tensor(dpooled);
-    run([&] {
-      const ShiftSplitAttentionOps& ops = *cpu_kernels().shift_split_attention;
-      return ops.branch_weights_backward(tdweights, tweights, thidden, tpooled, tmlp1, tmlp2, tdmlp1, tdmlp2, tdpooled);
-    });
-  });
-  m.def("weigh", [](py::handle x, py::handle weights, py::handle offset, py::handle y) {
-    const Tensor4 tx = tensor(x), tweights = tensor(weights), toffset = tensor(offset), ty = tensor(y);
-    run([&] { return cpu_kernels().shift_split_attention->weigh(tx, tweights, toffset, ty); });
-  });
-  m.def("linear_weigh_linear", [](py::handle x, py::handle mlp1, py::handle weights, py::handle offset, py::handle mlp2,
-                                  py::handle bias, py::handle branches, py::handle weighed, py::handle y) {
-    const LinearWeighLinear t = {tensor(x),    tensor(mlp1), tensor(weights),  tensor(offset),
-                                 tensor(mlp2), tensor(bias), tensor(branches), tensor(weighed)};
-    const Tensor4 ty = tensor(y);
-    run([&] { return cpu_kernels().shift_split_attention->linear_weigh_linear(t, ty); });
-  });
-  m.def("weigh_backward_weights",
-        [](py::handle dy, py::handle x, py::handle weights, py::handle offset, py::handle sums, py::handle y) {
-          const Tensor4 tdy = tensor(dy), tx = tensor(x), tweights = tensor(weights), toffset = tensor(offset);
-          const Tensor4 tsums = tensor(sums), ty = tensor(y);
-          run([&] {
-            return cpu_kernels().shift_split_attention->weigh_backward_weights(tdy, tx, tweights, toffset, tsums, ty);
-          });
-        });
-  m.def("weigh_backward_input", [](py::handle dy, py::handle weights, py::handle dpooled, py::handle dx) {
-    const Tensor4 tdy = tensor(dy), tweights = tensor(weights), tdpooled = tensor(dpooled), tdx = tensor(dx);
-    run([&] { return cpu_kernels().shift_split_attention->weigh_backward_input(tdy, tweights, tdpooled, tdx); });
-  });
-}
+PyMODINIT_FUNC PyInit__cpu() { return vops::make_module(&vops::module, vops::fill); }

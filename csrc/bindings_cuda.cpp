@@ -3,95 +3,67 @@
 #include "global_filter_cuda.h"
 #include "toolchain.h"
 
-using namespace vops;
+namespace vops {
+
+void prepare() {}
+void raise(Error error) { throw std::runtime_error(std::string("CUDA: ") + error); }
+
+// The last two arguments of every kernel: the device's index and its stream.
+static void read(Arguments& given, CudaTarget* target) {
+  read(given, &target->device);
+  read(given, &target->stream);
+}
 
 namespace {
 
-// The last two arguments of every kernel: the device's index and its stream.
-template <class F>
-void run(const F& f) {
-  if (const Error error = without_gil(f)) throw std::runtime_error(std::string("CUDA: ") + error);
+template <class T>
+using Branches = std::array<T, 3>;
+
+// (What the driver supports, what the kernels need), as 1000 * major + 10 * minor; no driver: 0.
+std::pair<int, int> versions() {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  return {driver, runtime};
 }
+
+void define_multi_order_dwconv(PyObject* m) {
+  define(
+      m, "multi_order_dwconv",
+      +[](Tensor4 x, Branches<Tensor4> w, Branches<Tensor4> b, Tensor4 y, Branches<DwConv> convs, Tensor4 x0,
+          CudaTarget target) { return multi_order_dwconv_cuda(x, multi_order(convs, w, b), y, x0, target); });
+  define(
+      m, "multi_order_dwconv_backward_workspace",
+      +[](Tensor4 dy, Branches<Tensor4> w, Branches<Tensor4> b, Branches<DwConv> convs) {
+        return multi_order_dwconv_backward_workspace(dy, multi_order(convs, w, b));
+      });
+  define(
+      m, "multi_order_dwconv_backward",
+      +[](Tensor4 dy, Tensor4 x, Branches<Tensor4> w, Branches<Tensor4> b, Tensor4 dx, Branches<Tensor4> dw,
+          Branches<Tensor4> db, Branches<DwConv> convs, Tensor4 x0, Tensor4 dx0, void* room, CudaTarget target) {
+        const MultiOrderDwConvGrads grads = {dx, {dw[0], dw[1], dw[2]}, {db[0], db[1], db[2]}};
+        return multi_order_dwconv_backward_cuda(dy, x, multi_order(convs, w, b), grads, x0, dx0, room, target);
+      });
+}
+
+void fill(PyObject* m) {
+  define(m, "versions", &versions);
+  define(m, "has_march_kernel", &has_march_kernel);
+  define(m, "dwconv", &dwconv_cuda);
+  define(m, "dwconv_backward_activation", &dwconv_backward_activation_cuda);
+  define(m, "dwconv_backward_input", &dwconv_backward_input_cuda);
+  define(m, "dwconv_backward_weight_workspace", &dwconv_backward_weight_workspace);
+  define(m, "dwconv_backward_weight", &dwconv_backward_weight_cuda);
+  define_multi_order_dwconv(m);
+  define(m, "has_filter_kernel", &has_filter_kernel);
+  define(m, "global_filter", &global_filter_cuda);
+  define(m, "global_filter_backward_workspace", &global_filter_backward_workspace);
+  define(m, "global_filter_backward", &global_filter_backward_cuda);
+}
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
+}  // namespace vops
 
-PYBIND11_MODULE(_cuda, m) {
-  m.def("has_march_kernel", [](int dtype, const py::tuple& f) { return has_march_kernel(dtype, conv(f)); });
-  // (what the driver supports, what the kernels need), as 1000 * major + 10 * minor; no driver: 0.
-  m.def("versions", [] {
-    int driver = 0, runtime = 0;
-    cudaDriverGetVersion(&driver);
-    cudaRuntimeGetVersion(&runtime);
-    return std::make_pair(driver, runtime);
-  });
-
-  m.def("dwconv", [](py::handle x, py::handle w, py::handle b, py::handle y, const py::tuple& f, int activation,
-                     int device, uintptr_t stream) {
-    const Tensor4 tx = tensor(x), tw = tensor(w), tb = tensor(b), ty = tensor(y);
-    const DwConv c = conv(f);
-    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-    run([&] { return dwconv_cuda(tx, tw, tb, ty, c, Activation(activation), target); });
-  });
-  m.def("dwconv_backward_activation", [](py::handle dy, py::handle x, py::handle w, py::handle b, py::handle du,
-                                         const py::tuple& f, int activation, int device, uintptr_t stream) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tb = tensor(b), tdu = tensor(du);
-    const DwConv c = conv(f);
-    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-    run([&] { return dwconv_backward_activation_cuda(tdy, tx, tw, tb, tdu, c, Activation(activation), target); });
-  });
-  m.def("dwconv_backward_input",
-        [](py::handle dy, py::handle w, py::handle dx, const py::tuple& f, int device, uintptr_t stream) {
-          const Tensor4 tdy = tensor(dy), tw = tensor(w), tdx = tensor(dx);
-          const DwConv c = conv(f);
-          const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-          run([&] { return dwconv_backward_input_cuda(tdy, tw, tdx, c, target); });
-        });
-  m.def("dwconv_backward_weight_workspace",
-        [](py::handle dy, const py::tuple& f) { return dwconv_backward_weight_workspace(tensor(dy), conv(f)); });
-  m.def("dwconv_backward_weight", [](py::handle dy, py::handle x, py::handle dw, py::handle db, const py::tuple& f,
-                                     uintptr_t workspace, int device, uintptr_t stream) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tdw = tensor(dw), tdb = tensor(db);
-    const DwConv c = conv(f);
-    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-    void* const room = reinterpret_cast<void*>(workspace);
-    run([&] { return dwconv_backward_weight_cuda(tdy, tx, tdw, tdb, c, room, target); });
-  });
-
-  m.def("multi_order_dwconv", [](py::handle x, const py::tuple& weights, const py::tuple& biases, py::handle y,
-                                 const py::tuple& convs, py::handle x0, int device, uintptr_t stream) {
-    const Tensor4 tx = tensor(x), ty = tensor(y), tx0 = tensor(x0);
-    const MultiOrderDwConv p = multi_order(convs, weights, biases);
-    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-    run([&] { return multi_order_dwconv_cuda(tx, p, ty, tx0, target); });
-  });
-  m.def("multi_order_dwconv_backward_workspace",
-        [](py::handle dy, const py::tuple& weights, const py::tuple& biases, const py::tuple& convs) {
-          return multi_order_dwconv_backward_workspace(tensor(dy), multi_order(convs, weights, biases));
-        });
-  m.def("multi_order_dwconv_backward",
-        [](py::handle dy, py::handle x, const py::tuple& weights, const py::tuple& biases, py::handle dx,
-           const py::tuple& dweights, const py::tuple& dbiases, const py::tuple& convs, py::handle x0, py::handle dx0,
-           uintptr_t workspace, int device, uintptr_t stream) {
-          const Tensor4 tdy = tensor(dy), tx = tensor(x), tx0 = tensor(x0), tdx0 = tensor(dx0);
-          const MultiOrderDwConv p = multi_order(convs, weights, biases);
-          const MultiOrderDwConvGrads grads = multi_order_grads(dx, dweights, dbiases);
-          const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-          void* const room = reinterpret_cast<void*>(workspace);
-          run([&] { return multi_order_dwconv_backward_cuda(tdy, tx, p, grads, tx0, tdx0, room, target); });
-        });
-
-  m.def("has_filter_kernel", &has_filter_kernel);
-  m.def("global_filter", [](py::handle x, py::handle w, py::handle y, int device, uintptr_t stream) {
-    const Tensor4 tx = tensor(x), tw = tensor(w), ty = tensor(y);
-    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-    run([&] { return global_filter_cuda(tx, tw, ty, target); });
-  });
-  m.def("global_filter_backward_workspace", [](py::handle dy) { return global_filter_backward_workspace(tensor(dy)); });
-  m.def("global_filter_backward", [](py::handle dy, py::handle x, py::handle w, py::handle dx, py::handle dw,
-                                     uintptr_t workspace, int device, uintptr_t stream) {
-    const Tensor4 tdy = tensor(dy), tx = tensor(x), tw = tensor(w), tdx = tensor(dx), tdw = tensor(dw);
-    const CudaTarget target = {device, reinterpret_cast<void*>(stream)};
-    void* const room = reinterpret_cast<void*>(workspace);
-    run([&] { return global_filter_backward_cuda(tdy, tx, tw, tdx, tdw, room, target); });
-  });
-}
+PyMODINIT_FUNC PyInit__cuda() { return vops::make_module(&vops::module, vops::fill); }

@@ -58,8 +58,7 @@ def build(
     library = BUILD / name / f"_cuda{SUFFIX}"
 
     def compiled(source: Path) -> str:
-        includes = [f"-I{path}" for path in INCLUDES]
-        includes += ["-isystem", _pybind11_headers(), "-isystem", sysconfig.get_path("include")]
+        includes = [*(f"-I{path}" for path in INCLUDES), "-isystem", sysconfig.get_path("include")]
         files = _with_includes(source)
         if mutation and source.name == mutation.unit:
             files[mutation.file] = _mutated(files[mutation.file], mutation)
@@ -105,15 +104,6 @@ def _with_includes(source: Path) -> dict[str, str]:
 def _mutated(text: str, mutation: Mutation) -> str:
     assert text.count(mutation.old) == 1, f"{mutation.old!r} is no longer once in {mutation.file}"
     return text.replace(mutation.old, mutation.new)
-
-
-def _pybind11_headers() -> str:
-    """Those that the package was built with; installed ones otherwise."""
-    kept = sorted(ROOT.glob("build/kernels-*/pybind11-*/pybind11"))
-    if kept:
-        return str(kept[-1].parent)
-    missing = "no headers of pybind11: the package was not built here"
-    return pytest.importorskip("pybind11", reason=missing).get_include()
 
 
 def _run_for(target: Path, *command: str) -> None:

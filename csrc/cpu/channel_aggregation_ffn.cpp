@@ -7,9 +7,15 @@
 #include <memory>
 #include <new>
 
+#include "instruction_sets.h"
+#include "pointwise.h"
 #include "runtime.h"
 
 namespace vops {
+
+VOPS_CPU_OP(ChannelAggregationFfnOps, channel_aggregation_ffn)
+VOPS_CPU_OP(PointwiseOps, pointwise)
+
 namespace {
 
 struct Range {
@@ -64,7 +70,7 @@ Error for_each_chunk(const Tensor4& x, ChannelAggregationFfnChunks size, const F
 }
 
 Error multiply(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& y) {
-  return cpu_kernels().pointwise->forward(x, w, b, {}, kNothing, y);
+  return cpu_pointwise().forward(x, w, b, {}, kNothing, y);
 }
 
 int64_t kernel_of(const ChannelAggregationFfn& a) {
@@ -113,7 +119,7 @@ Error channel_aggregation_ffn(const ChannelAggregationFfn& a, ChannelAggregation
     }
     const Tensor4 rows = chunk.first(h);
     const DwConv conv = convolution(kernel, chunk.rows.begin - near.rows.begin);
-    if (const Error error = cpu_kernels().channel_aggregation_ffn->forward(
+    if (const Error error = cpu_channel_aggregation_ffn().forward(
             keeps ? near.of(f) : near.first(f), a.dw, a.dw_bias, a.decompose, a.decompose_bias,
             channels(rows, {0, hidden}), channels(rows, {hidden, hidden + 1}), chunk.of(scores), conv)) {
       return error;
@@ -144,19 +150,18 @@ Error channel_aggregation_ffn_backward(const ChannelAggregationFfn& a, ChannelAg
     const ChannelAggregationFfnGrads grads = {
         df, parts.dw, parts.dw_bias, parts.decompose, parts.decompose_bias, parts.fc1_bias};
     const DwConv conv = convolution(kernel, near.rows.begin - far.rows.begin);
-    const CpuKernels& kernels = cpu_kernels();
     Error error = kept ? nullptr : multiply(far.of(a.x), a.fc1, a.fc1_bias, f_rows);
     if (!error) error = multiply(near_dy, transposed(columns(a.fc2, {0, hidden})), {}, dh);
     if (!error) error = multiply(near_dy, transposed(columns(a.fc2, {hidden, hidden + 1})), {}, dd);
     if (!error) {
-      error = kernels.channel_aggregation_ffn->backward(f_rows, a.dw, a.dw_bias, a.decompose, near.of(scores), dd, dh,
-                                                        channels(h, {0, hidden}), channels(h, {hidden, hidden + 1}),
-                                                        grads, chunk.rows.begin - near.rows.begin, conv);
+      error = cpu_channel_aggregation_ffn().backward(f_rows, a.dw, a.dw_bias, a.decompose, near.of(scores), dd, dh,
+                                                     channels(h, {0, hidden}), channels(h, {hidden, hidden + 1}), grads,
+                                                     chunk.rows.begin - near.rows.begin, conv);
     }
     if (!error && parts.fc2.data) {
-      error = kernels.pointwise->backward_weight(chunk.of(dy), channels(h, {0, hidden + 1}), parts.fc2);
+      error = cpu_pointwise().backward_weight(chunk.of(dy), channels(h, {0, hidden + 1}), parts.fc2);
     }
-    if (!error && parts.fc1.data) error = kernels.pointwise->backward_weight(df, chunk.of(a.x), parts.fc1);
+    if (!error && parts.fc1.data) error = cpu_pointwise().backward_weight(df, chunk.of(a.x), parts.fc1);
     if (!error && dx.data) error = multiply(df, transposed(a.fc1), {}, chunk.of(dx));
     if (error || is_first) {
       is_first = false;

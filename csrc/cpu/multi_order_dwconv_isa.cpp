@@ -1,5 +1,6 @@
 // Both convolutions of a block of channels run on panels, so that x0 is never written to memory: the backward pass
 // computes it again. Chunks of rows overlap by the reach of the convolutions.
+#include "multi_order_dwconv.h"
 #include "parallel.h"
 
 namespace vops {

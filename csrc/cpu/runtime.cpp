@@ -5,22 +5,8 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 
 namespace vops {
-
-#define VOPS_DECLARE(type, name) extern const type name##_ops;
-#define VOPS_POINTER(type, name) &name##_ops,
-#define VOPS_INSTRUCTION_SET(isa)                                \
-  namespace isa {                                                \
-  VOPS_CPU_OPS(VOPS_DECLARE)                                     \
-  const CpuKernels kernels = {#isa, VOPS_CPU_OPS(VOPS_POINTER)}; \
-  }
-VOPS_INSTRUCTION_SET(baseline)
-#ifdef VOPS_X86
-VOPS_INSTRUCTION_SET(avx2)
-VOPS_INSTRUCTION_SET(avx512)
-#endif
 
 namespace {
 
@@ -40,35 +26,6 @@ struct ThreadScratch {
   size_t size = 0;
   ~ThreadScratch() { std::free(data); }
 };
-
-const CpuKernels* const kKernels[] = {&baseline::kernels,
-#ifdef VOPS_X86
-                                      &avx2::kernels, &avx512::kernels
-#endif
-};
-
-int best_supported() {
-#ifdef VOPS_X86
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512cd");
-  return avx512 ? 2 : 1;
-#else
-  return 0;
-#endif
-}
-
-int chosen() {
-  const int best = best_supported();
-  if (const char* name = std::getenv("VISION_OPS_CPU_ISA")) {
-    for (int i = 0; i < best; i++) {
-      if (!std::strcmp(name, kKernels[i]->isa)) return i;
-    }
-  }
-  return best;
-}
 
 // What a leader shares with its crew. Every pass has a turn, an odd number; even ones lie between passes. A thread that
 // wakes late misses turns: nobody waits for it.
@@ -159,11 +116,6 @@ void* thread_scratch(Use use, size_t bytes) {
     scratch.size = scratch.data ? bytes : 0;
   }
   return scratch.data;
-}
-
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& kernels = *kKernels[chosen()];
-  return kernels;
 }
 
 }  // namespace vops

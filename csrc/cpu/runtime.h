@@ -3,19 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "channel_aggregation_ffn.h"
-#include "cross_covariance.h"
-#include "dwconv.h"
-#include "dwconv_layer_norm.h"
-#include "feature_decompose.h"
-#include "gated_recursion.h"
-#include "global_filter.h"
-#include "layer_norm_2d.h"
-#include "moga_gate.h"
-#include "multi_order_dwconv.h"
-#include "pointwise.h"
-#include "shift_split_attention.h"
-#include "split_cascade.h"
+#include "tensor.h"
 
 namespace vops {
 
@@ -35,30 +23,5 @@ void with_crew(void (*lead)(void*), void* context);
 bool leads_crew();
 // Runs share(context) on the threads of the crew that this thread leads, this one among them: on at least one.
 void share_with_crew(void (*share)(void*), void* context);
-
-// The ops, each with one table of functions per instruction set: <namespace>::<name>_ops.
-#define VOPS_CPU_OPS(X)                                \
-  X(ChannelAggregationFfnOps, channel_aggregation_ffn) \
-  X(CrossCovarianceOps, cross_covariance)              \
-  X(DwConvOps, dwconv)                                 \
-  X(DwConvLayerNormOps, dwconv_layer_norm)             \
-  X(FeatureDecomposeOps, feature_decompose)            \
-  X(GatedRecursionOps, gated_recursion)                \
-  X(GlobalFilterOps, global_filter)                    \
-  X(LayerNorm2dOps, layer_norm_2d)                     \
-  X(MogaGateOps, moga_gate)                            \
-  X(MultiOrderDwConvOps, multi_order_dwconv)           \
-  X(PointwiseOps, pointwise)                           \
-  X(ShiftSplitAttentionOps, shift_split_attention)     \
-  X(SplitCascadeOps, split_cascade)
-
-struct CpuKernels {
-  const char* isa;
-#define VOPS_FIELD(type, name) const type* name;
-  VOPS_CPU_OPS(VOPS_FIELD)
-#undef VOPS_FIELD
-};
-// The best set for this processor; VISION_OPS_CPU_ISA=baseline|avx2|avx512, read once, may lower the choice.
-const CpuKernels& cpu_kernels();
 
 }  // namespace vops

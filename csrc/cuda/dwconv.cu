@@ -90,7 +90,7 @@ int64_t plain_splits(const Tensor4& dy) {
 
 bool has_march_kernel(int dtype, const DwConv& f) {
   const bool size = f.kernel >= 3 && f.kernel <= 9;  // and odd, as all are
-  const bool stride = f.stride == 1 || (f.stride == 2 && f.dilation % 2 == 1);
+  const bool stride = f.stride == 1 || (f.stride == 2 && f.kernel == 3 && f.dilation % 2 == 1);
   return dtype != kFloat64 && size && stride && f.dilation <= kMostDilation && f.pad_top < kMostPoints &&
          f.pad_left < kMostPoints;
 }

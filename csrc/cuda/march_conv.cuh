@@ -225,10 +225,9 @@ Error launch_march(const March& m, cudaStream_t stream) {
 template <class T, int K>
 Error choose_march(const March& m, cudaStream_t stream) {
   constexpr int V = K == 9 || (K == 7 && sizeof(T) == 4) ? 1 : 2;
-  if (m.kind == March::kTransposed)
-    return launch_march < T, K, 1, 2, V, 4, false, K == 3 ? 4 : K == 7 && V == 2 ? 2 : 3 > (m, stream);
-  if (m.rows.stride == 2) return launch_march < T, K, 2, 1, V, 4, true, K == 3 && sizeof(T) == 2 ? 4 : 2 > (m, stream);
-  if constexpr (K == 3) {
+  if constexpr (K == 3) {  // the one kernel size that the published networks have at stride 2
+    if (m.kind == March::kTransposed) return launch_march<T, K, 1, 2, V, 4, false, 4>(m, stream);
+    if (m.rows.stride == 2) return launch_march<T, K, 2, 1, V, 4, true, sizeof(T) == 2 ? 4 : 2>(m, stream);
     return launch_march<T, K, 1, 1, V, 4, true, 4>(m, stream);
   } else if constexpr (K == 9) {
     return launch_march<T, K, 1, 1, V, 8, true, 2>(m, stream);

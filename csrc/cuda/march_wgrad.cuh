@@ -210,13 +210,16 @@ template <class T, int K>
 int64_t splits_of(const MarchWgrad& m) {
   using One = WgradShape<T, K, 1>;
   using Two = WgradShape<T, K, 2>;
-  return m.rows.stride == 2 ? wgrad_grid<T, Two::kChannels, Two::kStripRows>(m).splits
-                            : wgrad_grid<T, One::kChannels, One::kStripRows>(m).splits;
+  if (K == 3 && m.rows.stride == 2) return wgrad_grid<T, Two::kChannels, Two::kStripRows>(m).splits;
+  return wgrad_grid<T, One::kChannels, One::kStripRows>(m).splits;
 }
 
 template <class T, int K>
 Error choose_wgrad(const MarchWgrad& m, cudaStream_t stream) {
-  return m.rows.stride == 2 ? launch_wgrad<T, K, 2>(m, stream) : launch_wgrad<T, K, 1>(m, stream);
+  if constexpr (K == 3) {
+    if (m.rows.stride == 2) return launch_wgrad<T, K, 2>(m, stream);
+  }
+  return launch_wgrad<T, K, 1>(m, stream);
 }
 
 }  // namespace

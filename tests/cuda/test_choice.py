@@ -31,7 +31,7 @@ def test_march_kernels():
     assert explain("dwconv", image(False), weight(7)).parts == {"dwconv": "CUDA kernel, on channels_last copies"}
 
 
-@pytest.mark.parametrize(("kernel_size", "stride", "dtype"), [(11, 1, None), (3, 3, None), (3, 1, torch.float64)])
+@pytest.mark.parametrize(("kernel_size", "stride", "dtype"), [(11, 1, None), (5, 2, None), (3, 3, None), (3, 1, torch.float64)])
 def test_plain_kernels_only_when_asked_for(kernel_size, stride, dtype):
     dtype = dtype or torch.bfloat16
     given = image(dtype=dtype), weight(kernel_size, dtype)

@@ -292,7 +292,7 @@ def fused_dwconv(
         x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its memory format and dtype.
         weight: (C, 1, K, K), K odd, in the dtype of x, or float32 beside a half x. Fast for K = 3, 5, 7, 9.
         bias: (C,), as weight.
-        stride: 1 or more; fast for 1 and 2.
+        stride: 1 or more; fast for 1 and 2, on GPUs at 2 for K = 3.
         padding: None for dilation * (K - 1) / 2 on every side at any stride; an int; (height, width); or (top, bottom,
             left, right): TensorFlow's "SAME" at stride 2 is (0, 1, 0, 1) on even sizes.
         dilation: 1 or more.
@@ -302,7 +302,7 @@ def fused_dwconv(
     Sums are float32 (float64 for float64). Gradients are bitwise repeatable and come in each argument's own dtype;
     backward keeps the arguments only. Without a kernel for the device, `reference.dwconv` runs; so it does where oneDNN
     is faster, for some large channels_last 3x3 convolutions, and on GPUs for float64, other kernel sizes and strides,
-    and even dilation at stride 2 (`explain` tells). On GPUs a contiguous x is converted to channels_last and y back.
+    and at stride 2 for K above 3 or even dilation (`explain` tells). On GPUs a contiguous x is converted to channels_last and y back.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the output would be empty for want of rows or columns.
