@@ -69,11 +69,7 @@ PyObject* run_with_crew(PyObject*, PyObject* const* given, Py_ssize_t count) {
     PyObject* result;
   } call = {given, count, nullptr};
   if (count == 0) return PyErr_Format(PyExc_TypeError, "with_crew takes a function");
-  PyObject* prepared = guarded([] {
-    prepare();
-    return Py_None;
-  });
-  if (!prepared) return nullptr;
+  if (!guarded([] { return prepare(), Py_None; })) return nullptr;
   with_crew(
       [](void* context) {
         Call& c = *(Call*)context;
