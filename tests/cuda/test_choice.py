@@ -12,6 +12,7 @@ from vision_ops import _native, explain
 def pretended_gpu(monkeypatch):
     monkeypatch.setattr(_native, "cuda", emulation.kernels())
     monkeypatch.setattr(_native, "gpu_missing", lambda index: None)
+    monkeypatch.setattr(_native, "_triton_missing", lambda index: None)
     with FakeTensorMode():
         yield
 

@@ -147,6 +147,7 @@ def test_errors_become_exceptions(engine):
     views = _native.view(x), _native.weight_view(weight), None, _native.view(torch.empty_like(x))
     with pytest.raises(RuntimeError, match="CUDA: invalid device ordinal"):
         engine.dwconv(*views, conv_of(3), 0, 5, 0)
+    engine.dwconv(*views, conv_of(3), 0, *TARGET)  # the error is not reported again
 
 
 def test_which_kernel(engine):
