@@ -9,10 +9,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import emulation
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import run
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -20,7 +20,6 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, compute_cache_key
 
 from vision_ops import _native
-from vision_ops.ops import _registration, channel_aggregation_ffn, gnconv, moga_aggregation
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Recorder:
 
 
 class _Binding:
-    """vision_ops._cuda, whose launches are recorded; what only tells sizes and choices is asked of the emulation."""
+    """vision_ops._cuda, whose launches are recorded; what only tells sizes and choices is asked of the module."""
 
     def __init__(self, module: ModuleType, recorder: Recorder) -> None:
         self._module, self._recorder = module, recorder
@@ -63,12 +62,8 @@ def install(monkeypatch: pytest.MonkeyPatch, convolves: bool = True) -> Recorder
     """For a test, public functions run on meta tensors what they run on CUDA tensors. convolves: whether the depthwise
     convolutions of blocks are ours."""
     recorder = Recorder()
-    monkeypatch.setattr(_native, "cuda", _Binding(emulation.kernels(), recorder))
-    monkeypatch.setattr(_native, "target", lambda t: (0, 0))
-    for op in (channel_aggregation_ffn, gnconv, moga_aggregation):
-        monkeypatch.setattr(op, "convolves_cuda", lambda x: convolves)
-    monkeypatch.setattr(channel_aggregation_ffn, "_fc1_channels", lambda a: a.dw_weight.shape[0])
-    monkeypatch.setattr(_registration.FusedOp, "__call__", lambda op, *given, backend=None: run(op, *given))
+    binding = _Binding(_native.cuda or emulation.kernels(), recorder)
+    interpreter.redirect(monkeypatch, binding, convolves)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
     monkeypatch.setattr(F, "conv2d", _conv2d)
     compilers: dict[Any, tuple[Any, ...]] = {}

@@ -62,6 +62,7 @@ def test_matches_reference(layout, dtype, doubled, device):
     check_against_reference(case.on(device), layout, slack=slack)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize(
     "shape", [(2, 64, 14, 14), (1, 8, 1, 1), (5, 16, 5, 1), (2, 40, 1, 33), (1, 8, 33, 15), (0, 8, 5, 5)], ids=str
 )
@@ -70,6 +71,7 @@ def test_sizes(shape):
         check_against_reference(make(shape, layout=layout), slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     case = make((2, 16, 6, 7), layout=layout)
@@ -82,11 +84,13 @@ def test_layouts(layout):
     assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_options():
     check_against_reference(make((2, 20, 9, 7), split=(0, 1, 3), kernels=(3, 5, 3), dilations=(1, 2, 1)), slack=2)
     check_against_reference(make((2, 20, 9, 7), split=(2, 1, 1), bias=False, dtype=torch.bfloat16), slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_parameters_beside_half_input(dtype):
     check_against_reference(make((2, 24, 9, 9), dtype=dtype, parameter_dtype=torch.float32), slack=2)
@@ -103,10 +107,12 @@ def test_reference_is_the_definition():
         torch.testing.assert_close(case.run(case.tensors, backend), y)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((1, 8, 2, 3), doubled=True), second=False)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_only_the_gradients_that_are_asked_for():
     case = make((2, 16, 7, 6))
     everything, grad = outputs(case, "fused")
@@ -116,6 +122,7 @@ def test_only_the_gradients_that_are_asked_for():
         torch.testing.assert_close(alone, everything[1 + i])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_bitwise_repeatable():
     for dtype in (torch.float32, torch.bfloat16):
         case = make((3, 24, 33, 31), dtype=dtype, layout="channels_last")
@@ -136,10 +143,12 @@ def test_autocast():
         assert (a - b).abs().max() < 0.05 * b.abs().max()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make((2, 8, 9, 7)), make((2, 8, 5, 12))])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     tensors = make((2, 8, 5, 6)).tensors
     given = *tensors[:10], list(tensors[10:13]), [None, *tensors[14:]], [1, 2, 3], True
