@@ -235,7 +235,9 @@ def decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y
     grid = len(x) * triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(channels, tile.BLOCK_C)
     constants = {"ACTIVATION": activation, "SUM_TYPE": sum_type(x), **tile._asdict()}
     with torch.cuda.device_of(x):
-        decompose_kernel.of(x.stride(1) == 1)[grid](x, means, sigma, y, pixels, channels, *strides_of(x), *strides_of(y), **constants)
+        decompose_kernel.of(x.stride(1) == 1)[grid](
+            x, means, sigma, y, pixels, channels, *strides_of(x), *strides_of(y), **constants
+        )
 
 
 def decompose_backward(

@@ -198,7 +198,9 @@ def gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     strides = [stride for t in (u, q, p) for stride in strides_of(t)]
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(u):
-        gate_kernel.of(u.stride(1) == 1)[grid](u, bias, q, p, pixels, u.shape[1], *strides, SUM_TYPE=sum_type(u), **tile._asdict())
+        gate_kernel.of(u.stride(1) == 1)[grid](
+            u, bias, q, p, pixels, u.shape[1], *strides, SUM_TYPE=sum_type(u), **tile._asdict()
+        )
 
 
 def gate_backward(

@@ -129,7 +129,9 @@ def _launch(kernel: ByLayout, tensors: list[Tensor | None], doubled: bool) -> No
     found = iter(strides)
     flat = [stride for t in tensors for stride in (next(found) if t is not None else (0, 0, 0))]
     with torch.cuda.device_of(first):
-        kernel.of(present[0].stride(1) == 1)[grid](*tensors, pixels, channels, *flat, DOUBLED=doubled, SUM_TYPE=sum_type(first), **tile._asdict())
+        kernel.of(present[0].stride(1) == 1)[grid](
+            *tensors, pixels, channels, *flat, DOUBLED=doubled, SUM_TYPE=sum_type(first), **tile._asdict()
+        )
 
 
 def _lines(tensors: list[Tensor | None]) -> list[Tensor | None]:

@@ -89,8 +89,6 @@ def every_op(
             lambda t, b: ops.fused_xca(*t, num_heads=4, backend=b),
             [flat, *pointwise(96, 32), temperature, *pointwise(32, 32)],
         ),
-        "shift_split_attention": Case(
-            lambda t, b: ops.fused_shift_split_attention(*t, backend=b), [pixels[1], *mlps]
-        ),
+        "shift_split_attention": Case(lambda t, b: ops.fused_shift_split_attention(*t, backend=b), [pixels[1], *mlps]),
         "s2_attention": Case(lambda t, b: ops.fused_s2_attention(*t, backend=b), [pixels[0], *linears, *mlps]),
     }

@@ -9,7 +9,6 @@ import recording
 
 from vision_ops.models import create_model
 
-
 # Cut short: what a stage repeats it does not compile again.
 SHORT = {
     "hornet_tiny_7x7": (1, 1, 1, 1),

@@ -47,3 +47,12 @@ def each_device(request, monkeypatch):
         pytest.skip("the interpreter takes the place of the ops themselves")
     interpreter.repair(monkeypatch)
     interpreter.redirect(monkeypatch, emulation.kernels())
+
+
+@pytest.fixture(params=[False, True], ids=["exact", "tf32"])
+def tf32(request):
+    """Whether the user lets float32 products on GPUs round to TF32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, request.param
+    yield request.param
+    matmul.allow_tf32 = before

@@ -241,7 +241,9 @@ def test_half_types_are_summed_in_float32_on_gpus(dtype, wanted, monkeypatch):
         return mm(*args, out_dtype=out_dtype, **options)
 
     monkeypatch.setattr(torch, "mm", record)
-    x, grad = (torch.empty(4, c, 9, 8, dtype=dtype, device="meta").to(memory_format=torch.channels_last) for c in (5, 6))
+    x, grad = (
+        torch.empty(4, c, 9, 8, dtype=dtype, device="meta").to(memory_format=torch.channels_last) for c in (5, 6)
+    )
     out = torch.empty(6, 5, dtype=wanted or dtype, device="meta")
     _pointwise.weight_gradient(grad, x, out)
     _pointwise.weight_gradient(grad[:, :, 1:], x[:, :, 1:], out)  # image by image

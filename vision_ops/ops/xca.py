@@ -48,8 +48,8 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
 
 def _takes_gram(x: Tensor) -> bool:
     """Whether the Gram form is taken: its products are C x C and float32 at least, and small ones do not pay for the
-    longer way (measured, AVX2). Graphs for all sizes keep to the qkv form, as they must not depend on the size. Products
-    that the user lets round to TF32 would cancel."""
+    longer way (measured, AVX2). Graphs for all sizes keep to the qkv form, as they must not depend on the size; so do
+    GPUs where the user lets products round to TF32, which would show where the form's terms cancel."""
     n, c = x.shape[1:]
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
     if x.device.type == "cuda" and dtype == torch.float32 and tf32_allowed():
