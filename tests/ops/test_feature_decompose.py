@@ -47,7 +47,8 @@ def test_sizes(shape):
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
 def test_layouts(layout, grad_layout):
     case = make((2, 21, 6, 7), layout=layout)
-    check_against_reference(case, grad_layout)
+    # Where x is the same everywhere, sigma has no gradient: what is found is the rounding errors of the mean.
+    check_against_reference(case, grad_layout, slack=20 if layout == "expanded" else 1)
     last = layout in ("channels_last", "channel_slice")
     form = torch.channels_last if last else torch.contiguous_format
     assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
