@@ -16,7 +16,6 @@ from harness import (
 from vision_ops import explain, fused_xca
 from vision_ops.ops import _gram_xca
 from vision_ops.ops import xca as ops
-from vision_ops.ops._pointwise import tf32_allowed
 
 TAKES_GRAM = ops._takes_gram
 FORMS = {"qkv": lambda x: False, "gram": lambda x: True}
@@ -327,11 +326,12 @@ def test_gram_form_of_more_samples_than_are_held_at_a_time(monkeypatch):
     check_against_reference(make(batch=2))
 
 
-def test_gram_form_needs_exact_products(tf32):
+def test_gram_form_needs_exact_products(tf32, monkeypatch):
     """On GPUs, where the user may let them round to TF32."""
     on_gpu = SimpleNamespace(shape=(1, 1024, 96), device=torch.device("cuda"), dtype=torch.float32)
     assert TAKES_GRAM(on_gpu) != tf32
     on_gpu.dtype = torch.float64
     assert TAKES_GRAM(on_gpu) and TAKES_GRAM(torch.empty(1, 1024, 96))
-    compiled = torch.compile(lambda t: t + tf32_allowed(), backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)) == tf32
+    on_gpu.dtype = torch.float32
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # when the graph runs, it may be otherwise
+    assert not TAKES_GRAM(on_gpu)

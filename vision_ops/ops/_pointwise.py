@@ -66,7 +66,6 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor,
     return True
 
 
-@torch.compiler.assume_constant_result
 def tf32_allowed() -> bool:
     """Whether the user lets PyTorch round what float32 products on GPUs multiply to 10 bits."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
