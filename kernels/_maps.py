@@ -46,7 +46,7 @@ def walk(tensors: Sequence[Tensor]) -> tuple[int, int, list[tuple[int, int, int]
     n, pixels = len(tensors[0]), pixel_count(tensors[0])
     strides = [strides_of(t) for t in tensors]
     if all(image == pixels * pixel for image, _, pixel in strides):
-        return 1, n * pixels, strides
+        return 1, n * pixels, [(0, channel, pixel) for _, channel, pixel in strides]
     return n, pixels, strides
 
 

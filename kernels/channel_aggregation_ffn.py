@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import Tile, gelu, gelu_and_slope, pixels_of_block, sum_type, walk
+from ._specialize import counted
 
 MOST_PROGRAMS = 1056  # along the pixels, each with a row of partial sums: eight on every multiprocessor of an H200
 
@@ -46,7 +47,7 @@ def _store_d(d, to, inside, columns, COLUMNS: tl.constexpr):
     tl.store(to + k, values, mask=inside & (k < columns))
 
 
-@triton.jit
+@counted
 def scores_kernel(
     h_ptr,
     weight_ptr,
@@ -71,7 +72,7 @@ def scores_kernel(
     _store_d(gelu(score), matrix + channels, p < pixels, columns, COLUMNS)
 
 
-@triton.jit
+@counted
 def scores_bwd_kernel(
     grad_ptr,
     weight_ptr,
@@ -93,7 +94,7 @@ def scores_bwd_kernel(
     tl.store(dscores_ptr + n * pixels + p, dd * slope, mask=p < pixels)
 
 
-@triton.jit
+@counted
 def gelu_bwd_kernel(
     u_ptr,  # becomes h
     dh_ptr,  # becomes du

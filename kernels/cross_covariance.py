@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._specialize import ByLayout, counted
 
 MOST_CHUNKS, LEAST_TOKENS = 16, 256  # of a sum over the tokens
 
@@ -45,7 +46,7 @@ def _channels(group, first, heads, d, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     return head, i % d, (i < GROUP * d) & (head < heads)
 
 
-@triton.jit
+@ByLayout
 def gram_kernel(
     a_ptr,
     b_ptr,
@@ -83,10 +84,9 @@ def gram_kernel(
 ):
     sample, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     head_j, j, there_j = _channels(tl.program_id(1), 0, heads, d, GROUP, BLOCK_J)
-    head_i, i, there_i, stored = head_j, j, there_j, there_j
+    head_i, i, there_i = head_j, j, there_j
     if BLOCK_I < BLOCK_J:
         head_i, i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I)
-        stored = there_j & (tl.program_id(2) == 0)
     a_ptr += sample * a_b
     b_ptr += sample * b_b
     gram = tl.zeros((BLOCK_I, BLOCK_J), SUM_TYPE)
@@ -98,7 +98,7 @@ def gram_kernel(
         in_a, in_b = (n < end)[:, None] & there_i[None, :], (n < end)[:, None] & there_j[None, :]
         a = tl.load(a_ptr + (head_i * a_h + i * a_d)[None, :] + (n * a_n)[:, None], mask=in_a, other=0.0)
         b = tl.load(b_ptr + (head_j * b_h + j * b_d)[None, :] + (n * b_n)[:, None], mask=in_b, other=0.0)
-        gram += tl.dot(tl.trans(a.to(DOT_TYPE)), b.to(DOT_TYPE), out_dtype=SUM_TYPE, input_precision="tf32x3")
+        gram += tl.dot(tl.trans(a.to(DOT_TYPE)), b.to(DOT_TYPE), out_dtype=SUM_TYPE, input_precision="ieee")
         if norms_ptr is not None:
             wide_a, wide_b = a.to(SUM_TYPE), b.to(SUM_TYPE)
             if u_ptr is None:
@@ -116,14 +116,15 @@ def gram_kernel(
     if norms_ptr is not None:
         norms_ptr += part * 2 * heads * d
         tl.store(norms_ptr + head_i * d + i, of_a, mask=there_i)
-        tl.store(norms_ptr + heads * d + head_j * d + j, of_b, mask=stored)
+        if tl.program_id(2) == 0:
+            tl.store(norms_ptr + heads * d + head_j * d + j, of_b, mask=there_j)
 
 
-@triton.jit
+@counted
 def sum_chunks_kernel(sums_ptr, out_ptr, elements, chunks, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """[sample][chunk][element] -> [sample][element]."""
-    sample = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sample = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), SUM_TYPE)
     for chunk in range(chunks):
         total += tl.load(sums_ptr + (sample * chunks + chunk) * elements + i, mask=i < elements, other=0.0)
@@ -197,7 +198,7 @@ def cosine_softmax_bwd_kernel(
     tl.store(dtemperature_ptr + sample * heads + head, tl.sum(products_k, axis=0))
 
 
-@triton.jit
+@ByLayout
 def apply_kernel(
     matrix_ptr,
     x_ptr,
@@ -230,23 +231,26 @@ def apply_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     blocks = tl.cdiv(tokens, BLOCK_N)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    head_j, j, there_j = _channels(tl.program_id(1), 0, heads, d, GROUP, BLOCK_J)
-    head_i, i, there_i = head_j, j, there_j
-    if BLOCK_I < BLOCK_J:
-        head_i, i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I)
+    head_i, i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_x, in_y = (n < tokens)[:, None] & there_j[None, :], (n < tokens)[:, None] & there_i[None, :]
-    own = (head_j[:, None] == head_i[None, :]) & there_j[:, None] & there_i[None, :]
-    # Transposed, [j][i]: tokens are the rows.
+    in_y = (n < tokens)[:, None] & there_i[None, :]
     matrix_ptr += sample * heads * d * d
-    at = (head_i * d * d + i * matrix_i)[None, :] + (j * matrix_j)[:, None]
-    matrix = tl.load(matrix_ptr + at, mask=own, other=0.0).to(DOT_TYPE)
-    x_at = x_ptr + sample * x_b + (head_j * x_h + j * x_d)[None, :] + (n * x_n)[:, None]
-    x = tl.load(x_at, mask=in_x, other=0.0).to(DOT_TYPE)
-    y = tl.dot(x, matrix, out_dtype=SUM_TYPE, input_precision="tf32x3")
+    x_ptr += sample * x_b
+    y = tl.zeros((BLOCK_N, BLOCK_I), SUM_TYPE)
+    for first in range(0, BLOCK_J, BLOCK_K):
+        head_j, j, there_j = _channels(tl.program_id(1), first, heads, d, GROUP, BLOCK_K)
+        own = (head_j[:, None] == head_i[None, :]) & there_j[:, None] & there_i[None, :]
+        # Transposed, [j][i]: tokens are the rows.
+        at = (head_i * d * d + i * matrix_i)[None, :] + (j * matrix_j)[:, None]
+        matrix = tl.load(matrix_ptr + at, mask=own, other=0.0).to(DOT_TYPE)
+        in_x = (n < tokens)[:, None] & there_j[None, :]
+        x_at = x_ptr + (head_j * x_h + j * x_d)[None, :] + (n * x_n)[:, None]
+        x = tl.load(x_at, mask=in_x, other=0.0).to(DOT_TYPE)
+        y = tl.dot(x, matrix, y, out_dtype=SUM_TYPE, input_precision="ieee")
     if z_ptr is not None:
         scale = tl.load(scale_ptr + sample * scale_b + head_i * scale_h + i * scale_d, mask=there_i, other=0.0)
         z_at = z_ptr + sample * z_b + (head_i * z_h + i * z_d)[None, :] + (n * z_n)[:, None]
@@ -270,7 +274,7 @@ def gram(
         u = v = None
     t = tile(heads, d, a.dtype)
     if a.dtype == torch.float32:
-        t = t._replace(BLOCK_N=16)  # three products for one take more registers
+        t = t._replace(BLOCK_N=16)  # without tensor cores the operands of a whole tile are in registers
     share = triton.cdiv(triton.cdiv(tokens, min(max(1, tokens // LEAST_TOKENS), MOST_CHUNKS)), t.BLOCK_N) * t.BLOCK_N
     chunks = triton.cdiv(tokens, share)
     sums, sums_of_norms = out, norms
@@ -278,7 +282,7 @@ def gram(
         sums = scratch((batch, chunks, heads, d, d), out.dtype, out.device)
         sums_of_norms = None if norms is None else scratch((batch, chunks, 2, heads, d), out.dtype, out.device)
     with torch.cuda.device_of(a):
-        gram_kernel[_grid(batch * chunks, heads, d, t)](
+        gram_kernel.of(a.stride(2) == b.stride(2) == 1)[_grid(batch * chunks, heads, d, t)](
             a,
             b,
             u,
@@ -301,7 +305,7 @@ def gram(
         for parts, total in ((sums, out), (sums_of_norms, norms)):
             if parts is not total:
                 elements = total.numel() // batch
-                sum_chunks_kernel[(triton.cdiv(elements, SUM_BLOCK), batch)](
+                sum_chunks_kernel[(batch, triton.cdiv(elements, SUM_BLOCK))](
                     parts, total, elements, chunks, SUM_TYPE=_SUM_TYPES[out.dtype], BLOCK=SUM_BLOCK
                 )
 
@@ -353,7 +357,7 @@ def apply(
     batch, heads, d, tokens = x.shape
     t = tile(heads, d, x.dtype)
     with torch.cuda.device_of(x):
-        apply_kernel[_grid(batch * triton.cdiv(tokens, t.BLOCK_N), heads, d, t)](
+        apply_kernel.of(x.stride(2) == y.stride(2) == 1)[_grid(batch * triton.cdiv(tokens, t.BLOCK_N), heads, d, t)](
             matrix,
             x,
             scale,
@@ -369,6 +373,7 @@ def apply(
             *y.stride(),
             SUM_TYPE=_SUM_TYPES[matrix.dtype],
             DOT_TYPE=_dot_type(x),
+            BLOCK_K=16 if x.dtype == torch.float32 else t.BLOCK_J,  # as in `gram`
             **t._asdict(),
         )
 
@@ -385,7 +390,9 @@ class RowsTile(NamedTuple):
 
 
 def rows_tile(d: int) -> RowsTile:
-    return RowsTile(16 if d <= 64 else 8, max(16, power_of_two(d)), num_warps=4)
+    """A thread has up to eight values of each matrix, of more than 64 channels four."""
+    block_i, warps = (16, 4) if d <= 64 else (8, 8)
+    return RowsTile(block_i, max(16, power_of_two(d)), warps)
 
 
 def _dot_type(*tensors: Tensor) -> tl.dtype:

@@ -23,6 +23,7 @@ from ._maps import (
     strides_of,
     sum_type,
 )
+from ._specialize import ByLayout, counted
 
 SHARE_PIXELS = 256  # at least, of an image that several programs sum
 PROGRAMS = 2112  # that share the sums of a batch: sixteen for every multiprocessor of an H200
@@ -56,7 +57,7 @@ def _share(pixels, shares, BLOCK_P: tl.constexpr):
     return (tl.program_id(0) // shares).to(tl.int64), begin, tl.minimum(begin + length, pixels)
 
 
-@triton.jit
+@ByLayout
 def image_sums_kernel(
     x_ptr,
     partial_ptr,  # [image][share][channels]
@@ -82,7 +83,7 @@ def image_sums_kernel(
     tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
 
 
-@triton.jit
+@counted
 def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, count, BLOCK: tl.constexpr):
     """[image][share][length] -> [image][length], divided by count: rounded, not approximated as by Triton's float32
     division, so that a constant image is its mean."""
@@ -99,7 +100,7 @@ def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, count, BLOCK: tl.co
     tl.store(sums_ptr + n * length + i, mean, mask=i < length)
 
 
-@triton.jit
+@ByLayout
 def decompose_kernel(
     x_ptr,
     means_ptr,
@@ -128,7 +129,7 @@ def decompose_kernel(
     tl.store(y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@ByLayout
 def decompose_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -170,7 +171,7 @@ def decompose_sums_kernel(
     tl.store(to + channels, tl.sum(of_product, axis=0), mask=channel < channels)
 
 
-@triton.jit
+@ByLayout
 def decompose_bwd_kernel(
     grad_ptr,
     x_ptr,
@@ -221,7 +222,7 @@ def image_means(x: Tensor, means: Tensor) -> None:
     shares = _shares(x, columns)
     partial = scratch((n, shares, channels), means.dtype, x.device)
     with torch.cuda.device_of(x):
-        image_sums_kernel[(n * shares, columns)](
+        image_sums_kernel.of(x.stride(1) == 1)[(n * shares, columns)](
             x, partial, shares, pixels, channels, *strides_of(x), SUM_TYPE=sum_type(x), **tile._asdict()
         )
         _sum_shares(partial, means, pixels)
@@ -234,7 +235,9 @@ def decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y
     grid = len(x) * triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(channels, tile.BLOCK_C)
     constants = {"ACTIVATION": activation, "SUM_TYPE": sum_type(x), **tile._asdict()}
     with torch.cuda.device_of(x):
-        decompose_kernel[grid](x, means, sigma, y, pixels, channels, *strides_of(x), *strides_of(y), **constants)
+        decompose_kernel.of(x.stride(1) == 1)[grid](
+            x, means, sigma, y, pixels, channels, *strides_of(x), *strides_of(y), **constants
+        )
 
 
 def decompose_backward(
@@ -259,12 +262,12 @@ def decompose_backward(
     strides = *strides_of(grad), *strides_of(x)
     constants = {"ACTIVATION": activation, "SUM_TYPE": sum_type(x), **tile._asdict()}
     with torch.cuda.device_of(x):
-        decompose_sums_kernel[(n * shares, columns)](
+        decompose_sums_kernel.of(x.stride(1) == 1)[(n * shares, columns)](
             grad, x, means, sigma, partial, shares, pixels, channels, *strides, **constants
         )
         _sum_shares(partial, sums, 1)
         if dx is not None:
-            decompose_bwd_kernel[(n * triton.cdiv(pixels, tile.BLOCK_P), columns)](
+            decompose_bwd_kernel.of(x.stride(1) == 1)[(n * triton.cdiv(pixels, tile.BLOCK_P), columns)](
                 grad, x, means, sigma, sums, dx, pixels, channels, *strides, *strides_of(dx), **constants
             )
     if dsigma is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import map_tile, pixel_count, pixels_of_block, strides_of, sum_type
+from ._specialize import ByLayout
 
 MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums: four on every multiprocessor of an H200
 
@@ -44,7 +45,7 @@ def _padded(width: int) -> int:
     return max(16, power_of_two(width))  # a side of tl.dot is at least 16
 
 
-@triton.jit
+@ByLayout
 def gate_kernel(
     u_ptr,
     bias_ptr,  # may be None
@@ -76,7 +77,7 @@ def gate_kernel(
     tl.store(to, (u * q).to(p_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@ByLayout
 def gate_bwd_kernel(
     dp_ptr,
     u_ptr,
@@ -140,7 +141,7 @@ def gate_bwd_kernel(
         tl.store(own, tl.sum(total, axis=0), mask=channel < channels)
 
 
-@triton.jit
+@ByLayout
 def chain_kernel(
     pwa_ptr,
     dw_ptr,
@@ -197,7 +198,9 @@ def gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     strides = [stride for t in (u, q, p) for stride in strides_of(t)]
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(u):
-        gate_kernel[grid](u, bias, q, p, pixels, u.shape[1], *strides, SUM_TYPE=sum_type(u), **tile._asdict())
+        gate_kernel.of(u.stride(1) == 1)[grid](
+            u, bias, q, p, pixels, u.shape[1], *strides, SUM_TYPE=sum_type(u), **tile._asdict()
+        )
 
 
 def gate_backward(
@@ -218,7 +221,7 @@ def gate_backward(
     strides = [stride for t in (dp, u, q, du, dq) for stride in strides_of(t)]
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(u):
-        gate_bwd_kernel[grid](
+        gate_bwd_kernel.of(u.stride(1) == 1)[grid](
             dp, u, bias, q, du, dq, sums, blocks, pixels, channels, *strides, SUM_TYPE=sum_type(u), **tile._asdict()
         )
     if sums is not None:
@@ -241,7 +244,7 @@ def chain(pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[T
     pixels = pixel_count(pwa)
     strides = [stride for t in (pwa, dw, out) for stride in strides_of(t)]
     with torch.cuda.device_of(pwa):
-        chain_kernel[(len(pwa) * triton.cdiv(pixels, tile.BLOCK_P),)](
+        chain_kernel.of(pwa.stride(1) == 1)[(len(pwa) * triton.cdiv(pixels, tile.BLOCK_P),)](
             pwa,
             dw,
             tuple(w.to(pwa.dtype).contiguous() for w in weights),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import Tile, sum_type, walk
+from ._specialize import ByLayout, counted
 
 MOST_PROGRAMS = 528  # of the backward pass, each with a row of partial sums: four on every multiprocessor of an H200
 
@@ -65,7 +66,7 @@ def _distance_from_mean(x, inside, channels):
     return tl.where(inside, x - mean[:, None], 0.0)
 
 
-@triton.jit
+@ByLayout
 def layer_norm_2d_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -94,7 +95,7 @@ def layer_norm_2d_fwd_kernel(
     tl.store(y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@ByLayout
 def layer_norm_2d_bwd_kernel(
     grad_ptr,
     x_ptr,
@@ -149,7 +150,7 @@ def layer_norm_2d_bwd_kernel(
         tl.store(own + channels, tl.sum(dbias, axis=0), mask=channel < channels)
 
 
-@triton.jit
+@counted
 def layer_norm_2d_sum_kernel(
     sums_ptr,
     dweight_ptr,  # may be None
@@ -187,7 +188,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> N
     images, pixels, (x_strides, y_strides) = walk([x, y])
     t = tile(x.shape[1], last, x.element_size(), backward=False)
     with torch.cuda.device_of(x):
-        layer_norm_2d_fwd_kernel[(images * triton.cdiv(pixels, t.BLOCK_P),)](
+        layer_norm_2d_fwd_kernel.of(last)[(images * triton.cdiv(pixels, t.BLOCK_P),)](
             x,
             weight.contiguous(),
             bias.contiguous(),
@@ -227,7 +228,7 @@ def backward(
     if dweight is not None or dbias is not None:
         sums = scratch((programs, 2, channels), torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
     with torch.cuda.device_of(x):
-        layer_norm_2d_bwd_kernel[(programs,)](
+        layer_norm_2d_bwd_kernel.of(last)[(programs,)](
             grad,
             x,
             weight.contiguous(),

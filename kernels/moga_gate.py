@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._maps import Tile, map_tile, pixels_of_block, silu_and_slope, sum_type, walk
+from ._specialize import ByLayout
 
 LINE_TILE = Tile(1024, 1, num_warps=4)  # a thread has a vector of each half tensor
 
@@ -23,7 +24,7 @@ def _activated(x, DOUBLED: tl.constexpr):
     return y, slope
 
 
-@triton.jit
+@ByLayout
 def moga_gate_kernel(
     gate_ptr,
     value_ptr,
@@ -55,7 +56,7 @@ def moga_gate_kernel(
     tl.store(to, (gate * value).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@ByLayout
 def moga_gate_bwd_kernel(
     grad_ptr,
     gate_ptr,
@@ -116,7 +117,7 @@ def gate_backward(
     _launch(moga_gate_bwd_kernel, [grad, gate, value, dgate, dvalue], doubled)
 
 
-def _launch(kernel: triton.JITFunction, tensors: list[Tensor | None], doubled: bool) -> None:
+def _launch(kernel: ByLayout, tensors: list[Tensor | None], doubled: bool) -> None:
     first = tensors[0]
     if first is None or first.numel() == 0:
         return
@@ -128,7 +129,9 @@ def _launch(kernel: triton.JITFunction, tensors: list[Tensor | None], doubled: b
     found = iter(strides)
     flat = [stride for t in tensors for stride in (next(found) if t is not None else (0, 0, 0))]
     with torch.cuda.device_of(first):
-        kernel[grid](*tensors, pixels, channels, *flat, DOUBLED=doubled, SUM_TYPE=sum_type(first), **tile._asdict())
+        kernel.of(present[0].stride(1) == 1)[grid](
+            *tensors, pixels, channels, *flat, DOUBLED=doubled, SUM_TYPE=sum_type(first), **tile._asdict()
+        )
 
 
 def _lines(tensors: list[Tensor | None]) -> list[Tensor | None]:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._specialize import counted
 
 SHARE_PIXELS = 128  # at least, of a share
 PROGRAMS = 2112  # that share the sums of a batch: sixteen for every multiprocessor of an H200
@@ -74,7 +75,7 @@ def _source(i, j, height, width, step, vertical, stride_h, stride_w):
     )
 
 
-@triton.jit
+@counted
 def edge_sums_kernel(
     map_ptr,
     partial_ptr,  # [image][share][3][channels]
@@ -111,7 +112,7 @@ def edge_sums_kernel(
     tl.store(to + 2 * channels, tl.sum(horizontal, axis=0), mask=c < channels)
 
 
-@triton.jit
+@counted
 def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, BLOCK_R: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -134,7 +135,7 @@ def pool_kernel(sums_ptr, pooled_ptr, channels, BLOCK_C: tl.constexpr, ALIGN: tl
     tl.store(pooled_ptr + n * channels + c, pooled, mask=there)
 
 
-@triton.jit
+@counted
 def weigh_kernel(
     x_ptr,
     weights_ptr,
@@ -171,7 +172,7 @@ def weigh_kernel(
     tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@counted
 def weigh_backward_weights_kernel(
     dy_ptr,
     x_ptr,
@@ -246,7 +247,7 @@ def _taken(g, own, i, j, height, width, step, vertical, stride_h, stride_w, insi
     return taken + tl.where(stayed, own, 0.0), moved.to(SUM_TYPE) + stayed.to(SUM_TYPE)
 
 
-@triton.jit
+@counted
 def weigh_backward_input_kernel(
     dy_ptr,
     weights_ptr,

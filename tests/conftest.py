@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vision_ops.ops import _registration
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `harness`
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "kernels")]  # for `harness` and `interpreter`
 
 import unwritten
 

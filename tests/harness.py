@@ -10,6 +10,16 @@ from torch import Tensor
 # Largest error relative to the largest value that no eager baseline has to justify.
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 HALF = (torch.bfloat16, torch.float16)
+DEVICE: str | None = None  # of all cases, for the fixture `each_device`; None leaves them where they are
+
+
+def moved(t: Tensor, device: str) -> Tensor:
+    """t on another device, with its strides and what lies between them."""
+    if t.device.type == device:
+        return t
+    size = t.untyped_storage().nbytes() // t.itemsize
+    whole = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage(), 0, (size,), (1,))
+    return whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 @dataclass
@@ -19,11 +29,15 @@ class Case:
     run: Callable[[Sequence[Tensor | None], str], Tensor]
     tensors: list[Tensor | None]
 
+    def __post_init__(self) -> None:
+        if DEVICE is not None:
+            self.tensors = [t if t is None else moved(t, DEVICE) for t in self.tensors]
+
     def to(self, dtype: torch.dtype) -> "Case":
         return Case(self.run, [t if t is None else t.detach().to(dtype) for t in self.tensors])
 
     def on(self, device: str) -> "Case":
-        return Case(self.run, [t if t is None else t.to(device) for t in self.tensors])
+        return Case(self.run, [t if t is None else moved(t, device) for t in self.tensors])
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

@@ -102,6 +102,48 @@ def test_why_the_kernels_cannot_run_on_a_gpu(supports, capability, reason, monke
     assert found is None if reason is None else reason in found
 
 
+class Triton:
+    """Its driver, which compiles at its first use."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def get_current_target(self):
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"capability": (7, 5)}, "need an NVIDIA GPU of sm_80 or later, this one is sm_75"),
+        ({"cuda": None}, "need an NVIDIA GPU"),
+        ({"path": ""}, "a C compiler, and neither gcc nor clang is not on PATH"),
+        ({"CC": "/no/such/cc"}, "a C compiler, and /no/such/cc is not on PATH"),
+        ({"include": "/no/such"}, "there is no /no/such/Python.h"),
+        ({"error": RuntimeError("libcuda.so cannot be found")}, "Triton does not start: libcuda.so cannot be found"),
+    ],
+    ids=str,
+)
+def test_why_triton_cannot_run_on_a_gpu(change, reason, monkeypatch, tmp_path):
+    driver = pytest.importorskip("triton.runtime").driver
+    (tmp_path / "gcc").touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(torch.version, "cuda", change.get("cuda", "13.0"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: change.get("capability", (9, 0)))
+    monkeypatch.setenv("PATH", change.get("path", str(tmp_path)))
+    monkeypatch.delenv("CC", raising=False)
+    if "CC" in change:
+        monkeypatch.setenv("CC", change["CC"])
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: change.get("include", str(tmp_path)))
+    monkeypatch.setattr(driver, "_active", Triton(change.get("error")))
+    _native._triton_missing.cache_clear()
+    found = _native.triton_missing(0)
+    _native._triton_missing.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
 def test_cuda_kernels_need_no_driver_until_they_are_called():
     if _native.cuda is None:
         pytest.skip(_native.cuda_missing)

@@ -2,6 +2,9 @@
 
 import functools
 import importlib
+import os
+import shutil
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +36,7 @@ cpu, cpu_missing = _load("cpu")
 if cpu is not None:
     cpu.follow_thread_count(torch.get_num_threads)
 cuda, cuda_missing = _load("cuda")
-triton_missing = None if find_spec("triton") else "Triton is not installed (pip install triton)"
+_triton_absent = None if find_spec("triton") else "Triton is not installed (pip install triton)"
 
 
 def kernels() -> ModuleType:
@@ -71,6 +74,34 @@ def _gpu_missing(index: int) -> str | None:
     archs = build_info.get("cuda", {}).get("archs", [])
     if gpu_code(archs, 10 * major + minor) is None:
         return f"the CUDA kernels have no code for sm_{major}{minor}, only {', '.join(archs)}"
+    return None
+
+
+def triton_missing(index: int) -> str | None:
+    """Why the Triton kernels cannot run on a GPU; None if they can."""
+    if _triton_absent or torch.compiler.is_compiling():  # as above
+        return _triton_absent
+    return _triton_missing(index)
+
+
+@functools.cache
+def _triton_missing(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if torch.version.cuda is None or major < 8:
+        return f"the Triton kernels need an NVIDIA GPU of sm_80 or later, this one is sm_{major}{minor}"
+    # With these Triton compiles what launches a kernel, at the first launch.
+    compiler = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if compiler is None else (compiler,))):
+        return f"Triton needs a C compiler, and {compiler or 'neither gcc nor clang'} is not on PATH"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if not header.exists():
+        return f"Triton needs Python's headers, and there is no {header} (Debian: python3-dev)"
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # whatever keeps it from compiling or from finding the driver
+        return f"Triton does not start: {error}"
     return None
 
 

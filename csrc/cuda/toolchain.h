@@ -17,7 +17,12 @@ namespace vops {
 
 constexpr int kThreads = 128;  // per block, of every kernel
 
-inline Error error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+// What a call returned. The runtime keeps a failure, too, until somebody asks: the next launch would report it again.
+inline Error error_text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 
 // torch keeps its current device in the CUDA context: it is left as it was found.
 class DeviceGuard {
@@ -28,7 +33,7 @@ class DeviceGuard {
     error = error_text(moved_ ? cudaSetDevice(device) : found);
   }
   ~DeviceGuard() {
-    if (moved_) cudaSetDevice(before_);
+    if (moved_) error_text(cudaSetDevice(before_));
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;

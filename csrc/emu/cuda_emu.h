@@ -202,6 +202,8 @@ T exchange(unsigned mask, T value, int from) {
   return value;
 }
 inline int lane() { return state().running % 32; }
+// A call's failure is kept for cudaGetLastError, as by the runtime.
+inline int failed(int error) { return state().error = error; }
 
 }  // namespace emu
 
@@ -214,13 +216,13 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == emu::kInvalidConfiguration ? "invalid configuration argument" : "invalid device ordinal";
 }
 // One device, 0.
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : 101; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : emu::failed(101); }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
-  return bytes <= 227 << 10 ? cudaSuccess : emu::kInvalidConfiguration;
+  return bytes <= 227 << 10 ? cudaSuccess : emu::failed(emu::kInvalidConfiguration);
 }
 
 #define threadIdx (emu::current().thread)

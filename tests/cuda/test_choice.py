@@ -12,6 +12,7 @@ from vision_ops import _native, explain
 def pretended_gpu(monkeypatch):
     monkeypatch.setattr(_native, "cuda", emulation.kernels())
     monkeypatch.setattr(_native, "gpu_missing", lambda index: None)
+    monkeypatch.setattr(_native, "_triton_missing", lambda index: None)
     with FakeTensorMode():
         yield
 
@@ -31,7 +32,9 @@ def test_march_kernels():
     assert explain("dwconv", image(False), weight(7)).parts == {"dwconv": "CUDA kernel, on channels_last copies"}
 
 
-@pytest.mark.parametrize(("kernel_size", "stride", "dtype"), [(11, 1, None), (5, 2, None), (3, 3, None), (3, 1, torch.float64)])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "dtype"), [(11, 1, None), (5, 2, None), (3, 3, None), (3, 1, torch.float64)]
+)
 def test_plain_kernels_only_when_asked_for(kernel_size, stride, dtype):
     dtype = dtype or torch.bfloat16
     given = image(dtype=dtype), weight(kernel_size, dtype)

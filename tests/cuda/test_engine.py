@@ -144,10 +144,11 @@ def test_offsets_beyond_32_bits(engine):
 
 
 def test_errors_become_exceptions(engine):
-    x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3)
-    views = _native.view(x), _native.weight_view(weight), None, _native.view(torch.empty_like(x))
+    (x, _), (y, _), weight = slice_of(8, 0, 0, torch.float32), slice_of(8, 0, 0, torch.float32), torch.randn(8, 1, 3, 3)
+    views = _native.view(x), _native.weight_view(weight), None, _native.view(y)
     with pytest.raises(RuntimeError, match="CUDA: invalid device ordinal"):
         engine.dwconv(*views, conv_of(3), 0, 5, 0)
+    engine.dwconv(*views, conv_of(3), 0, *TARGET)  # the error is not reported again
 
 
 def test_which_kernel(engine):

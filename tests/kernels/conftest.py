@@ -1,13 +1,8 @@
-import sys
-from pathlib import Path
-
 import emulation
 import pytest
 import torch
 
 from vision_ops.ops import channel_aggregation_ffn, moga_aggregation
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `launches` and `interpreter`
 
 
 @pytest.fixture

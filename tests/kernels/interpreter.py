@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from vision_ops.ops import _registration
+from vision_ops import _native
+from vision_ops.ops import _registration, channel_aggregation_ffn, gnconv, moga_aggregation
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +82,19 @@ def run(op: _registration.FusedOp, *given: Any) -> Tensor:
     tensors = given[: op._tensors]
     lengths = tuple(len(t) if isinstance(t, list) else None for t in tensors)
     return _OnCPU.apply(op, lengths, *_registration._flat(tensors), *given[op._tensors :])
+
+
+def redirect(monkeypatch: pytest.MonkeyPatch, cuda: Any, convolves: bool = True) -> None:
+    """For a test, the public functions run what they run on a GPU, unless the backend is "reference", on tensors of any
+    device. cuda: in the place of the compiled CUDA kernels. convolves: whether they are what blocks convolve with."""
+    monkeypatch.setattr(_native, "cuda", cuda)
+    monkeypatch.setattr(_native, "target", lambda t: (0, 0))
+    for op in (channel_aggregation_ffn, gnconv, moga_aggregation):
+        monkeypatch.setattr(op, "convolves_cuda", lambda x: convolves)
+    monkeypatch.setattr(channel_aggregation_ffn, "_fc1_channels", lambda a: a.dw_weight.shape[0])
+    call = _registration.FusedOp.__call__
+
+    def redirected(op: Any, *given: Any, backend: str | None = None) -> Tensor:
+        return call(op, *given, backend=backend) if backend == "reference" else run(op, *op._autocast(given))
+
+    monkeypatch.setattr(_registration.FusedOp, "__call__", redirected)

@@ -159,11 +159,17 @@ def attention(tokens: int, channels: int, heads: int, dtype: torch.dtype, batch:
     cross_covariance.apply(weights, v, y)
     cross_covariance.gram(y, v, grad)
     cross_covariance.softmax_backward(grad, weights, gram, norms, temperature, scales, each)
-    wide = (t.double() for t in (grad, weights, gram, norms, temperature, scales, each))
-    cross_covariance.softmax_backward(*wide)
     scale = scales[:, 0].unsqueeze(-1)
     cross_covariance.apply(grad, k, q, scale=scale, z=q)
     cross_covariance.apply(grad, q, k, transposed=True, scale=scale, z=k)
+
+
+def softmax_in_float64(heads: int, d: int) -> None:
+    """The Gram form's backward pass."""
+    grad, weights, gram = (absent(128, heads, d, d, dtype=torch.float64) for _ in range(3))
+    norms, scales = (absent(128, 2, heads, d, dtype=torch.float64) for _ in range(2))
+    temperature, each = absent(heads, dtype=torch.float64), absent(128, heads, 1, 1, dtype=torch.float64)
+    cross_covariance.softmax_backward(grad, weights, gram, norms, temperature, scales, each)
 
 
 def attentions() -> Iterator[Launch]:
@@ -182,6 +188,9 @@ def attentions() -> Iterator[Launch]:
                 named = f"{tokens}x{channels} h{heads} {str(dtype)[6:]} b{batch}"
                 run = functools.partial(attention, tokens, channels, heads, dtype, batch)
                 yield Launch("cross_covariance", named, run, archs)
+        archs = ARCHS if channels in (96, 584) else (90,) if channels in (304, 768) else ()
+        run = functools.partial(softmax_in_float64, heads, channels // heads)
+        yield Launch("cross_covariance", f"{channels} h{heads} float64", run, archs)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

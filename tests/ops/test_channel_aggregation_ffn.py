@@ -52,6 +52,7 @@ def test_matches_reference(hidden, layout, dtype, device):
     check_against_reference(case.on(device), layout, slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize(
     ("shape", "hidden"),
     [
@@ -70,16 +71,19 @@ def test_sizes(shape, hidden):
         check_against_reference(make(shape, hidden, layout=layout), slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("kernel", [1, 5, 7])
 def test_kernels(kernel):
     check_against_reference(make((2, 8, 9, 7), 32, kernel=kernel), slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_without_biases():
     for dtype in (torch.float32, torch.bfloat16):
         check_against_reference(make((2, 8, 9, 7), 32, bias=False, dtype=dtype), slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     case = make((2, 21, 6, 7), 32, layout=layout)
@@ -121,6 +125,7 @@ def test_chunks_of_the_batch(images, rows, hidden, kernel, dtype, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_parameters_beside_half_input(dtype):
     for layout in ("contiguous", "channels_last"):
@@ -128,6 +133,7 @@ def test_float32_parameters_beside_half_input(dtype):
         check_against_reference(case, slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_large_score_is_not_rounded():
     """d is one number for all channels: rounded to a half type, here by up to 1, its error would add up in all."""
     case = make((1, 32, 5, 5), 64, dtype=torch.bfloat16)
@@ -165,6 +171,7 @@ def test_gelu_in_its_tails():
     assert not y.any()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((1, 3, 3, 2), 4))
     check_gradients(make((1, 3, 2, 3), 16, bias=False, layout="channels_last"), second=False)
@@ -174,6 +181,7 @@ def test_slices_of_half_types():
     check_half_types_among_nan(make((2, 16, 9, 7), 40))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_only_the_gradients_that_are_asked_for():
     case = make((2, 10, 7, 6), 32)
     everything, grad = outputs(case, "fused")
@@ -183,6 +191,7 @@ def test_only_the_gradients_that_are_asked_for():
         torch.testing.assert_close(alone, everything[1 + i])
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("hidden", [64, 70])
 def test_bitwise_repeatable(hidden):
     for dtype in (torch.float32, torch.bfloat16):
@@ -205,10 +214,12 @@ def test_autocast():
         assert (a - b).abs().max() < 0.03 * b.abs().max()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make((2, 8, 9, 7), 16), make((2, 8, 5, 12), 16)])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     tensors = make((2, 8, 5, 6), 16).tensors
     check_opcheck("channel_aggregation_ffn", (*tensors, True), tensors=10)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from every_op import NAMES, make
+from every_op import NAMES, every_op
 from harness import outputs
 from torch.autograd.functional import hessian, jacobian
 
@@ -36,9 +36,7 @@ AWAY = {"contiguous": lambda t: t.contiguous().clone(), "reversed": reversed_in_
 @pytest.mark.parametrize("layout", AWAY)
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_tensors_come_back_in_another_layout(name, layout):
-    case = make(name)
-    if name not in ("xca", "cross_covariance"):
-        case.tensors[0] = case.tensors[0].contiguous(memory_format=torch.channels_last)
+    case = every_op(size=6)[name]
     expected, grad = outputs(case, "fused")
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), AWAY[layout]):
         found, _ = outputs(case, "fused", grad)
@@ -47,7 +45,7 @@ def test_saved_tensors_come_back_in_another_layout(name, layout):
 
 
 def test_save_on_cpu():
-    case = make("gnconv")
+    case = every_op(size=6)["gnconv"]
     expected, grad = outputs(case, "fused")
     with torch.autograd.graph.save_on_cpu():
         found, _ = outputs(case, "fused", grad)
@@ -58,7 +56,7 @@ def test_save_on_cpu():
 @pytest.mark.parametrize("name", NAMES)
 def test_vmap_over_the_backward_pass(name):
     """One gradient after the other, and all at once."""
-    case = make(name, dtype=torch.float64)
+    case = every_op(dtype=torch.float64, size=6)[name]
     leaves = [t if t is None else t.detach().requires_grad_() for t in case.tensors]
     inputs = [t for t in leaves if t is not None]
     y = case.run(leaves, "fused")

@@ -16,6 +16,10 @@ from harness import (
 from vision_ops import explain, fused_cross_covariance, reference
 
 
+def not_on_gpus(parameters):
+    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
+
+
 def tokens(shape, layout, dtype):
     """(B, heads, d, N): contiguous, a view of a (B, N, 3C) tensor, or with gaps everywhere."""
     b, heads, d, n = shape
@@ -39,6 +43,7 @@ def make(shape=(2, 4, 12, 50), layout="contiguous", dtype=torch.float32, scale=1
     return Case(run, [q, k, v, torch.rand(shape[1], 1, 1, dtype=dtype) * 4 + 0.5])
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize(
     "shape",
     [
@@ -62,30 +67,34 @@ def test_matches_reference(shape):
     check_against_reference(make(shape))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "token_major"])
 def test_dtypes(dtype, layout):
     check_against_reference(make(layout=layout, dtype=dtype))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("d", [1, 12, 20, 38])
 def test_what_lies_between_tokens_is_left_out(d):
     """Kernels read whole vectors of channels."""
     case = make((2, 3, d, 70))
     everything, grad = outputs(case, "fused")
     for i, t in enumerate(case.tensors[:3]):
-        wide = torch.full((2, 3, 70, d + 7), torch.nan)
+        wide = torch.full((2, 3, 70, d + 7), torch.nan, device=t.device)
         case.tensors[i] = wide[..., :d].transpose(2, 3).copy_(t)
     found, _ = outputs(case, "fused", grad)
     torch.testing.assert_close(found, everything)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "transposed", "expanded"])
 def test_layouts(layout, grad_layout):
     check_against_reference(make(layout=layout), grad_layout)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_views_of_one_tensor():
     """q, k and v as modules have them, without copies; their gradients meet in that tensor."""
     qkv, temperature = torch.randn(2, 30, 3 * 48), torch.ones(4, 1, 1)
@@ -101,6 +110,7 @@ def test_views_of_one_tensor():
     assert y.permute(0, 3, 1, 2).is_contiguous()  # merging the heads is a view
 
 
+@pytest.mark.usefixtures("each_device")
 def test_one_token():
     """Cosines are 1 or -1 and gradients of q and k vanish, but for rounding."""
     case = make((2, 2, 12, 1))
@@ -112,6 +122,7 @@ def test_one_token():
     assert max(fused[1].abs().max(), fused[2].abs().max()) * smallest < 1e-4
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 def test_rows_of_zeros(dtype):
     """Their cosines are 0. Gradients of such rows are divided by 1e-12, which float16 cannot hold, eager or fused."""
@@ -132,12 +143,14 @@ def test_rows_of_zeros(dtype):
     assert all(t.isfinite().all() for t in fused) and not fused[0].any()
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("scale", [1e4, 1e-6, 1e-11, 1e-14])
 def test_scale_of_the_inputs(scale):
     """At 1e-14 norms are below their bound, and gradients do not go through them."""
     check_against_reference(make((1, 2, 12, 40), scale=scale))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_nan_stays_nan():
     case = make((1, 2, 12, 20))
     case.tensors[0][0, 1, 4, 7] = float("nan")
@@ -145,6 +158,7 @@ def test_nan_stays_nan():
     assert y[0, 1, 4].isnan().all() and y[0, 0].isfinite().all() and y[0, 1, 3].isfinite().all()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_flat_and_float32_temperature():
     case = make(dtype=torch.bfloat16)
     case.tensors[3] = case.tensors[3].float().flatten() * 1.01
@@ -168,6 +182,7 @@ def test_gradcheck():
     check_gradients(make((1, 2, 5, 3), "token_major"), second=False)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (1, 3)])
 def test_only_some_gradients(needed):
     case = make()
@@ -182,15 +197,18 @@ def test_saves_its_arguments_only():
     assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_bitwise_repeatable():
     check_bitwise_repeatable(make((2, 8, 12, 1024), "token_major"))
     check_bitwise_repeatable(make((1, 2, 25, 3000)))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make(), make((2, 4, 12, 70))])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     check_opcheck("cross_covariance", make((2, 3, 5, 6)).tensors, tensors=4)
     given = make((2, 3, 5, 6), "token_major").tensors

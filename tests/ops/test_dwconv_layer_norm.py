@@ -48,12 +48,14 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "kernel"), CASES, ids=str)
 def test_matches_reference(shape, kernel, layout):
     check_against_reference(make(shape, kernel, layout=layout))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes(dtype, layout):
@@ -61,6 +63,7 @@ def test_dtypes(dtype, layout):
     check_against_reference(make((2, 16, 9, 10), 3, dtype=dtype, layout=layout, bias=False))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
 def test_layouts(layout, grad_layout):
@@ -77,6 +80,7 @@ def test_output_is_contiguous():
             assert backend == "reference" or y.is_contiguous()
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_parameters_beside_half_input(dtype):
     check_against_reference(make((2, 24, 9, 9), 5, dtype=dtype, norm_dtype=torch.float32))
@@ -109,11 +113,13 @@ def test_without_eps_lanes_without_a_pixel_do_no_harm():
         assert all(t.isfinite().all() for t in outputs(case, "fused")[0])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((2, 5, 3, 4), 3))
     check_gradients(make((1, 9, 3, 3), 5, layout="channels_last", bias=False, eps=0.1), second=False)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_only_the_gradients_that_are_asked_for(layout):
     case = make((2, 32, 7, 6), 3, layout=layout)
@@ -132,6 +138,7 @@ def test_training_does_not_change_the_output():
     assert torch.equal(outputs(case, "fused")[0][0], expected)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_repeatable(dtype):
     for layout in ("contiguous", "channels_last"):
@@ -139,11 +146,13 @@ def test_bitwise_repeatable(dtype):
         check_bitwise_repeatable(make((1, 24, 90, 9), 3, dtype=dtype, layout=layout))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make((2, 16, 14, 14), 7), make((2, 16, 9, 12), 7)])
     check_compiles([make((2, 16, 14, 14), 3, layout="channels_last")], dynamic=False)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     tensors = make((2, 8, 7, 6), 3).tensors
     check_opcheck("dwconv_layer_norm", (*tensors, 1e-6, True), tensors=5)

@@ -33,6 +33,7 @@ def test_matches_reference(layout, dtype, activation, device):
     check_against_reference(case.on(device), layout)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize(
     "shape", [(2, 64, 33, 14), (1, 7, 1, 1), (5, 20, 5, 1), (2, 3, 1, 33), (70, 4, 2, 2), (0, 8, 5, 5)], ids=str
 )
@@ -41,16 +42,19 @@ def test_sizes(shape):
         check_against_reference(make(shape, layout=layout, flat=True))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
 def test_layouts(layout, grad_layout):
     case = make((2, 21, 6, 7), layout=layout)
-    check_against_reference(case, grad_layout)
+    # Where x is the same everywhere, sigma has no gradient: what is found is the rounding errors of the mean.
+    check_against_reference(case, grad_layout, slack=20 if layout == "expanded" else 1)
     last = layout in ("channels_last", "channel_slice")
     form = torch.channels_last if last else torch.contiguous_format
     assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_sigma_beside_half_input(dtype):
     for layout in ("contiguous", "channels_last"):
@@ -71,11 +75,13 @@ def test_a_constant_image_is_only_activated():
         torch.testing.assert_close(fused_feature_decompose(laid_out(x, layout), sigma, backend="fused"), F.silu(x))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((2, 5, 3, 4)))
     check_gradients(make((1, 4, 2, 3), activation="gelu", layout="channels_last"))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_only_the_gradients_that_are_asked_for():
     for layout in ("contiguous", "channels_last", "cropped"):
         case = make((2, 20, 7, 6), layout=layout)
@@ -87,6 +93,7 @@ def test_only_the_gradients_that_are_asked_for():
             assert torch.equal(alone, both[i])
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_repeatable(dtype):
     for layout in ("contiguous", "channels_last", "cropped"):
@@ -102,10 +109,12 @@ def test_autocast_leaves_sigma_as_it_is():
     assert not torch.equal(y, fused_feature_decompose(x.bfloat16(), sigma.bfloat16(), backend="fused"))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make((2, 16, 9, 7)), make((2, 16, 5, 12))])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     check_opcheck("feature_decompose", (*make((2, 8, 5, 6)).tensors, "silu"), tensors=2)
 

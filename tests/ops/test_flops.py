@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from every_op import NAMES, make
+from every_op import NAMES, every_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,7 +30,7 @@ def flops(case, backend, needs):
 @pytest.mark.parametrize("needed", ["all", "first", "last"])
 @pytest.mark.parametrize("name", NAMES)
 def test_as_plain_pytorch(name, needed):
-    case = make(name)
+    case = every_op(size=6)[name]
     which = [i for i, t in enumerate(case.tensors) if t is not None]
     which = {"all": which, "first": which[:1], "last": which[-1:]}[needed]
     needs = [i in which for i in range(len(case.tensors))]
@@ -41,7 +41,7 @@ def test_as_plain_pytorch(name, needed):
 
 
 def test_without_gradients():
-    case = make("gnconv")
+    case = every_op(size=6)["gnconv"]
     found = []
     for backend in ("fused", "reference"):
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:

@@ -70,6 +70,7 @@ def test_layouts(layout, grad_layout, device):
     check_against_reference(make(layout=layout).on(device), grad_layout)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize(("layout", "dw_layout"), [("channels_last", "contiguous"), ("contiguous", "channel_slice")])
 def test_operands_of_different_layouts(layout, dw_layout):
     check_against_reference(make(layout=layout, dw_layout=dw_layout))
@@ -90,12 +91,14 @@ def test_slices_are_read_in_place():
         _native.kernels().gate(views[0], None, *views[1:])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_float32_parameters_beside_half_input():
     case = make(dtype=torch.bfloat16)
     case.tensors[2:] = [t.float() for t in case.tensors[2:]]
     check_against_reference(case)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_flat_weights_and_no_biases():
     case = make(bias=False)
     pwa, dw, *weights = case.tensors[:4]
@@ -103,6 +106,7 @@ def test_flat_weights_and_no_biases():
     assert torch.equal(y, case.run(case.tensors, "fused"))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((1, 2, 3), (2, 3, 2)))
     check_gradients(make((2, 2, 2), (2, 1), layout="channels_last"))
@@ -112,6 +116,7 @@ def test_slices_of_half_types():
     check_half_types_among_nan(make((2, 9, 7), (16, 32, 64)))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 5)])
 def test_only_some_gradients(needed):
     case = make(layout="channels_last")
@@ -128,6 +133,7 @@ def test_keeps_its_arguments_only():
     assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_bitwise_repeatable():
     for layout in ("contiguous", "channels_last"):
         check_bitwise_repeatable(make((4, 28, 28), (16, 32, 64), layout=layout), other_threads=())
@@ -138,11 +144,13 @@ def test_gate_gradients_do_not_depend_on_threads():
         check_bitwise_repeatable(make((4, 28, 28), (48,), layout=layout))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make(), make((2, 5, 8))])
     check_compiles([make(layout="channels_last")], dynamic=False)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     pwa, dw, w1, w2, b1, b2 = make((2, 3, 4), (2, 4, 8)).tensors
     check_opcheck("gated_recursion", (pwa, dw, [w1, w2], [b1, None]), tensors=4)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import (
     HALF,
     LAYOUTS,
@@ -15,6 +16,7 @@ from harness import (
 )
 
 from vision_ops import explain, fused_global_filter, reference
+from vision_ops.reference._resize import resize, resize_backward
 
 
 def make(shape=(2, 20, 14, 14), size=None, *, dtype=torch.float32, device="cpu", layout="contiguous"):
@@ -161,3 +163,17 @@ def test_refuses(name):
     error, message, arguments = REFUSED[name]
     with pytest.raises(error, match=message):
         fused_global_filter(*arguments)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("before", "after"), [((14, 8), (7, 4)), ((7, 4), (12, 7)), ((5, 1), (1, 6))], ids=str)
+def test_repeatable_interpolation_is_interpolation(before, after, align_corners, monkeypatch):
+    """On GPUs, where PyTorch's own adds in no fixed order."""
+    planes, grad = torch.randn(2, 3, *before).requires_grad_(), torch.randn(2, 3, *after)
+    expected = F.interpolate(planes, after, mode="bilinear", align_corners=align_corners)
+    (expected_gradient,) = torch.autograd.grad(expected, planes, grad)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = resize(planes, after, align_corners=align_corners)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, planes, grad)[0], expected_gradient)
+    torch.testing.assert_close(resize_backward(grad, before, align_corners=align_corners), expected_gradient)

@@ -90,6 +90,7 @@ def test_keeps_memory_format(layout):
     assert case.run(case.tensors, "fused").is_contiguous(memory_format=expected)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_float32_parameters_beside_half_input():
     case = make(dtype=torch.bfloat16)
     case.tensors[1:] = [t.float() for t in case.tensors[1:]]
@@ -116,6 +117,7 @@ def test_autocast_leaves_a_float32_backward_alone():
     torch.testing.assert_close(inside, torch.autograd.grad(y.sum(), leaves), rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((1, 4, 3, 4), 2, kernel_size=3))
     check_gradients(make((2, 4, 2, 2), 3, kernel_size=3, layout="channels_last"), second=False)
@@ -125,6 +127,7 @@ def test_slices_of_half_types():
     check_half_types_among_nan(make((2, 32, 9, 7)))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("needed", [(0,), (1, 7), (2, 6), (3, 9), (4, 5)])
 def test_only_some_gradients(needed):
     case = make()
@@ -143,6 +146,7 @@ def test_saved_bytes():
     assert kept < 0.6 * (saved_bytes(case, "reference") - sum(t.nbytes for t in parameters))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_saved_tensors_survive_a_second_backward():
     case = make()
     leaves = [t.detach().requires_grad_() for t in case.tensors]
@@ -167,16 +171,19 @@ def test_checkpoint_and_in_place_edits():
         y.sum().backward()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_bitwise_repeatable():
     for layout in ("contiguous", "channels_last"):
         check_bitwise_repeatable(make((2, 64, 28, 28), layout=layout), other_threads=())
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make(), make((2, 32, 5, 8))])
     check_compiles([make(layout="channels_last")], dynamic=False)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     t = make((2, 8, 3, 4), 3, kernel_size=3).tensors
     check_opcheck("gnconv", (*t[:7], t[7:9], t[9:11], SCALE), tensors=9)

@@ -58,11 +58,11 @@ def import_without(names):
 
 def check():
     import vision_ops
-    from every_op import make
+    from every_op import every_op
     from harness import outputs
 
     for op in ("dwconv", "gnconv", "xca"):  # with neither lists nor saved tensors, with both, without lists
-        case = make(op)
+        case = every_op(size=6)[op]
         fused, dy = outputs(case, "fused")
         for a, b in zip(fused, outputs(case, "reference", dy)[0], strict=True):
             assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -74,7 +74,7 @@ def check():
             outputs(case, "fused")
         assert counter.get_flop_counts()["Global"][getattr(torch.ops.vision_ops, op)] > 0
 
-    case = make("channel_aggregation_ffn")  # inside of it, there is a product of float32
+    case = every_op(size=6)["channel_aggregation_ffn"]  # inside of it, there is a product of float32
     *tensors, sigma = case.tensors
     with torch.autocast("cpu"):
         y = case.run(case.tensors, "fused")

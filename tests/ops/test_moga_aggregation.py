@@ -63,6 +63,7 @@ def test_matches_reference(layout, dtype, doubled, device):
     check_against_reference(case.on(device), layout, slack=slack)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize(
     "shape", [(2, 64, 14, 14), (1, 8, 1, 1), (5, 16, 5, 1), (2, 40, 1, 33), (1, 8, 33, 15), (0, 8, 5, 5)], ids=str
 )
@@ -71,6 +72,7 @@ def test_sizes(shape):
         check_against_reference(make(shape, layout=layout), slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     case = make((2, 16, 6, 7), layout=layout)
@@ -83,11 +85,13 @@ def test_layouts(layout):
     assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_options():
     check_against_reference(make((2, 20, 9, 7), split=(0, 1, 3), kernels=(3, 5, 3), dilations=(1, 2, 1)), slack=2)
     check_against_reference(make((2, 20, 9, 7), split=(2, 1, 1), bias=False, dtype=torch.bfloat16), slack=2)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_parameters_beside_half_input(dtype):
     check_against_reference(make((2, 24, 9, 9), dtype=dtype, parameter_dtype=torch.float32), slack=2)
@@ -104,6 +108,7 @@ def test_reference_is_the_definition():
         torch.testing.assert_close(case.run(case.tensors, backend), y)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((1, 8, 2, 3), doubled=True), second=False)
 
@@ -112,6 +117,7 @@ def test_slices_of_half_types():
     check_half_types_among_nan(make((2, 32, 9, 7)))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_only_the_gradients_that_are_asked_for():
     case = make((2, 16, 7, 6))
     everything, grad = outputs(case, "fused")
@@ -121,6 +127,7 @@ def test_only_the_gradients_that_are_asked_for():
         torch.testing.assert_close(alone, everything[1 + i])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_bitwise_repeatable():
     for dtype in (torch.float32, torch.bfloat16):
         case = make((3, 24, 33, 31), dtype=dtype, layout="channels_last")
@@ -141,10 +148,12 @@ def test_autocast():
         assert (a - b).abs().max() < 0.05 * b.abs().max()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make((2, 8, 9, 7)), make((2, 8, 5, 12))])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     tensors = make((2, 8, 5, 6)).tensors
     given = *tensors[:10], list(tensors[10:13]), [None, *tensors[14:]], [1, 2, 3], True
@@ -207,3 +216,13 @@ def test_means_come_before_the_convolution():
     given = ops._Arguments(x, *parameters[:9], parameters[9:12], parameters[12:], [1, 2, 3], False)
     exact = F.conv2d(x, parameters[0], parameters[1]).mean((2, 3), keepdim=True)
     torch.testing.assert_close(ops._means(ops._cpu(x), x, given), exact, rtol=1e-12, atol=1e-12)
+
+
+def test_means_are_not_rounded_to_tf32(tf32, monkeypatch):
+    found = []
+    monkeypatch.setattr(ops, "linear", lambda x, weight, bias, out: found.extend((x, weight, bias, out)))
+    x, *parameters = (t.to("meta") for t in make((3, 24, 9, 11)).tensors)
+    given = ops._Arguments(x, *parameters[:9], parameters[9:12], parameters[12:], [1, 2, 3], False)
+    device = ops._cpu(x)._replace(decomposition=ops.Decomposition(lambda x, means: None, *[None] * 2))
+    assert ops._means(device, x, given).dtype == torch.float32
+    assert {t.dtype for t in found} == {torch.float64 if tf32 else torch.float32}

@@ -30,12 +30,14 @@ def test_matches_reference(layout, dtype, doubled, device):
     check_against_reference(case.on(device), layout)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("shape", [(2, 64, 14, 14), (1, 7, 1, 1), (5, 20, 5, 1), (2, 3, 1, 33), (0, 8, 5, 5)], ids=str)
 def test_sizes(shape):
     for layout in ("contiguous", "channels_last"):
         check_against_reference(make(shape, layout=layout))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value_layout", ["contiguous", "channels_last", "channel_slice", "expanded"])
 def test_layouts(layout, value_layout):
@@ -55,6 +57,7 @@ def test_reference_is_the_definition():
         torch.testing.assert_close(reference.moga_gate(gate, value, double_gate_act=doubled), expected)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_extreme_values():
     values = torch.tensor([-1e30, -200.0, -90.0, 0.0, 90.0, 200.0, 1e15]).reshape(1, 7, 1, 1)
     for doubled in (False, True):
@@ -62,11 +65,13 @@ def test_extreme_values():
         check_against_reference(case)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((1, 5, 3, 4)))
     check_gradients(make((2, 4, 2, 3), doubled=True, layout="channels_last"))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_only_the_gradients_that_are_asked_for():
     for layout in ("contiguous", "channels_last", "cropped"):
         case = make((2, 20, 7, 6), layout=layout)
@@ -78,6 +83,7 @@ def test_only_the_gradients_that_are_asked_for():
             assert torch.equal(alone, both[i])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_bitwise_repeatable():
     check_bitwise_repeatable(make((3, 40, 33, 31), layout="channels_last"))
 
@@ -89,10 +95,12 @@ def test_autocast():
     assert y.dtype == torch.bfloat16 and torch.equal(y, case.run([t.bfloat16() for t in case.tensors], "fused"))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make((2, 16, 9, 7)), make((2, 16, 5, 12))])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     check_opcheck("moga_gate", (*make((2, 8, 5, 6)).tensors, True), tensors=2)
 

@@ -228,3 +228,32 @@ def test_explains():
     assert _pointwise.products(x.double()) == "PyTorch's GEMMs"
     ours = _native.kernels().isa != "baseline"
     assert _pointwise.products(x) == (_native.kernel_name("cpu") if ours else "PyTorch's GEMMs")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wanted", [torch.float32, None], ids=str)
+def test_half_types_are_summed_in_float32_on_gpus(dtype, wanted, monkeypatch):
+    """PyTorch cuts long sums into parts, and rounds these to the dtype that it is asked for."""
+    asked, mm = [], torch.mm
+
+    def record(*args, out_dtype=None, **options):
+        asked.append(out_dtype)
+        return mm(*args, out_dtype=out_dtype, **options)
+
+    monkeypatch.setattr(torch, "mm", record)
+    x, grad = (
+        torch.empty(4, c, 9, 8, dtype=dtype, device="meta").to(memory_format=torch.channels_last) for c in (5, 6)
+    )
+    out = torch.empty(6, 5, dtype=wanted or dtype, device="meta")
+    _pointwise.weight_gradient(grad, x, out)
+    _pointwise.weight_gradient(grad[:, :, 1:], x[:, :, 1:], out)  # image by image
+    _pointwise.weight_gradient_tokens(grad.flatten(2).transpose(1, 2), x.flatten(2).transpose(1, 2), out)
+    assert asked == [torch.float32] * 6
+
+
+def test_pooled_images_are_one_product(monkeypatch):
+    monkeypatch.setattr(torch, "baddbmm", None)  # one for each image
+    pooled, weight, bias = torch.randn(5, 8, 1, 1).double(), torch.randn(3, 8).double(), torch.randn(3).double()
+    out = torch.empty(5, 3, 1, 1).double()
+    _pointwise.linear(pooled, weight, bias, out)
+    torch.testing.assert_close(out[:, :, 0, 0], pooled[:, :, 0, 0] @ weight.t() + bias)

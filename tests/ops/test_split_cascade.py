@@ -46,18 +46,21 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("shape", "scales"), CASES, ids=str)
 def test_matches_reference(shape, scales, layout):
     check_against_reference(make(shape, scales, layout=layout), layout)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes(dtype, layout):
     check_against_reference(make((2, 44, 15, 14), 3, dtype=dtype, layout=layout))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channel_slice", "expanded"])
 def test_layouts(layout, grad_layout):
@@ -72,6 +75,7 @@ def test_keeps_memory_format():
         assert case.run(case.tensors, "fused").is_contiguous(memory_format=expected)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_float32_parameters_beside_half_input():
     case = make((2, 30, 14, 14), 3, dtype=torch.bfloat16)
     case.tensors[1:] = [t.float() for t in case.tensors[1:]]
@@ -103,11 +107,13 @@ def test_last_split_is_copied():
     assert torch.equal(y[:, 14:], case.tensors[0][:, 14:])
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gradcheck():
     check_gradients(make((1, 8, 4, 3), 3))
     check_gradients(make((2, 7, 3, 3), 2, bias=False, layout="channels_last"), second=False)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 2), (2, 3)], ids=str)
 def test_only_the_gradients_that_are_needed(wanted):
     case = make((2, 40, 7, 6), 3)
@@ -118,16 +124,19 @@ def test_only_the_gradients_that_are_needed(wanted):
     assert all(torch.equal(a, everything[i]) for a, i in zip(found, wanted, strict=True))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_bitwise_repeatable(layout):
     check_bitwise_repeatable(make((4, 100, 28, 28), 3, layout=layout))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles():
     check_compiles([make((2, 20, 14, 14), 3), make((2, 20, 9, 12), 3)])
     check_compiles([make((2, 20, 9, 7), 3, layout="channels_last")], dynamic=False)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     x, w0, w1, b0, b1 = make((2, 20, 7, 6), 3).tensors
     check_opcheck("split_cascade", (x, [w0, w1], [b0, b1]), tensors=3)

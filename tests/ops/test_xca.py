@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import (
@@ -25,6 +27,10 @@ EDGENEXT = {  # of XCA: channels and heads of stages 2, 3 and 4, at 32x32, 16x16
     "B": ((160, 8), (288, 8), (584, 8)),
 }
 XCIT = {"nano": (128, 4), "tiny": (192, 4), "small": (384, 8), "medium": (512, 8), "large": (768, 16)}
+
+
+def not_on_gpus(parameters):
+    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
 
 
 @pytest.fixture(params=["qkv", "gram"])
@@ -80,17 +86,20 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_matches_reference(form, options):
     check_against_reference(make(**options))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
 @pytest.mark.parametrize("tokens", [12, 60])
 def test_dtypes(form, dtype, tokens):
     check_against_reference(make(tokens, dtype=dtype))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("size", ["XXS", "S", *(pytest.param(size, marks=pytest.mark.slow) for size in ("XS", "B"))])
@@ -101,6 +110,7 @@ def test_stages_of_edgenext(form, size, stage, dtype):
     check_against_reference(make((1024, 256, 64)[stage], channels, heads, batch=1, dtype=dtype))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("tokens", [196, 784])
@@ -109,6 +119,7 @@ def test_xcit(form, size, tokens, dtype):
     check_against_reference(make(tokens, *XCIT[size], batch=1, dtype=dtype))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("offset", [100.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_common_offset(form, dtype, offset):
@@ -117,6 +128,7 @@ def test_common_offset(form, dtype, offset):
 
 
 @pytest.mark.not_finite
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 def test_channels_of_zeros(form, dtype):
     case = make(40, dtype=dtype, bias=False)
@@ -130,6 +142,7 @@ def test_channels_of_zeros(form, dtype):
     assert all(t.isfinite().all() for t in fused) and not fused[0].any()
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("scale", [1e4, 1e-6])
 def test_scale_of_the_inputs(form, scale):
     case = make(64)
@@ -141,6 +154,7 @@ def test_scale_of_the_inputs(form, scale):
     check_against_reference(case)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_float32_parameters_beside_half_input(form):
     case = make(dtype=torch.bfloat16)
     case.tensors[1:] = [t.float() * 1.001 for t in case.tensors[1:]]
@@ -177,6 +191,7 @@ def test_slices_of_half_types():
     check_half_types_among_nan(make(30, 32, 4))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (5,), (0, 3)])
 def test_only_some_gradients(form, needed):
     for tokens in (12, 60):
@@ -196,6 +211,7 @@ def test_saved_bytes(form):
     assert kept < 0.6 * (saved_bytes(case, "reference") - sum(t.nbytes for t in parameters))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_saved_tensors_survive_a_second_backward(form):
     case = make()
     leaves = [t.detach().requires_grad_() for t in case.tensors]
@@ -204,11 +220,13 @@ def test_saved_tensors_survive_a_second_backward(form):
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(y, leaves), strict=True))
 
 
+@pytest.mark.usefixtures("each_device")
 def test_bitwise_repeatable(form):
     check_bitwise_repeatable(make(300, 48, 4), other_threads=())
     check_bitwise_repeatable(make(20, 48, 4), other_threads=())
 
 
+@pytest.mark.usefixtures("each_device")
 def test_compiles(form):
     check_compiles([make(), make(70)])
     check_compiles([make(12, layout="channel_major")], dynamic=False)
@@ -233,6 +251,7 @@ def test_form_in_graphs():
         assert found == ([gram] if dynamic else [gram] * 2)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_opcheck():
     for gram in (False, True):
         for tokens in (4, 10):
@@ -304,9 +323,21 @@ def test_refusals(change, error, message):
         fused_xca(**arguments)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_gram_form_of_more_samples_than_are_held_at_a_time(monkeypatch):
     monkeypatch.setattr(ops, "_takes_gram", FORMS["gram"])
     monkeypatch.setattr(_gram_xca, "_CENTRED_ELEMENTS", 2 * 50 * 24)
     check_against_reference(make(batch=5))
     monkeypatch.setattr(_gram_xca, "_CENTRED_ELEMENTS", 1)
     check_against_reference(make(batch=2))
+
+
+def test_gram_form_needs_exact_products(tf32, monkeypatch):
+    """On GPUs, where the user may let them round to TF32."""
+    on_gpu = SimpleNamespace(shape=(1, 1024, 96), device=torch.device("cuda"), dtype=torch.float32)
+    assert TAKES_GRAM(on_gpu) != tf32
+    on_gpu.dtype = torch.float64
+    assert TAKES_GRAM(on_gpu) and TAKES_GRAM(torch.empty(1, 1024, 96))
+    on_gpu.dtype = torch.float32
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # when the graph runs, it may be otherwise
+    assert not TAKES_GRAM(on_gpu)

@@ -83,6 +83,11 @@ def _solid(t: Tensor) -> bool:
     return span <= numbers or t.numel() == 0
 
 
+def tf32_allowed() -> bool:
+    """Whether the user lets PyTorch round what float32 products on GPUs multiply to 10 bits."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def products(x: Tensor) -> str:
     """What multiplies tensors like x, for `explain`."""
     return _native.kernel_name("cpu") if multiplies(x) else _TORCH
@@ -187,15 +192,11 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
         _native.kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), _native.matrix_view(out))
         return
     if pair := _matrices(grad, x):
-        if out.dtype == x.dtype:
-            torch.mm(pair[0].t(), pair[1], out=out)
-        else:
-            out.copy_(torch.mm(pair[0].t(), pair[1]))
-        return
+        return _sum_products(pair[0].t(), pair[1], out)
     # Image by image: half types would round every image's share if they were summed in place.
     total = torch.zeros_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
     for image, grad_image in zip(_pixels(x), _pixels(grad), strict=True):
-        total += torch.mm(grad_image.t(), image)
+        total += _summed(grad_image.t(), image)
     out.copy_(total)
 
 
@@ -206,10 +207,28 @@ def weight_gradient_tokens(grad: Tensor, x: Tensor, out: Tensor) -> None:
         _native.kernels().pointwise_backward_weight(*views)
     elif out.ndim == 3:
         torch.bmm(grad.transpose(1, 2), x, out=out)
-    elif out.dtype == x.dtype:
-        torch.mm(grad.flatten(0, 1).t(), x.flatten(0, 1), out=out)
     else:
-        out.copy_(torch.mm(grad.flatten(0, 1).t(), x.flatten(0, 1)))
+        _sum_products(grad.flatten(0, 1).t(), x.flatten(0, 1), out)
+
+
+def _sum_products(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left right, in its own dtype, where the sums are long."""
+    if out.dtype == left.dtype and not _sums_in_parts(left):
+        torch.mm(left, right, out=out)
+    elif out.dtype == torch.float32 and _sums_in_parts(left):
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(_summed(left, right))
+
+
+def _summed(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right, out_dtype=torch.float32) if _sums_in_parts(left) else torch.mm(left, right)
+
+
+def _sums_in_parts(t: Tensor) -> bool:
+    """Whether PyTorch may cut a long sum into parts and add these in t's half type: it does on GPUs, unless it is asked
+    for another dtype."""
+    return t.device.type != "cpu" and t.dtype in (torch.bfloat16, torch.float16)
 
 
 def _pixels(t: Tensor) -> Tensor:
@@ -227,4 +246,6 @@ def _matrix(pixels: Tensor) -> Tensor | None:
     """(N * H * W, C), if that is a view."""
     if len(pixels) == 1:
         return pixels[0]
+    if pixels.shape[1] == 1:  # a dimension of one has any stride
+        return pixels[:, 0]
     return pixels.flatten(0, 1) if pixels.stride(0) == pixels.shape[1] * pixels.stride(1) else None

@@ -316,6 +316,6 @@ def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = 
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
     if kind == "cuda":
-        missing = _native.triton_missing if triton else _native.gpu_missing(x.device.index)
+        missing = _native.triton_missing(x.device.index) if triton else _native.gpu_missing(x.device.index)
         return [missing] if missing else []
     return [] if kind.upper() in kernels else [f"there is no kernel for device {kind!r}"]

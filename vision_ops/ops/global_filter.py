@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
+from ..reference._resize import resize_backward
 from ..reference.global_filter import resize_filter
 from ._checks import check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, without_autocast, workspace
@@ -99,10 +100,7 @@ def _backward(run: Callable[..., None], grads: list[Tensor | None], grad: Tensor
     if dweight is None or found is None:
         return
     if weight.shape != dweight.shape:
-        (c, h, w, parts), size = dweight.shape, weight.shape[1:3]
-        found = found.permute(3, 0, 1, 2)
-        resize = torch.ops.aten.upsample_bilinear2d_backward
-        found = resize(found, size, (parts, c, h, w), align_corners=True).permute(1, 2, 3, 0)
+        found = resize_backward(found.permute(3, 0, 1, 2), dweight.shape[1:3], align_corners=True).permute(1, 2, 3, 0)
     dweight.copy_(found)
 
 
@@ -172,7 +170,7 @@ def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | Non
     our own and need no complex numbers: on CPUs up to 30 x 30, on GPUs for maps of 7, 12, 14 and 24 squared, those of
     the published networks, but not in float64. Elsewhere `reference.global_filter` runs, whose FFT is then faster; told
     to be fused, or in a compiled graph, which does not know the size, the op on GPUs takes PyTorch's FFT itself.
-    Backward keeps the arguments only; gradients are bitwise repeatable, on GPUs not that of an interpolated weight.
+    Backward keeps the arguments only; gradients are bitwise repeatable.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

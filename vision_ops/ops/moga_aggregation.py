@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
+from ._pointwise import crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
 from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
@@ -90,10 +90,12 @@ def _cuda(x: Tensor) -> _Device:
 def _means(device: _Device, x: Tensor, a: _Arguments) -> Tensor:
     """Of proj_1's output, from those of x."""
     means = image_means(device.decomposition, x)
-    projected = torch.empty_like(means)
-    bias = None if a.proj_1_bias is None else a.proj_1_bias.to(means.dtype)
-    linear(means, a.proj_1_weight.flatten(1).to(means.dtype), bias, projected)
-    return projected
+    # What rounds the means does not round the pixels that they are taken from.
+    exact = torch.float64 if x.device.type != "cpu" and tf32_allowed() else means.dtype
+    projected = torch.empty_like(means, dtype=exact)
+    bias = None if a.proj_1_bias is None else a.proj_1_bias.to(exact)
+    linear(means.to(exact), a.proj_1_weight.flatten(1).to(exact), bias, projected)
+    return projected.to(means.dtype)
 
 
 def _scratch(a: _Arguments) -> Tensor:

@@ -17,6 +17,7 @@ from ._pointwise import (
     linear_tokens,
     multiplies_tokens,
     products_of_tokens,
+    tf32_allowed,
     weight_gradient_tokens,
 )
 from ._registration import FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
@@ -47,10 +48,15 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
 
 def _takes_gram(x: Tensor) -> bool:
     """Whether the Gram form is taken: its products are C x C and float32 at least, and small ones do not pay for the
-    longer way (measured, AVX2). Graphs for all sizes keep to the qkv form, as they must not depend on the size."""
+    longer way (measured, AVX2). Graphs for all sizes keep to the qkv form, as they must not depend on the size; so do
+    GPUs where products may round to TF32, which would show where the form's terms cancel, and their graphs, as the user
+    may allow it later."""
     n, c = x.shape[1:]
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
-    holds = statically_known_true if torch.compiler.is_compiling() else bool
+    compiling = torch.compiler.is_compiling()
+    if x.device.type == "cuda" and dtype == torch.float32 and (compiling or tf32_allowed()):
+        return False
+    holds = statically_known_true if compiling else bool
     return dtype in (torch.float32, torch.float64) and holds(n >= 4 * c) and holds(n * c >= 32768)
 
 
@@ -114,7 +120,7 @@ def _bias_gradient(grad: Tensor, out: Tensor | None) -> None:
     elif out.dtype == grad.dtype:
         torch.sum(rows, 0, out=out)
     else:
-        out.copy_(rows.sum(0))
+        out.copy_(rows.sum(0, dtype=out.dtype))
 
 
 def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:

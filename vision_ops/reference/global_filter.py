@@ -1,16 +1,16 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ._resize import resize
 
 
 def resize_filter(weight: Tensor, height: int, width: int) -> Tensor:
     """A filter (C, h, w, 2) for rfft2 of another size, interpolated as the official code does it in forward."""
     if weight.shape[1:3] == (height, width):
         return weight
-    resized = F.interpolate(weight.permute(3, 0, 1, 2), (height, width), mode="bilinear", align_corners=True)
-    return resized.permute(1, 2, 3, 0)
+    return resize(weight.permute(3, 0, 1, 2), (height, width), align_corners=True).permute(1, 2, 3, 0)
 
 
 def _angles(frequencies: int, n: int, like: Tensor) -> Tensor:

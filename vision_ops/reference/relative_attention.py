@@ -1,13 +1,14 @@
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ._resize import resize
 
 
 def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     """The bias (heads, height * width, height * width) of every query and key, from a table of any size."""
     size = 2 * height - 1, 2 * width - 1
     if table.shape[1:] != size:
-        table = F.interpolate(table[None], size, mode="bilinear", align_corners=False)[0]
+        table = resize(table[None], size, align_corners=False)[0]
     y, x = torch.arange(height, device=table.device), torch.arange(width, device=table.device)
     rows = y[None, :] - y[:, None] + height - 1  # key - query
     columns = x[None, :] - x[:, None] + width - 1

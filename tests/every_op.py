@@ -1,0 +1,97 @@
+"""One call of every op, for what is tested of all of them."""
+
+import itertools
+
+import torch
+from harness import Case, laid_out
+from torch import Tensor
+
+import vision_ops as ops
+
+
+def every_op(
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch: int = 2,
+    size: int = 14,
+    layout: str = "channels_last",
+    bias: bool = True,
+) -> dict[str, Case]:
+    """32 channels. run takes the tensors in the order of the public function, lists flat."""
+
+    def draw(*shape: int) -> Tensor:
+        fan_in = max(1, torch.Size(shape[1:]).numel())
+        return (torch.randn(shape, device=device) / fan_in**0.5).to(dtype)
+
+    def maps(channels: int = 32) -> Tensor:
+        return laid_out(torch.randn(batch, channels, size, size, device=device).to(dtype), layout)
+
+    def maybe(*shape: int) -> Tensor | None:
+        return draw(*shape) if bias else None
+
+    def pointwise(outputs: int, inputs: int) -> list[Tensor | None]:
+        return [draw(outputs, inputs), maybe(outputs)]
+
+    def depthwise(channels: int, kernel: int) -> list[Tensor | None]:
+        return [draw(channels, 1, kernel, kernel), maybe(channels)]
+
+    def chain(widths: tuple[int, ...]) -> list[Tensor | None]:
+        weights = [draw(o, i) for i, o in itertools.pairwise(widths)]
+        return [*weights, *(maybe(o) for o in widths[1:])]
+
+    branches = [draw(c, 1, k, k) for c, k in ((32, 5), (12, 5), (16, 7))]
+    branch_biases = [maybe(32), maybe(12), maybe(16)]
+    around = [*pointwise(64, 32), *depthwise(56, 7)]
+    blocks = [t for _ in range(4) for t in pointwise(32, 32)]
+    hidden = [*pointwise(64, 32), *depthwise(64, 3), *pointwise(32, 64), *pointwise(1, 64)]
+    splits = [draw(8, 1, 3, 3) for _ in range(3)], [maybe(8) for _ in range(3)]
+    tokens = [torch.randn(batch, size * size, 4, 8, device=device).to(dtype).permute(0, 2, 3, 1) for _ in range(3)]
+    pixels = [torch.randn(batch, size, size, c, device=device).to(dtype) for c in (32, 96)]
+    flat = torch.randn(batch, size * size, 32, device=device).to(dtype)
+    mlps, temperature = [draw(32, 32), draw(96, 32)], torch.rand(4, 1, 1, device=device).to(dtype) + 0.5
+    linears = [*pointwise(96, 32), *pointwise(32, 32)]
+    return {
+        "dwconv": Case(lambda t, b: ops.fused_dwconv(*t, activation="gelu", backend=b), [maps(), *depthwise(32, 7)]),
+        "multi_order_dwconv": Case(
+            lambda t, b: ops.fused_multi_order_dwconv(t[0], t[1:4], t[4:], backend=b),
+            [maps(), *branches, *branch_biases],
+        ),
+        "global_filter": Case(
+            lambda t, b: ops.fused_global_filter(*t, backend=b), [maps(), draw(32, size, size // 2 + 1, 2)]
+        ),
+        "layer_norm_2d": Case(lambda t, b: ops.fused_layer_norm_2d(*t, backend=b), [maps(), draw(32), draw(32)]),
+        "dwconv_layer_norm": Case(
+            lambda t, b: ops.fused_dwconv_layer_norm(*t, backend=b), [maps(), *depthwise(32, 7), draw(32), draw(32)]
+        ),
+        "split_cascade": Case(
+            lambda t, b: ops.fused_split_cascade(t[0], t[1:4], t[4:], backend=b), [maps(), *splits[0], *splits[1]]
+        ),
+        "gated_recursion": Case(
+            lambda t, b: ops.fused_gated_recursion(t[0], t[1], t[2:4], t[4:], backend=b),
+            [maps(8), maps(56), *chain((8, 16, 32))],
+        ),
+        "gnconv": Case(
+            lambda t, b: ops.fused_gnconv(*t[:5], t[5:7], t[7:9], *t[9:], scale=1 / 3, backend=b),
+            [maps(), *around, *chain((8, 16, 32)), *pointwise(32, 32)],
+        ),
+        "moga_gate": Case(lambda t, b: ops.fused_moga_gate(*t, backend=b), [maps(), maps()]),
+        "feature_decompose": Case(lambda t, b: ops.fused_feature_decompose(*t, backend=b), [maps(), draw(32)]),
+        "moga_aggregation": Case(
+            lambda t, b: ops.fused_moga_aggregation(*t[:5], t[5:8], t[8:11], *t[11:], backend=b),
+            [maps(), *blocks[:4], *branches, *branch_biases, *blocks[4:], draw(32)],
+        ),
+        "channel_aggregation_ffn": Case(
+            lambda t, b: ops.fused_channel_aggregation_ffn(*t, backend=b), [maps(), *hidden, draw(64)]
+        ),
+        "cross_covariance": Case(lambda t, b: ops.fused_cross_covariance(*t, backend=b), [*tokens, temperature]),
+        "xca": Case(
+            lambda t, b: ops.fused_xca(*t, num_heads=4, backend=b),
+            [flat, *pointwise(96, 32), temperature, *pointwise(32, 32)],
+        ),
+        "shift_split_attention": Case(lambda t, b: ops.fused_shift_split_attention(*t, backend=b), [pixels[1], *mlps]),
+        "s2_attention": Case(lambda t, b: ops.fused_s2_attention(*t, backend=b), [pixels[0], *linears, *mlps]),
+    }
+
+
+NAMES = sorted(every_op("meta"))
