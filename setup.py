@@ -132,10 +132,10 @@ def check_host_compiler(nvcc: str) -> None:
     command = [nvcc, *option, "-x", "cu", "-E", os.devnull, "-o", os.devnull]
     done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
-        lines = done.stdout.strip().splitlines()
-        said = next((line for line in lines if "error" in line), lines[0] if lines else f"exit status {done.returncode}")
+        compiler, lines = option[1] if option else "the compiler that it finds", done.stdout.strip().splitlines()
+        said = next((line for line in lines if "error" in line), "\n".join(lines[:1]))
         raise SystemExit(
-            f"{nvcc} does not take {option[1] if option else 'the compiler that it finds'} as its host compiler: {said}\n"
+            f"{nvcc} does not take {compiler} as its host compiler: {said}\n"
             "Name one that it takes in CXX, such as CXX=g++-13; VISION_OPS_BUILD=cpu leaves out the CUDA kernels."
         )
 

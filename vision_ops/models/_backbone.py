@@ -60,7 +60,8 @@ class Backbone(nn.Module, ABC):
     with features_only=True a list of the maps (N, C, H, W) of the stages in out_indices.
 
     A network without a classifier or with features only does not have the modules that it does not need: `unbuilt`
-    lists the prefixes of their keys.
+    lists the prefixes of their keys. In place of its classifier, which `classifier` names, any module from
+    (N, num_features) to (N, classes) may be set.
     """
 
     classifier: ClassVar[str]
@@ -154,10 +155,34 @@ class Backbone(nn.Module, ABC):
         if num_classes:
             new = self.new_classifier(num_classes).to(like.device, like.dtype)
             self.init_module(new)
-            for parameter in new.parameters():
-                parameter.data.mul_(self.head_init_scale)
         parent, _, leaf = self.classifier.rpartition(".")
         setattr(self.get_submodule(parent), leaf, new)
+        self._scale_classifier()
+
+    @torch.no_grad()
+    def _scale_classifier(self) -> None:
+        """The last step of its initialisation."""
+        for parameter in self.get_classifier().parameters():
+            parameter.mul_(self.head_init_scale)
+
+    def init_weights(self) -> None:
+        """The official first values of all weights and statistics again, as after `to_empty`, which leaves none.
+
+        Raises:
+            TypeError: a module has weights of its own and no `reset_parameters`; nothing was changed.
+        """
+        holders = {
+            name: module
+            for name, module in self.named_modules()
+            if any(True for of in (module.parameters, module.buffers) for _ in of(recurse=False))
+        }
+        for name, module in holders.items():
+            if not hasattr(module, "reset_parameters"):
+                raise TypeError(f"{name} ({type(module).__name__}) must have reset_parameters to be initialised again")
+        for module in holders.values():
+            module.reset_parameters()
+            self.init_module(module)
+        self._scale_classifier()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, (N, C, H, W)."""

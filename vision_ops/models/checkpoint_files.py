@@ -42,7 +42,7 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Mapping[str, Any], 
         raise
     except Exception as error:  # a damaged file may fail in any way
         where = f" (from {url}; delete the file to download it again)" if url else ""
-        raise ValueError(f"cannot read checkpoint {str(path)!r}{where}: {_reason(error)}") from error
+        raise ValueError(f"cannot read checkpoint {str(path)!r}{where}: {_reason(error, path)}") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(contents).__name__}, not a state dict")
     return contents, name
@@ -95,8 +95,8 @@ def _safe_globals() -> list[Any]:
     return [argparse.Namespace, np.dtype, *types, *((scalar, name) for name in names)]
 
 
-def _reason(error: Exception) -> str:
-    """One line. The own texts of torch and numpy advise to switch the safety off, which is not passed on."""
+def _reason(error: Exception, path: Path) -> str:
+    """The own texts of torch and numpy advise to switch the safety off, which is not passed on as lightly."""
     text = str(error)
     if "allow_pickle" in text:
         return "no .npz of plain arrays; what is pickled is not read, since it could run code"
@@ -104,7 +104,9 @@ def _reason(error: Exception) -> str:
     if refused:
         return (
             f"its pickle asks for {refused[1]}; only tensors, plain containers, argparse.Namespace and numpy scalars "
-            "are read, since anything else could run code"
+            "are read, since anything else could run code. If you trust whoever made the file, let it, and get at the "
+            "state dict with\n"
+            f'    load_checkpoint(model, torch.load({str(path)!r}, map_location="cpu", weights_only=False))'
         )
     lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     return f"damaged, or no checkpoint ({type(error).__name__}{': ' + lines[0][:200] if lines else ''})"

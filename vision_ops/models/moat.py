@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.moat import MBConv, MOATBlock, RelativeSelfAttention, batch_norm, pad_same
+from ..nn.moat import MBConv, MOATBlock, batch_norm, pad_same
 from ._backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Variant, check_stages
 
 
@@ -83,8 +83,6 @@ class MOAT(Backbone):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RelativeSelfAttention) and module.relative_position_embedding is not None:
-            nn.init.normal_(module.relative_position_embedding, std=0.02)
 
     def new_classifier(self, num_classes: int) -> nn.Module:
         return nn.Conv2d(self.num_features, num_classes, 1)
@@ -102,7 +100,9 @@ class MOAT(Backbone):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.pool(x)
-        return x if pre_logits else self.logits_head(x[:, :, None, None]).flatten(1)
+        if not pre_logits and getattr(getattr(self.logits_head, "weight", None), "ndim", 0) == 4:
+            return self.logits_head(x[:, :, None, None]).flatten(1)  # the official 1x1 convolution
+        return x if pre_logits else self.logits_head(x)
 
 
 _HALF = (0.5, 0.5, 0.5)

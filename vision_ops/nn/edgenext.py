@@ -17,7 +17,7 @@ from ..ops.split_cascade import check_cascade, fused_split_cascade
 from ..ops.xca import fused_xca
 from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
-from ._blocks import DropPath, backend, inverted_bottleneck, layer_scale, scaled
+from ._blocks import DropPath, backend, fill_, inverted_bottleneck, layer_scale, scaled
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
 
@@ -103,12 +103,16 @@ class ConvEncoder(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused, self.layer_scale_init_value = fused, layer_scale_init_value
         self.gamma = layer_scale(dim, layer_scale_init_value)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Of gamma; the layers have their own."""
+        fill_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias
@@ -130,12 +134,16 @@ class ConvEncoderBNHS(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused, self.layer_scale_init_value = fused, layer_scale_init_value
         self.gamma = layer_scale(dim, layer_scale_init_value)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Of gamma; the layers have their own."""
+        fill_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(fused_dwconv(x, self.dwconv.weight, backend=backend(self))).permute(0, 2, 3, 1)
@@ -177,6 +185,10 @@ class XCA(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """Of the temperature; the layers have their own."""
+        nn.init.ones_(self.temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.attn_drop.p > 0:
@@ -261,7 +273,7 @@ class _SDTA(nn.Module):
         super().__init__()
         check_integer("scales", scales, 2)
         width = check_cascade(dim, scales, "scales")
-        self.fused = fused
+        self.fused, self.layer_scale_init_value = fused, layer_scale_init_value
         self.gamma_xca, self.gamma = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(scales - 1))
         self.pos_embd = PositionalEncodingFourier(dim=dim) if use_pos_emb else None
@@ -270,6 +282,11 @@ class _SDTA(nn.Module):
         self.norm = self.make_norm(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Of gamma_xca and gamma; the layers have their own."""
+        for gamma in (self.gamma_xca, self.gamma):
+            fill_(gamma, self.layer_scale_init_value)
 
     def cascade(self, x: Tensor) -> Tensor:
         weights, biases = zip(*((conv.weight, conv.bias) for conv in self.convs), strict=True)

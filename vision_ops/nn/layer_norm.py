@@ -23,6 +23,10 @@ class LayerNorm2d(nn.Module):
         self.weight = nn.Parameter(torch.ones(normalized_shape))
         self.bias = nn.Parameter(torch.zeros(normalized_shape))
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return fused_layer_norm_2d(x, self.weight, self.bias, eps=self.eps, backend=None if self.fused else "reference")
 
