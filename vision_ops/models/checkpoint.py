@@ -177,8 +177,8 @@ def _install(model: Backbone, match: Match, double_gate_act: bool | None) -> Non
             tensors[key] = tensor.to(own[key].device, own[key].dtype)
     if match.num_classes is not None:
         model.reset_classifier(match.num_classes)
-    model.load_state_dict(tensors, strict=False)
     model.load_state_dict(on_meta, strict=False, assign=True)
+    model.load_state_dict(tensors, strict=False)
     if double_gate_act is not None:
         for module in model.modules():
             if hasattr(module, "double_gate_act"):
