@@ -1,10 +1,8 @@
 """Files and addresses, and what of a pickle is not read."""
 
 import argparse
-import http.server
 import os
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -131,26 +129,6 @@ def test_without_safetensors(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ImportError, match="needs the package safetensors: pip install safetensors"):
         load_checkpoint(small("EdgeNeXt"), tmp_path / "model.safetensors")
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """An address that serves tmp_path/served, and a folder of torch.hub's own."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    (tmp_path / "served").mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path / "served"))
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
 
 
 def test_addresses(tmp_path, server):

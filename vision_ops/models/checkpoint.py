@@ -51,24 +51,27 @@ def load_checkpoint(
     layout: str = "auto",
     ema: bool = True,
     classifier: str = "strict",
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> LoadedCheckpoint:
     """Load weights into a model of this package: all of them, or none and an error that lists every key in the way.
 
     Args:
         model: from `create_model`. Parts that it was made without (`features_only=True`, `num_classes=0`) are left out.
-        source: a path; an http(s) address, which is downloaded to torch.hub's folder; or a state dict of tensors or
-            arrays. Files: .safetensors; .npz (for MOAT, with the names of TensorFlow's variables); anything else must
-            be of `torch.save` and is read with `weights_only=True`, with `argparse.Namespace` and numpy scalars as the
-            only other types. The state dict may be under `state_dict`, `model` or `module`, its average under
-            `state_dict_ema` or `model_ema`. What DistributedDataParallel, torch.compile, AveragedModel, FSDP and
-            activation checkpointing put into keys is dropped, as is the prefix `backbone.`; of a detector or segmentor
-            a network without a classifier, and one that keeps its own, takes what is under `backbone.`.
+        source: a path; an http(s) address, whose file is downloaded, and checked where its name ends with a part of its
+            SHA-256 as torch.hub's do (`-1a2b3c4d.pth`); or a state dict of tensors or arrays. Files: .safetensors; .npz
+            (for MOAT, with the names of TensorFlow's variables); anything else must be of `torch.save` and is read with
+            `weights_only=True`, with `argparse.Namespace` and numpy scalars as the only other types. The state dict may
+            be under `state_dict`, `model` or `module`, its average under `state_dict_ema` or `model_ema`. What
+            DistributedDataParallel, torch.compile, AveragedModel, FSDP and activation checkpointing put into keys is
+            dropped, as is the prefix `backbone.`; of a detector or segmentor a network without a classifier, and one
+            that keeps its own, takes what is under `backbone.`.
         layout: "official"; "openmixup" (MogaNet); "mmpretrain" (HorNet, EdgeNeXt); "timm" (EdgeNeXt); "tensorflow"
             (MOAT); or "auto", which knows them by their keys.
         ema: take the average of the weights (EMA) where the checkpoint has one beside them. deeplab2 itself loads
             MOAT's plain weights, MogaNet's validation the averages.
         classifier: "strict": its number of classes must be that of the checkpoint; "resize": the model gets the
             checkpoint's; "keep": the model's classifier, of whatever module, stays as it is, for fine-tuning.
+        cache_dir: where downloads are kept; None for the folder of torch.hub.
 
     HorNet's global filters are resized to the model's as the official code does it. The first convolution of a model
     with other in_chans than 3 gets weights of three channels as timm adapts them: for one channel their sum, else the
@@ -80,6 +83,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: the checkpoint is damaged, asks for code, or does not fit. The model is as it was.
+        OSError: the download failed.
     """
     network = _network_of(model)
     layouts = LAYOUTS[network]
@@ -90,7 +94,7 @@ def load_checkpoint(
     if isinstance(source, Mapping):
         contents, name = source, "state dict"
     elif isinstance(source, (str, os.PathLike)):
-        contents, name = read_checkpoint(source)
+        contents, name = read_checkpoint(source, cache_dir)
     else:
         raise TypeError(f"source must be a path, an address or a state dict, got {type(source).__name__}")
 

@@ -98,11 +98,13 @@ class MOAT(Backbone):
     def pool(self, x: Tensor) -> Tensor:
         return self.final_layer_norm(x.mean(dim=(2, 3)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.pool(x)
-        if not pre_logits and getattr(getattr(self.logits_head, "weight", None), "ndim", 0) == 4:
-            return self.logits_head(x[:, :, None, None]).flatten(1)  # the official 1x1 convolution
-        return x if pre_logits else self.logits_head(x)
+    def classify(self, x: Tensor) -> Tensor:
+        if getattr(getattr(self.logits_head, "weight", None), "ndim", 0) == 4:  # the official 1x1 convolution
+            return self.logits_head(x[:, :, None, None]).flatten(1)
+        return self.logits_head(x)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^(?:conv|norm)_[01]", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
 
 
 _HALF = (0.5, 0.5, 0.5)

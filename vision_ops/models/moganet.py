@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -125,6 +126,14 @@ class MogaNet(Backbone):
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [
+            (r"^patch_embed(\d+)", (0,)),
+            (r"^blocks(\d+)\.(\d+)", None),
+            (r"^norm(\d+)", (99999,)),  # which timm takes for: with what is before it
+        ]
+        return {"stem": r"^patch_embed1", "blocks": r"^(?:patch_embed|blocks|norm)(\d+)" if coarse else blocks}
 
     def stage_modules(self, i: int) -> tuple[str, ...]:
         return f"patch_embed{i + 1}", f"blocks{i + 1}", f"norm{i + 1}"
