@@ -72,8 +72,9 @@ SETTINGS := $(CXX)|$(CUDA_HOME)|$(VISION_OPS_BUILD)|$(VISION_OPS_CUDA_ARCHS)|$(V
 $(VENV)/.settings: settings | $(VENV)/.torch
 	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
 
-# The constraint holds torch where it is: pip may fail, but not replace it. Without CUDA, torch brings no Triton; the
-# tests then run the Triton kernels in its interpreter, and that of 3.6.0 needs numpy < 2.4.
+# The constraint holds torch where it is: pip may fail, but not replace it. Nor do timm and torchvision, with which tests
+# compare, bring another one. Without CUDA, torch brings no Triton; the tests then run the Triton kernels in its
+# interpreter, and that of 3.6.0 needs numpy < 2.4.
 SHOW_BUILT := import json; info = json.load(open("vision_ops/_build_info.json")); \
   [print(part.upper(), "kernels:", info[part]["reason"] or "built.") for part in ("cpu", "cuda")]
 IN_CPU_TORCH := import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))
@@ -83,6 +84,7 @@ $(VENV)/.installed: $(VENV)/.torch $(VENV)/.settings setup.py pyproject.toml $(s
 	@$(PIP) install -c $(VENV)/constraint -e '.[bench,test]'
 	@if $(BIN)/python -c '$(IN_CPU_TORCH)'; then \
 	  $(PIP) install 'triton==3.6.0; sys_platform == "linux"' 'numpy<2.4'; fi
+	@$(PIP) install --no-deps 'timm==1.0.31' 'torchvision>=0.26'
 	@$(BIN)/python -c '$(SHOW_BUILT)'
 	@touch $@
 

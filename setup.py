@@ -25,6 +25,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,25 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [f"sm_{arch}" for arch in archs] + ["compute_" + archs[-1].rstrip("af")]
 
 
+def host_compiler() -> list[str]:
+    """The option that gives nvcc the compiler named in CXX, be it CXX="ccache g++ -m64"."""
+    return ["-ccbin", next(word for word in reversed(CXX) if word[0] != "-")] if os.environ.get("CXX") else []
+
+
+def check_host_compiler(nvcc: str) -> None:
+    """Stops before the kernels are compiled if nvcc has no host compiler that it takes: it knows none newer than it."""
+    option = host_compiler()
+    command = [nvcc, *option, "-x", "cu", "-E", os.devnull, "-o", os.devnull]
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        compiler, lines = option[1] if option else "the compiler that it finds", done.stdout.strip().splitlines()
+        said = next((line for line in lines if "error" in line), "\n".join(lines[:1]))
+        raise SystemExit(
+            f"{nvcc} does not take {compiler} as its host compiler: {said}\n"
+            "Name one that it takes in CXX, such as CXX=g++-13; VISION_OPS_BUILD=cpu leaves out the CUDA kernels."
+        )
+
+
 def translation_units(part: str) -> Iterator[tuple[str, str, list[str]]]:
     """(source, object, flags) for every object of a part."""
     common = [*(CXXFLAGS if part == "cpu" else NVCCFLAGS), f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/{part}"]
@@ -146,9 +166,7 @@ def ninja_file(parts: list[str], archs: list[str]) -> str:
     def file(name: str | Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(name))
 
-    nvcc = [str(NVCC), *(f"-gencode=arch=compute_{arch.split('_')[1]},code={arch}" for arch in archs)]
-    if os.environ.get("CXX"):
-        nvcc += ["-ccbin", next(word for word in reversed(CXX) if word[0] != "-")]  # of CXX="ccache g++ -m64"
+    nvcc = [str(NVCC), *(f"-gencode=arch=compute_{arch.split('_')[1]},code={arch}" for arch in archs), *host_compiler()]
     # Cudart is static and hidden: torch brings its own in the global scope, and ours must not bind to that. The
     # architectures are named to the linking nvcc too, or it adds code for its own default.
     nvlink = [*nvcc, "-cudart=static", "-Xlinker=--exclude-libs,ALL", *(f"-Xcompiler={flag}" for flag in SANFLAGS)]
@@ -213,6 +231,8 @@ class BuildKernels(build_ext):
         reasons = why_not()
         parts = [part for part, reason in reasons.items() if reason is None]
         archs = cuda_archs(str(NVCC)) if "cuda" in parts else []
+        if archs:
+            check_host_compiler(str(NVCC))
         if parts:
             OUT.mkdir(parents=True, exist_ok=True)
             compile_parts(parts, archs)
@@ -240,11 +260,34 @@ class Build(build):
         super().run()
 
 
+def package_dir() -> dict[str, str]:
+    """Where the packages are: the Triton kernels, vision_ops.kernels, lie in kernels/.
+
+    For an editable installation setuptools makes an import hook of such a mapping, which editors and type checkers do
+    not run, but a plain path of a folder that holds all packages under their own names. Two links make one: .editable,
+    which has vision_ops and nothing else (on a path to this folder there would be kernels, tests, ..., too), and
+    vision_ops/kernels. Where there are no links (on Windows, without the right to make them) it stays a hook.
+    """
+    mapped = {f"{PACKAGE}.kernels": "kernels"}
+    if "editable_wheel" not in sys.argv:
+        return mapped
+    folder = ROOT / ".editable"
+    try:
+        folder.mkdir(exist_ok=True)
+        for link in (folder / PACKAGE, ROOT / PACKAGE / "kernels"):
+            if not link.is_symlink():
+                link.symlink_to(f"../{link.name}", target_is_directory=True)
+    except OSError as error:
+        print(f"vision_ops: installed with an import hook, which editors do not see: {error}", flush=True)
+        return mapped
+    return {"": folder.name}
+
+
 setup(
     license="Apache-2.0",  # here, because no form of it in pyproject.toml suits both old and new setuptools
     ext_modules=[Extension(f"{PACKAGE}._{part}", []) for part, reason in why_not().items() if reason is None],
     cmdclass={"build": Build, "build_ext": BuildKernels},
-    # Named one by one: the Triton kernels live in kernels/, and nobody wants a top-level package of that name.
-    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.kernels"],
-    package_dir={f"{PACKAGE}.kernels": "kernels"},
+    # Named one by one: nobody wants a top-level package called kernels.
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"], exclude=[f"{PACKAGE}.kernels"]), f"{PACKAGE}.kernels"],
+    package_dir=package_dir(),
 )

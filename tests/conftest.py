@@ -1,5 +1,7 @@
 import os
+import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,24 @@ def device(request):
         if _native.cuda is None:
             pytest.skip(_native.cuda_missing)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """timm. It imports torchvision, which beside a torch for CPUs lacks its operators, of which it registers more."""
+    if find_spec("timm") is None or find_spec("torchvision") is None:
+        pytest.skip("timm and torchvision are not installed; the Makefile installs them")
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        source = Path(find_spec("torchvision").origin).with_name("_meta_registrations.py").read_text()
+        for name in set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', source)):
+            library.define(f"{name}() -> ()")
+    import timm.data
+    import timm.models
+    import timm.optim
+
+    yield timm

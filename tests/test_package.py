@@ -1,17 +1,23 @@
 """The package as it is installed: imports, the report, the binaries."""
 
+import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import vision_ops
 from vision_ops import _native, info
 
+ROOT = Path(__file__).parents[1]
 BLOCK_TORCH = "import sys; sys.modules['torch'] = None; "
 
 
@@ -25,6 +31,117 @@ def test_kernels_import_from_anywhere_without_triton():
     done = run("import sys, vision_ops.kernels; assert 'triton' not in sys.modules; print(vision_ops.kernels.__name__)")
     assert done.stdout.strip() == "vision_ops.kernels", done.stderr
     assert run("import benchmarks").returncode != 0
+
+
+FIND_BY_PATH = """
+from importlib.machinery import PathFinder
+package = PathFinder.find_spec("vision_ops")
+kernels = PathFinder.find_spec("vision_ops.kernels", package.submodule_search_locations)
+assert PathFinder.find_spec("vision_ops.kernels.layer_norm_2d", kernels.submodule_search_locations)
+found = [name for name in ("kernels", "benchmarks", "tests", "csrc", "setup") if PathFinder.find_spec(name)]
+assert not found, found
+"""
+
+
+def test_paths_alone_find_the_package_and_nothing_else():
+    """As editors and type checkers look for it, which run no import hooks."""
+    done = run(FIND_BY_PATH)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.11.0a0+ab12cd3.nv26.2", "2.11.0.dev20260115+cu130", "2.11.0", "2.13.0+cpu"])
+def test_torch_of_containers_and_nightly_builds_is_new_enough(version):
+    (torch_needed,) = [
+        need for need in map(Requirement, importlib.metadata.requires("vision-ops")) if need.name == "torch"
+    ]
+    assert torch_needed.specifier.contains(version, prereleases=True)
+    assert not torch_needed.specifier.contains("2.10.1", prereleases=True)
+
+
+def setup_py(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.partition(".")[0]) < 71:
+        pytest.skip("this setuptools makes wheels only with the package wheel")
+    command = [sys.executable, "setup.py", "-q", *arguments]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What a package is made of, without what the build made."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, link in (("kernels", ""), ("vision_ops", "kernels")):
+        made = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", link)
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=made)
+    return tmp_path
+
+
+def modules(tree: Path) -> set[str]:
+    kernels = {f"vision_ops/{path.relative_to(tree)}" for path in (tree / "kernels").glob("*.py")}
+    return kernels | {str(path.relative_to(tree)) for path in (tree / "vision_ops").rglob("*.py")}
+
+
+def names_and_paths(wheel: Path) -> tuple[set[str], list[str]]:
+    """The modules in a wheel, and the lines of its .pth files."""
+    with zipfile.ZipFile(wheel) as contents:
+        names = contents.namelist()
+        lines = [contents.read(name).decode() for name in names if name.endswith(".pth")]
+    return {name for name in names if name.endswith(".py")}, "".join(lines).splitlines()
+
+
+def test_distributions(tree):
+    """Each holds every module once, also after an installation for editing, whose wheel is a path to links."""
+    expected = modules(tree)
+    done = setup_py(tree, "editable_wheel", "-d", "editable", VISION_OPS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    names, paths = names_and_paths(next((tree / "editable").glob("*.whl")))
+    assert not names and paths == [str(tree / ".editable")]
+    assert sorted(p.name for p in Path(paths[0]).iterdir()) == ["vision_ops"]
+    assert Path(paths[0], "vision_ops").samefile(tree / "vision_ops")
+    assert Path(paths[0], "vision_ops", "kernels").samefile(tree / "kernels")
+
+    done = setup_py(tree, "bdist_wheel", "-d", "plain", VISION_OPS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    assert names_and_paths(next((tree / "plain").glob("*.whl"))) == (expected, [])
+    done = setup_py(tree, "sdist", "-d", "source", VISION_OPS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next((tree / "source").glob("*.tar.gz"))) as contents:
+        names = [name.partition("/")[2] for name in contents.getnames() if name.endswith(".py")]
+    sources = [name.replace("vision_ops/kernels/", "kernels/") for name in expected]
+    assert sorted(names) == sorted([*sources, "setup.py"])
+
+
+def test_editable_without_links_says_what_it_is(tree):
+    (tree / ".editable").touch()  # stands in for a system that makes no links
+    done = setup_py(tree, "editable_wheel", "-d", "editable", VISION_OPS_BUILD="none")
+    assert done.returncode == 0 and "installed with an import hook" in done.stdout, done.stderr
+    names, paths = names_and_paths(next((tree / "editable").glob("*.whl")))
+    assert names and paths[0].startswith("import ")
+
+
+def test_compiler_that_nvcc_refuses(tree):
+    """Nothing is compiled, and the message names the way out."""
+    nvcc = tree / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  *--list-gpu-arch*) echo compute_80; exit;;\n"
+        '  "-ccbin g++-99 "*) echo "host_config.h:137: error: unsupported GNU version!"; exit 1;;\n'
+        '  *) echo "nvcc fatal: no host compiler"; exit 1;;\n'
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    (tree / "csrc" / "cuda").mkdir(parents=True)
+    (tree / "csrc" / "cuda" / "some.cu").touch()
+    setting = {"CUDA_HOME": str(tree / "cuda"), "VISION_OPS_BUILD": "cuda"}
+    done = setup_py(tree, "build_ext", CXX="ccache g++-99 -m64", **setting)
+    assert done.returncode and "nvcc does not take g++-99 as its host compiler: host_config.h:137: " in done.stderr
+    assert "unsupported GNU version!" in done.stderr and "in CXX, such as CXX=g++-" in done.stderr
+    done = setup_py(tree, "build_ext", CXX="", **setting)
+    assert "the compiler that it finds as its host compiler: nvcc fatal: no host compiler" in done.stderr
+    assert not (tree / "build").exists()
 
 
 def test_import_without_torch_is_one_clear_line():

@@ -4,16 +4,21 @@ import argparse
 import hashlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+from uuid import uuid4
 
 import numpy as np
 import torch
 
 _TENSORFLOW = re.compile(r"\.(tar\.gz|tgz|index|data-\d+-of-\d+)$")
+_HASH = re.compile(r"-([0-9a-f]{8,64})\.[^-]*$")
 
 _CONVERT_TENSORFLOW = """\
 {name} is a TensorFlow checkpoint; make an .npz of it first, where TensorFlow is installed (unpack a .tar.gz before):
@@ -21,7 +26,9 @@ _CONVERT_TENSORFLOW = """\
     np.savez("moat.npz", **{{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}})"""
 
 
-def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Mapping[str, Any], str]:
+def read_checkpoint(
+    source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None
+) -> tuple[Mapping[str, Any], str]:
     """What the file or URL holds, and its file name. The ending decides: .safetensors, .npz, else torch.save's format.
 
     Raises:
@@ -31,9 +38,9 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Mapping[str, Any], 
     address = os.fspath(source)
     url = address if isinstance(address, str) and urlparse(address).scheme in ("http", "https") else None
     name = PurePosixPath(urlparse(address).path).name if url else Path(address).name
-    if _TENSORFLOW.search(name):
+    if is_tensorflow(name):
         raise ValueError(_CONVERT_TENSORFLOW.format(name=name))
-    path = _download(url, name) if url else Path(address)
+    path = _download(url, name, cache_dir) if url else Path(address)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {str(path)!r}")
     try:
@@ -42,25 +49,67 @@ def read_checkpoint(source: str | os.PathLike[str]) -> tuple[Mapping[str, Any], 
         raise
     except Exception as error:  # a damaged file may fail in any way
         where = f" (from {url}; delete the file to download it again)" if url else ""
-        raise ValueError(f"cannot read checkpoint {str(path)!r}{where}: {_reason(error)}") from error
+        raise ValueError(f"cannot read checkpoint {str(path)!r}{where}: {_reason(error, path)}") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"checkpoint {str(path)!r} holds a {type(contents).__name__}, not a state dict")
     return contents, name
 
 
-def _download(url: str, name: str) -> Path:
-    """The file in torch.hub's folder, downloaded if it is not there.
+def is_tensorflow(name: str) -> bool:
+    return _TENSORFLOW.search(name) is not None
+
+
+def _download(url: str, name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The file in the cache, downloaded if it is not there.
 
     Many addresses end with the same name, as model.safetensors: a hash of the whole address keeps them apart.
     """
-    path = Path(torch.hub.get_dir(), "checkpoints", f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}")
+    folder = Path(torch.hub.get_dir(), "checkpoints") if cache_dir is None else Path(cache_dir)
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"vision_ops: downloading {url} to {path}", file=sys.stderr)
+        part = path.with_name(f"{path.name}.{uuid4().hex}.part")
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except OSError as error:
-            raise OSError(f"cannot download {url}: {error}") from error
+            _fetch(url, part)
+            _check_hash(part, url, name)
+            part.replace(path)
+        except (OSError, HTTPException) as error:
+            raise OSError(
+                f"cannot download {url}: {error}. Without a network, fetch it elsewhere and give load_checkpoint its "
+                f"path, or put it at {str(path)!r}"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
     return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    with urlopen(Request(url, headers={"User-Agent": "vision_ops"}), timeout=60) as response, path.open("wb") as file:
+        length = response.length  # None where the server does not say
+        shutil.copyfileobj(response, file, 1 << 20)
+        if length is not None and file.tell() != length:
+            raise OSError(f"the connection ended after {file.tell()} of {length} bytes")
+
+
+def _check_hash(path: Path, url: str, name: str) -> None:
+    """Publishers put the first digits of the SHA-256 at the end of a name; what has no letter may be a date."""
+    published = _HASH.search(name)
+    if published and not published[1].isdigit():
+        with path.open("rb") as file:
+            found = _sha256(file)
+        if not found.startswith(published[1]):
+            raise ValueError(
+                f"{url} is not the file that was published: its SHA-256 begins with {found[: len(published[1])]}, "
+                f"and by its name with {published[1]}"
+            )
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
@@ -95,8 +144,8 @@ def _safe_globals() -> list[Any]:
     return [argparse.Namespace, np.dtype, *types, *((scalar, name) for name in names)]
 
 
-def _reason(error: Exception) -> str:
-    """One line. The own texts of torch and numpy advise to switch the safety off, which is not passed on."""
+def _reason(error: Exception, path: Path) -> str:
+    """The own texts of torch and numpy advise to switch the safety off, which is not passed on as lightly."""
     text = str(error)
     if "allow_pickle" in text:
         return "no .npz of plain arrays; what is pickled is not read, since it could run code"
@@ -104,7 +153,9 @@ def _reason(error: Exception) -> str:
     if refused:
         return (
             f"its pickle asks for {refused[1]}; only tensors, plain containers, argparse.Namespace and numpy scalars "
-            "are read, since anything else could run code"
+            "are read, since anything else could run code. If you trust whoever made the file, let it, and get at the "
+            "state dict with\n"
+            f'    load_checkpoint(model, torch.load({str(path)!r}, map_location="cpu", weights_only=False))'
         )
     lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     return f"damaged, or no checkpoint ({type(error).__name__}{': ' + lines[0][:200] if lines else ''})"

@@ -103,6 +103,11 @@ class EdgeNeXt(Backbone):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        stages = r"^(?:downsample_layers|stages)\.(\d+)"
+        blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
+        return {"stem": r"^downsample_layers\.0|^pos_embd", "blocks": stages if coarse else blocks}
+
     def stage_modules(self, i: int) -> tuple[str, ...]:
         return f"downsample_layers.{i}", f"stages.{i}"
 
@@ -113,9 +118,12 @@ class EdgeNeXt(Backbone):
             x = x + self.pos_embd(1, height, width, x.device)
         return x
 
+    def norm_last_map(self, x: Tensor) -> Tensor:
+        return self.norm(x) if self.bn_hs else x
+
     def pool(self, x: Tensor) -> Tensor:
-        pooled = self.norm(x).mean(dim=(2, 3)) if self.bn_hs else self.norm(x.mean(dim=(2, 3)))
-        return self.head_dropout(pooled)
+        pooled = self.norm_last_map(x).mean(dim=(2, 3))
+        return self.head_dropout(pooled if self.bn_hs else self.norm(pooled))
 
 
 _RELEASES = "https://github.com/mmaaz60/EdgeNeXt/releases/download"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -78,6 +79,11 @@ class HorNet(Backbone):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        stages = r"^(?:downsample_layers|stages)\.(\d+)"
+        blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
+        return {"stem": r"^downsample_layers\.0", "blocks": stages if coarse else blocks}
 
     def stage_modules(self, i: int) -> tuple[str, ...]:
         return f"downsample_layers.{i}", f"stages.{i}"

@@ -32,9 +32,21 @@ def _pick(entries: dict[str, Any], sources: dict[str, str], ema: bool) -> Picked
     return Picked({key: entries[source] for key, source in sources.items()}, tuple(left_out), ema)
 
 
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def unwrapped(key: str) -> str:
+    """The key inside of PyTorch's wrappers, which are found in any order, around a network or parts of it.
+
+    DistributedDataParallel and AveragedModel call what they wrap `module`; torch.compile, FSDP and activation
+    checkpointing have names of their own.
+    """
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def _without_prefix(key: str) -> str:
-    """DistributedDataParallel wraps a network as `module`, the frameworks' classifiers as `backbone`."""
-    return key.removeprefix("module.").removeprefix("backbone.")
+    """The frameworks' classifiers and detectors call the network `backbone`."""
+    return unwrapped(key).removeprefix("backbone.")
 
 
 def _as_stored(key: str, value: Tensor) -> Tensor:
@@ -73,12 +85,13 @@ def _pick_openmixup(entries: dict[str, Any], ema: bool) -> Picked:
     It exchanges the two before it saves: the averages are under the parameters' names, the buffers hold what was
     averaged.
     """
-    sources = {key: key for key in entries if not key.startswith("ema_")}
-    has_average = len(sources) < len(entries)
+    buffers = {bare: key for key in entries if (bare := unwrapped(key)).startswith("ema_")}
+    taken = set(buffers.values())
+    sources = {key: key for key in entries if key not in taken}
     if not ema:
-        copies = {key: f"ema_{key.replace('.', '_')}" for key in sources}
-        sources |= {key: copy for key, copy in copies.items() if copy in entries}
-    return _pick(entries, sources, ema and has_average)
+        copies = {key: f"ema_{unwrapped(key).replace('.', '_')}" for key in sources}
+        sources |= {key: buffers[copy] for key, copy in copies.items() if copy in buffers}
+    return _pick(entries, sources, ema and bool(buffers))
 
 
 # --- TensorFlow
@@ -211,7 +224,7 @@ def detect_layout(layouts: dict[str, KeyLayout], keys: Iterable[str]) -> str:
     return "official"
 
 
-# --- what the official code does to values when it loads
+# --- what official codes do to values when they load
 
 
 def trained_with_double_gate(file_name: str) -> bool:
@@ -220,6 +233,18 @@ def trained_with_double_gate(file_name: str) -> bool:
     Its base configurations set it at every size; these two runs, known by their file names, did not.
     """
     return "moga_large_sz224_8xb64_accu2" not in file_name and "no_forcefp32" not in file_name
+
+
+def adapt_first_conv(weight: Tensor, in_chans: int) -> Tensor:
+    """The weight of the first convolution, of 3 channels, for images of another number of them, as timm adapts it.
+
+    Of one channel it is the sum, so that a grey image gives what it gave as RGB; else the channels repeat, scaled so
+    that the sum over all stays.
+    """
+    weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, torch.arange(in_chans, device=weight.device) % 3] * (3 / in_chans)
 
 
 def resize_global_filter(weight: Tensor, shape: torch.Size) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn._blocks import Blocks
-from ..nn.moat import MBConv, MOATBlock, RelativeSelfAttention, batch_norm, pad_same
+from ..nn.moat import MBConv, MOATBlock, batch_norm, pad_same
 from ._backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Variant, check_stages
 
 
@@ -84,8 +84,6 @@ class MOAT(Backbone):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RelativeSelfAttention) and module.relative_position_embedding is not None:
-            nn.init.normal_(module.relative_position_embedding, std=0.02)
 
     def new_classifier(self, num_classes: int) -> nn.Module:
         return nn.Conv2d(self.num_features, num_classes, 1)
@@ -101,9 +99,13 @@ class MOAT(Backbone):
     def pool(self, x: Tensor) -> Tensor:
         return self.final_layer_norm(x.mean(dim=(2, 3)))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.pool(x)
-        return x if pre_logits else self.logits_head(x[:, :, None, None]).flatten(1)
+    def classify(self, x: Tensor) -> Tensor:
+        if getattr(getattr(self.logits_head, "weight", None), "ndim", 0) == 4:  # the official 1x1 convolution
+            return self.logits_head(x[:, :, None, None]).flatten(1)
+        return self.logits_head(x)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^(?:conv|norm)_[01]", "blocks": r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"}
 
 
 _HALF = (0.5, 0.5, 0.5)

@@ -95,6 +95,10 @@ class MOATArticle(Backbone):
     def init_module(self, module: nn.Module) -> None:
         """PyTorch's own initialisation and the modules' own stand."""
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        block = "" if coarse else r"\.(\d+)"
+        return {"stem": r"^stem", "convolutions": rf"^MBConv(\d+){block}", "blocks": rf"^MOAT(\d+){block}"}
+
     def stage_modules(self, i: int) -> tuple[str, ...]:
         return (_STAGES[i],)
 

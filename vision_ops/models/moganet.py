@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -121,11 +122,19 @@ class MogaNet(Backbone):
     def init_module(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [
+            (r"^patch_embed(\d+)", (0,)),
+            (r"^blocks(\d+)\.(\d+)", None),
+            (r"^norm(\d+)", (99999,)),  # which timm takes for: with what is before it
+        ]
+        return {"stem": r"^patch_embed1", "blocks": r"^(?:patch_embed|blocks|norm)(\d+)" if coarse else blocks}
 
     def stage_modules(self, i: int) -> tuple[str, ...]:
         return f"patch_embed{i + 1}", f"blocks{i + 1}", f"norm{i + 1}"

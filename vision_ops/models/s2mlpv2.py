@@ -1,6 +1,7 @@
 """S2-MLPv2 (arXiv 2108.01072); its authors published no code: after s2_mlp_v2.py of liuruiyang98/Jittor-MLP."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,10 @@ class S2MLPv2(Backbone):
     def init_module(self, module: nn.Module) -> None:
         """PyTorch's own initialisation stands."""
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [(r"^stages\.(\d+)\.0", (0,)), (r"^stages\.(\d+)\.1\.model\.(\d+)", None)]
+        return {"stem": r"^stages\.0\.0", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
     def stage_modules(self, i: int) -> tuple[str, ...]:
         return (f"stages.{i}",)
 
@@ -85,7 +90,7 @@ class S2MLPv2(Backbone):
 
 
 def _variant(d_model: tuple[int, int], depth: tuple[int, int]) -> Variant:
-    return Variant(S2MLPv2, {"d_model": d_model, "depth": depth})
+    return Variant(S2MLPv2, {"d_model": d_model, "depth": depth}, reduction=14)
 
 
 VARIANTS = {

@@ -46,6 +46,12 @@ def layer_scale(dim: int, init_value: float) -> nn.Parameter | None:
     return nn.Parameter(torch.full((dim,), float(init_value))) if init_value > 0 else None
 
 
+def fill_(parameter: nn.Parameter | None, value: float) -> None:
+    """What `reset_parameters` does to a factor, which some blocks are built without."""
+    if parameter is not None:
+        nn.init.constant_(parameter, value)
+
+
 def scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else gamma * x
 

@@ -18,7 +18,7 @@ from ..ops.split_cascade import check_cascade, fused_split_cascade
 from ..ops.xca import fused_xca
 from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
-from ._blocks import DropPath, convolve, inverted_bottleneck, layer_scale, scaled
+from ._blocks import DropPath, convolve, fill_, inverted_bottleneck, layer_scale, scaled
 from ._layers import Layers, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
@@ -116,13 +116,17 @@ class ConvEncoder(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused, self.layer_scale_init_value = fused, layer_scale_init_value
         self.gamma = layer_scale(dim, layer_scale_init_value)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self._kernel = Layers("dwconv_layer_norm", {"dwconv": depthwise(dim, kernel_size), "norm": layer_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Of gamma; the layers have their own."""
+        fill_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = self._kernel.tensors(self, x)
@@ -147,13 +151,17 @@ class ConvEncoderBNHS(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        self.fused = fused
+        self.fused, self.layer_scale_init_value = fused, layer_scale_init_value
         self.gamma = layer_scale(dim, layer_scale_init_value)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
         self._kernel = Layers("dwconv", {"dwconv": depthwise(dim, kernel_size)})
         self.norm = nn.BatchNorm2d(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Of gamma; the layers have their own."""
+        fill_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(convolve(self, self._kernel, x)).permute(0, 2, 3, 1)
@@ -198,6 +206,10 @@ class XCA(nn.Module):
         layers = {"qkv": linear(dim, 3 * dim), "attn_drop": dropout(), "proj": linear(dim, dim)}
         self._kernel = Layers("xca", layers, own=("temperature",))
         self._attention = Layers("cross_covariance", {"attn_drop": dropout()}, own=("temperature",))
+
+    def reset_parameters(self) -> None:
+        """Of the temperature; the layers have their own."""
+        nn.init.ones_(self.temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = self._kernel.tensors(self, x)
@@ -290,7 +302,7 @@ class _SDTA(nn.Module):
         super().__init__()
         check_integer("scales", scales, 2)
         width = check_cascade(dim, scales, "scales")
-        self.width, self.fused = width, fused
+        self.width, self.fused, self.layer_scale_init_value = width, fused, layer_scale_init_value
         self.gamma_xca, self.gamma = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in range(scales - 1))
         self._kernel = Layers("split_cascade", {f"convs.{i}": depthwise(width, 3) for i in range(scales - 1)})
@@ -300,6 +312,11 @@ class _SDTA(nn.Module):
         self.norm = self.make_norm(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Of gamma_xca and gamma; the layers have their own."""
+        for gamma in (self.gamma_xca, self.gamma):
+            fill_(gamma, self.layer_scale_init_value)
 
     def cascade(self, x: Tensor) -> Tensor:
         parameters = self._kernel.tensors(self, x)

@@ -11,7 +11,7 @@ from ..ops.gated_recursion import fused_gated_recursion
 from ..ops.global_filter import fused_global_filter
 from ..ops.gnconv import fused_gnconv
 from ..reference.global_filter import global_filter
-from ._blocks import DropPath, convolve, inverted_bottleneck, layer_scale
+from ._blocks import DropPath, convolve, fill_, inverted_bottleneck, layer_scale
 from ._layers import Layers, depthwise, pointwise
 from .layer_norm import LayerNorm2d
 
@@ -38,11 +38,15 @@ class GlobalLocalFilter(nn.Module):
             raise ValueError(f"dim must be even, as each half of the channels has its own filter, got {dim}")
         self.fused = fused
         self.complex_weight = nn.Parameter(torch.empty(dim // 2, h, w, 2))
-        nn.init.trunc_normal_(self.complex_weight, std=0.02)
+        self.reset_parameters()
         self.dw = nn.Conv2d(dim // 2, dim // 2, 3, padding=1, bias=False, groups=dim // 2)
         self._dw = Layers("dwconv", {"dw": depthwise(dim // 2, 3)})
         self._filter = Layers("global_filter", own=("complex_weight",))
         self.pre_norm, self.post_norm = LayerNorm2d(dim, fused=fused), LayerNorm2d(dim, fused=fused)
+
+    def reset_parameters(self) -> None:
+        """Of complex_weight; the layers have their own."""
+        nn.init.trunc_normal_(self.complex_weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         local, globally = self.pre_norm(x).chunk(2, dim=1)
@@ -152,12 +156,18 @@ class HorBlock(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
+        self.layer_scale_init_value = layer_scale_init_value
         self.gamma1, self.gamma2 = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.norm1 = LayerNorm2d(dim, fused=fused)
         self.gnconv = gnconv(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
+
+    def reset_parameters(self) -> None:
+        """Of gamma1 and gamma2; the layers have their own."""
+        for gamma in (self.gamma1, self.gamma2):
+            fill_(gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.gnconv(self.norm1(x))

@@ -28,6 +28,10 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(normalized_shape))
         self._kernel = Layers("layer_norm_2d", own=("weight", "bias"))
 
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         parameters = self._kernel.tensors(self, x)
         if parameters is None:

@@ -152,8 +152,13 @@ class RelativeSelfAttention(nn.Module):
         if table_size is not None:
             check_sequence("table_size", table_size, 2)
             self.relative_position_embedding = nn.Parameter(torch.empty(self.num_heads, *table_size))
-            nn.init.normal_(self.relative_position_embedding, std=0.02)
+        self.reset_parameters()
         self.q, self.k, self.v, self.o = (nn.Linear(channels, channels) for _ in range(4))
+
+    def reset_parameters(self) -> None:
+        """Of the table; the layers have their own."""
+        if self.relative_position_embedding is not None:
+            nn.init.normal_(self.relative_position_embedding, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask: added to the logits, of a shape that broadcasts with (B, heads, H * W, H * W)."""

@@ -42,7 +42,11 @@ class ElementScale(nn.Module):
 
     def __init__(self, embed_dims: int, init_value: float = 0.0, requires_grad: bool = True) -> None:
         super().__init__()
+        self.init_value = init_value
         self.scale = nn.Parameter(torch.full((1, embed_dims, 1, 1), float(init_value)), requires_grad=requires_grad)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.scale, self.init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
@@ -264,6 +268,7 @@ class MogaBlock(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
+        self.init_value = init_value
         self.layer_scale_1 = nn.Parameter(torch.full((1, embed_dims, 1, 1), float(init_value)))
         self.layer_scale_2 = nn.Parameter(torch.full((1, embed_dims, 1, 1), float(init_value)))
         self.norm1 = build_norm("norm_type", norm_type, embed_dims, fused)
@@ -280,6 +285,11 @@ class MogaBlock(nn.Module):
         self.norm2 = build_norm("norm_type", norm_type, embed_dims, fused)
         hidden = int(embed_dims * ffn_ratio)
         self.mlp = ChannelAggregationFFN(embed_dims, hidden, act_type=act_type, ffn_drop=drop_rate, fused=fused)
+
+    def reset_parameters(self) -> None:
+        """Of the layer scales; the layers have their own."""
+        for scale in (self.layer_scale_1, self.layer_scale_2):
+            nn.init.constant_(scale, self.init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.layer_scale_1 * self.attn(self.norm1(x)))

@@ -302,7 +302,8 @@ def fused_dwconv(
     Sums are float32 (float64 for float64). Gradients are bitwise repeatable and come in each argument's own dtype;
     backward keeps the arguments only. Without a kernel for the device, `reference.dwconv` runs; so it does where oneDNN
     is faster, for some large channels_last 3x3 convolutions, and on GPUs for float64, other kernel sizes and strides,
-    and at stride 2 for K above 3 or even dilation (`explain` tells). On GPUs a contiguous x is converted to channels_last and y back.
+    and at stride 2 for K above 3 or even dilation (`explain` tells). On GPUs a contiguous x is converted to
+    channels_last and y back.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the output would be empty for want of rows or columns.

@@ -54,7 +54,8 @@ def _forward_cuda(a: _Arguments) -> Tensor:
 def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
     from ..kernels import layer_norm_2d
 
-    layer_norm_2d.backward(grad, a.x, a.weight, *grads, a.eps)
+    dx, dweight, dbias = grads
+    layer_norm_2d.backward(grad, a.x, a.weight, dx, dweight, dbias, a.eps)
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
