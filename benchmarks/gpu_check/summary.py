@@ -1,0 +1,141 @@
+"""A run on one screen, the worst first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.gpu_check.runner import BAD, Outcome
+from benchmarks.networks import KINDS
+
+WIDTH = 118
+SHOWN = 12  # parts that did not end well
+ORDER = (*BAD, "cut", "skipped", "ok")
+Rows = dict[tuple[str, ...], dict[str, Any]]
+
+
+def screen(title: str, outcomes: Sequence[Outcome]) -> str:
+    lines = [title, *_parts(outcomes)]
+    results = [result for outcome in outcomes for result in outcome.results]
+    for section in (_costs, _races, _network_costs, _networks, _tests, _sanitizers, _ncu, _constants):
+        lines += section(results)
+    return "\n".join(line[:WIDTH].rstrip() for line in lines) + "\n"
+
+
+def _parts(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    counts = Counter(outcome.status for outcome in outcomes)
+    yield "parts: " + ", ".join(f"{counts[status]} {status}" for status in ORDER if counts[status])
+    bad = sorted((o for o in outcomes if o.status != "ok"), key=lambda o: ORDER.index(o.status))
+    for outcome in bad[:SHOWN]:
+        yield f"  {outcome.status:8}{outcome.name}: {' '.join((outcome.detail or '').split())}"
+    if len(bad) > SHOWN:
+        yield f"  and {len(bad) - SHOWN} more"
+
+
+def _merged(results: Sequence[dict[str, Any]], *names: str) -> Rows:
+    """What several results say of one thing, which has these names, together."""
+    rows: Rows = {}
+    for result in results:
+        if all(name in result for name in names):
+            rows.setdefault(tuple(result[name] for name in names), {}).update(result)
+    return rows
+
+
+def _costs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    rows = _merged(results, "op", "case", "mode", "kind")
+    wrong = {(r["op"], r["case"]) for r in results if r.get("verdict") == "WRONG" and "case" in r}
+    pairs = []
+    for (op, case, mode, kind), fused in rows.items():
+        eager = rows.get((op, case, mode, "eager"), {})
+        if kind == "fused" and mode == "train" and "event_us" in fused and "event_us" in eager:
+            pairs.append((eager["event_us"] / fused["event_us"], op, case, fused, eager))
+    if not pairs:
+        return
+    yield ""
+    yield f"{'training step, us: ours | eager':46}{'faster':>7}{'events':>16}{'kernels':>16}{'host':>14}{'graph':>14}"
+    for ratio, op, case, fused, eager in sorted(pairs, key=lambda pair: pair[0]):
+        name = "WRONG " * ((op, case) in wrong) + f"{op} {case}"
+        cells = (_pair(fused, eager, what) for what in ("event_us", "kernels_us", "host_us", "graph_us"))
+        yield f"{name:46.46}{ratio:7.2f}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (16, 16, 14, 14), strict=True))
+
+
+def _pair(fused: dict[str, Any], eager: dict[str, Any], what: str) -> str:
+    return " | ".join("-" if row.get(what) is None else f"{row[what]:.0f}" for row in (fused, eager))
+
+
+def _races(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    found = [result for result in results if "times_faster" in result]
+    if not found:
+        return
+    yield ""
+    yield f"{'against the best peer':46}{'mode':>8}{'faster':>8}{'q1':>6}{'q3':>6}{'us':>9}{'floor':>7}  than"
+    for r in sorted(found, key=lambda r: r["times_faster"]["median"]):
+        name = "WRONG " * (r["verdict"] == "WRONG") + f"{r['op']} {r['case']}"
+        times = r["times_faster"]
+        numbers = f"{times['median']:8.2f}{times['q1']:6.2f}{times['q3']:6.2f}{r['us']:9.0f}{r['share_of_floor']:7.0%}"
+        yield f"{name:46.46}{r['mode']:>8}{numbers}  {r['than']}"
+
+
+def _network_costs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    rows = _merged(results, "network", "mode", "kind")
+    found = [key for key, row in rows.items() if "kernels_us" in row and key[1:] == ("train", "fused")]
+    if not found:
+        return
+    yield ""
+    yield f"{'networks, ms: ours | eager':20}{'step':>18}{'kernels':>18}{'host':>18}{'launches':>18}{'batch 1':>18}"
+    for name, *_ in found:
+        fused, eager = (rows.get((name, "train", kind), {}) for kind in ("fused", "eager"))
+        single = [rows.get((name, "batch 1", kind), {}) for kind in ("fused", "eager")]
+        cells = [_milliseconds(fused, eager, what) for what in ("event_us", "kernels_us", "host_us")]
+        cells += [_pair(fused, eager, "launches"), _milliseconds(*single, "latency_us")]
+        yield f"{name:20}" + "".join(f"{cell:>18}" for cell in cells)
+
+
+def _milliseconds(fused: dict[str, Any], eager: dict[str, Any], what: str) -> str:
+    return " | ".join("-" if row.get(what) is None else f"{row[what] / 1e3:.1f}" for row in (fused, eager))
+
+
+def _networks(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    rows = _merged([result for result in results if "images_per_s" in result], "network", "mode", "kind")
+    if not rows:
+        return
+    yield ""
+    yield f"{'networks, images/s':28}" + "".join(f"{kind:>22}" for kind in KINDS)
+    for network, mode in dict.fromkeys(key[:2] for key in rows):
+        cells = []
+        for kind in KINDS:
+            row = rows.get((network, mode, kind))
+            cells.append(f"{row['images_per_s']:.0f} ({row['peak_bytes'] / 2**30:.1f} GiB)" if row else "-")
+        yield f"{network + ', ' + mode:28}" + "".join(f"{cell:>22}" for cell in cells)
+    single = _merged([r for r in results if r.get("mode") == "batch 1" and "graph_us" in r], "network", "kind")
+    for network in dict.fromkeys(key[0] for key in single):
+        fused, eager = (single.get((network, kind), {}) for kind in ("fused", "eager"))
+        graph, plain = _milliseconds(fused, eager, "graph_us"), _milliseconds(fused, eager, "latency_us")
+        yield f"{network + ', batch 1':28}replayed {graph} ms, launched {plain} ms (ours | eager)"
+
+
+def _tests(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for result in results:
+        if "counts" in result:
+            counts = ", ".join(f"{count} {word}" for word, count in result["counts"].items()) or "none"
+            yield f"tests: {counts}; {result['summary']}"
+
+
+def _sanitizers(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for result in results:
+        if "tool" in result:
+            yield f"{result['tool']}: {result['calls']} calls, {len(result['errors'])} errors"
+
+
+def _ncu(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for result in results:
+        if "dram_percent" in result:
+            numbers = ", ".join(f"{name} {value}" for name, value in result.items() if name not in ("kernel", "grid"))
+            yield f"ncu: {numbers}; {result['kernel']}"
+
+
+def _constants(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for result in results:
+        if "constants" in result:
+            yield "constants: " + ", ".join(f"{name} {value:.3g}" for name, value in result["constants"].items())
