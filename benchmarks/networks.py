@@ -72,7 +72,7 @@ def build(network: Network, scale: Scale, fused: bool) -> nn.Module:
 
 
 def disagreement(fused: nn.Module, eager: nn.Module, x: Tensor) -> str | None:
-    """What differs between the two in float32, in evaluation mode: ‖a − b‖ / ‖b‖ of logits and of the first gradient."""
+    """What differs in float32, in evaluation mode: ‖a − b‖ / ‖b‖ of the logits and of the first gradient."""
     found = []
     for net in (fused, eager):
         net.eval()

@@ -35,13 +35,25 @@ def facts(scale: Scale) -> Iterator[dict[str, Any]]:
     from vision_ops import explain
 
     yield {"machine": machine.describe(scale.device), "versions": machine.versions()}
-    yield {"tools": {name: find_tool(name) for name in TOOLS}}
+    yield {"tools": {name: find_tool(name) for name in TOOLS}, "gpu": nvidia_smi()}
     for name, op in ops_for(scale.device, OPS).items():
         problem = op.problem(op.quick[0], Setting(scale.device, torch.bfloat16, "channels_last", 2))
         found = explain(op.name, *problem.args, **problem.options)
         yield {"op": name, "runs": str(found)}
         if found.cannot:
             yield {"op": name, "verdict": "FAILED", "detail": f"no kernel: {'; '.join(found.cannot)}"}
+
+
+def nvidia_smi() -> str | None:
+    """Driver, memory and clocks, the latter as they are at rest and at most."""
+    columns = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.max.mem,power.limit"
+    try:
+        done = subprocess.run(
+            ("nvidia-smi", f"--query-gpu={columns}", "--format=csv"), capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()
 
 
 def small_calls(scale: Scale, op: str) -> Iterator[dict[str, Any]]:
@@ -81,7 +93,7 @@ def bare_calls(scale: Scale) -> Iterator[dict[str, Any]]:
             yield {"call": what}
 
 
-def gpu_tests(scale: Scale, log: str, processes: int, select: Sequence[str] = ("-m", "gpu")) -> Iterator[dict[str, Any]]:
+def gpu_tests(scale: Scale, log: str, processes: int, select: Sequence[str]) -> Iterator[dict[str, Any]]:
     """pytest in several processes. It is counted while it runs, so that a run cut short tells how far it came."""
     if importlib.util.find_spec("pytest") is None:
         raise Skip("pytest is not installed")

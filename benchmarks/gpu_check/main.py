@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rehearse:
         device, gib = "a rehearsal on a CPU", float("inf")
     elif torch.cuda.is_available():
-        # Of its memory, what the processes that wait for their turn hold is not for others.
-        device, gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30 - 20
+        device, gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
     else:
         print("gpu-check needs an NVIDIA GPU, and this torch sees none; --rehearse runs it on a CPU.", file=sys.stderr)
         return NO_GPU
@@ -82,4 +81,5 @@ class Keeper:
     def screen(self) -> str:
         commit = self._commit["id"][:12] + "+dirty" * self._commit["dirty"] if self._commit else "no commit"
         passed = f"{time.monotonic() - self._start:.0f} of {self._budget:.0f} s"
-        return summary.screen(f"gpu-check {self._run}, {self._device}, {commit}, {self._date}, {passed}", self._outcomes)
+        title = f"gpu-check {self._run}, {self._device}, {commit}, {self._date}, {passed}"
+        return summary.screen(title, self._outcomes)

@@ -23,6 +23,7 @@ from benchmarks.machine import ROOT
 
 GRACE = 4.0  # seconds between the interrupt, at which a part can still tell what it has, and the kill
 TICK = 0.05
+HELD_GIB = 0.75  # of the GPU's memory by a part that is prepared, and waits
 BAD = ("WRONG", "CRASHED", "HUNG", "FAILED")
 
 
@@ -80,7 +81,7 @@ class Running:
             env={**os.environ, "OMP_NUM_THREADS": str(part.cores), **part.environment},
             start_new_session=True,
         )
-        self._reader = Path(self._log.name).open(errors="replace")
+        self._reader = Path(self._log.name).open(errors="replace")  # noqa: SIM115
 
     def over(self, now: float) -> bool:
         """A process that waits for a driver may not even die: nobody waits for it."""
@@ -209,7 +210,8 @@ class Runner:
 
     def _start_what_fits(self, now: float) -> None:
         busy = [running.part for running in self._running if not running.ready]
-        cores, gib = self._cores - sum(part.cores for part in busy), self._gib - sum(part.gib for part in busy)
+        held = HELD_GIB * (len(self._running) - len(busy))
+        cores, gib = self._cores - sum(part.cores for part in busy), self._gib - held - sum(part.gib for part in busy)
         for part in list(self._waiting):
             # Where a part is larger than the machine, it runs when nothing else does.
             if (part.cores <= cores and part.gib <= gib) or not busy:

@@ -10,7 +10,7 @@ from benchmarks.gpu_check.runner import BAD, Outcome
 from benchmarks.networks import KINDS
 
 WIDTH = 118
-SHOWN = 12  # parts that did not end well
+SHOWN, SHOWN_ROWS = 12, 22  # parts that did not end well, and rows of a table
 ORDER = (*BAD, "cut", "skipped", "ok")
 Rows = dict[tuple[str, ...], dict[str, Any]]
 
@@ -54,10 +54,12 @@ def _costs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     yield ""
     yield f"{'training step, us: ours | eager':46}{'faster':>7}{'events':>16}{'kernels':>16}{'host':>14}{'graph':>14}"
-    for ratio, op, case, fused, eager in sorted(pairs, key=lambda pair: pair[0]):
+    pairs.sort(key=lambda pair: pair[0])
+    for ratio, op, case, fused, eager in pairs[:SHOWN_ROWS]:
         name = "WRONG " * ((op, case) in wrong) + f"{op} {case}"
         cells = (_pair(fused, eager, what) for what in ("event_us", "kernels_us", "host_us", "graph_us"))
         yield f"{name:46.46}{ratio:7.2f}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (16, 16, 14, 14), strict=True))
+    yield from _more([pair[0] for pair in pairs])
 
 
 def _pair(fused: dict[str, Any], eager: dict[str, Any], what: str) -> str:
@@ -70,11 +72,20 @@ def _races(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     yield ""
     yield f"{'against the best peer':46}{'mode':>8}{'faster':>8}{'q1':>6}{'q3':>6}{'us':>9}{'floor':>7}  than"
-    for r in sorted(found, key=lambda r: r["times_faster"]["median"]):
+    found.sort(key=lambda r: r["times_faster"]["median"])
+    for r in found[:SHOWN_ROWS]:
         name = "WRONG " * (r["verdict"] == "WRONG") + f"{r['op']} {r['case']}"
         times = r["times_faster"]
         numbers = f"{times['median']:8.2f}{times['q1']:6.2f}{times['q3']:6.2f}{r['us']:9.0f}{r['share_of_floor']:7.0%}"
         yield f"{name:46.46}{r['mode']:>8}{numbers}  {r['than']}"
+    yield from _more([r["times_faster"]["median"] for r in found])
+
+
+def _more(ratios: Sequence[float]) -> Iterator[str]:
+    """What is left out is the best, which is told in a line."""
+    left = ratios[SHOWN_ROWS:]
+    if left:
+        yield f"and {len(left)} more, from {left[0]:.2f} to {left[-1]:.2f}"
 
 
 def _network_costs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
