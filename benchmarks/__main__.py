@@ -66,7 +66,7 @@ def add_gpu_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("gpu-check", help="all that only a GPU can tell, in two runs of minutes")
     parser.add_argument("--run", choices=RUNS, required=True, help="what is wrong and where time goes; how fast it is")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the results go, after every part")
-    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", default=240.0, help="default: 240")
+    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="default: 240, of a rehearsal 900")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small networks and batches")
     parser.set_defaults(module="benchmarks.gpu_check.main", error=parser.error, threads=None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import DeviceType
@@ -17,7 +17,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Step, Stopwatch
 
+Result = TypeVar("Result")
 CALLS = 5  # under the profiler and on the host: few enough for the queue of launches
+
+
+def when_memory_allows(function: Callable[[], Result], tries: int = 30) -> Result:
+    """Calls it again while other processes hold too much of the GPU's memory: those of gpu-check do for seconds."""
+    for _ in range(tries - 1):
+        try:
+            return function()
+        except torch.OutOfMemoryError:
+            pass  # what the exception holds is free only after it
+        torch.cuda.empty_cache()
+        time.sleep(2)
+    return function()
 
 
 def synchronize(device: str) -> None:

@@ -59,7 +59,7 @@ class Race:
         self.prepare(tell)
         return self.time(tell)
 
-    def prepare(self, tell: Callable[[str], None]) -> None:
+    def prepare(self, tell: Callable[[str], None]) -> list[CaseResult]:
         """The verdict and all first calls, which compile: another process may use the device meanwhile."""
         torch._dynamo.reset()
         results = self._results
@@ -72,7 +72,7 @@ class Race:
             if wrong:
                 _spoil(results, "WRONG", "; ".join(wrong))
                 if not self.plan.time_wrong:
-                    return
+                    return results
             for result in results:
                 tell(f"{result.mode}, first calls")
                 self._steps[result.mode].update(self._first_calls(result, self.peers))
@@ -80,6 +80,7 @@ class Race:
             _spoil(results, "FAILED", _one_line(error))
         else:
             self._unfinished = list(results)
+        return results
 
     def time(self, tell: Callable[[str], None]) -> list[CaseResult]:
         """The results; only after `prepare`."""

@@ -24,6 +24,7 @@ from benchmarks.gpu_check.runner import BAD, Outcome, Runner
 from benchmarks.report import replace_file
 
 NO_GPU = 3
+SECONDS, REHEARSAL_SECONDS = 240.0, 900.0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,12 +36,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("gpu-check needs an NVIDIA GPU, and this torch sees none; --rehearse runs it on a CPU.", file=sys.stderr)
         return NO_GPU
+    budget = args.budget or (REHEARSAL_SECONDS if args.rehearse else SECONDS)
     args.out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
+    slots = cores * 3 // 2  # since parts also wait, for the disk and the GPU
     all_parts = list(getattr(parts.Run(args.out, args.rehearse, cores), args.run)())
-    keeper = Keeper(args.out, args.run, args.budget, device)
+    keeper = Keeper(args.out, args.run, budget, device)
     try:
-        Runner(all_parts, args.budget, keeper.keep, cores=cores, gib=gib).run()
+        Runner(all_parts, budget, keeper.keep, cores=slots, gib=gib).run()
     except KeyboardInterrupt:
         return 130
     finally:

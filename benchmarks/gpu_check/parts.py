@@ -35,9 +35,13 @@ CASES = {
 DEPTHWISE = ("multi_order_dwconv", "channel_aggregation_ffn", "gnconv", "dwconv_layer_norm", "dwconv", "split_cascade")
 WITH_GOALS = tuple(CASES)[:6]
 GIB = {"channel_aggregation_ffn": 16.0, "dwconv": 12.0}  # that the proof in float64 takes; the others:
-GIB_OF_AN_OP, GIB_OF_A_NETWORK = 6.0, 12.0
+GIB_OF_AN_OP, GIB_OF_A_NETWORK = 4.0, 6.0
 FIRST_NETWORKS = ("HorNet-T", "EdgeNeXt-S")
 COMPILED = ("compile(fused)", "compile(reference)")
+
+
+def compilers(processes: int) -> dict[str, str]:
+    return {"TORCHINDUCTOR_COMPILE_THREADS": str(processes)}
 
 
 @dataclass(frozen=True)
@@ -61,47 +65,34 @@ class Run:
         return self.part(f"small calls of {op}", "checks:small_calls", 75, {"op": op})
 
     def op_costs(self, op: str) -> Part:
-        arguments = {"op": op, "cases": CASES[op][: 1 if self.rehearse else None]}
-        return self.part(
-            f"costs of {op}",
-            "timings:op_costs",
-            20,
-            arguments,
-            alone=True,
-            preparation=90,
-            gib=GIB.get(op, GIB_OF_AN_OP),
-        )
+        arguments = {"op": op, "cases": CASES[op][: 1 if self.rehearse else 3]}
+        options = {"alone": True, "preparation": 100, "gib": GIB.get(op, GIB_OF_AN_OP)}
+        return self.part(f"costs of {op}", "timings:op_costs", 20, arguments, **options)
 
     def op_race(self, op: str, case: str, peer: str = "compile") -> Part:
         peers = ["eager", "aot_eager" if self.rehearse else peer, *([CUDNN] if op in DEPTHWISE else [])]
         arguments = {"op": op, "case": case, "peers": peers}
         name = f"{op} {case}" + f", {peer}" * (peer != "compile")
-        options = {"gib": GIB.get(op, GIB_OF_AN_OP), "environment": {"TORCHINDUCTOR_COMPILE_THREADS": "1"}}
-        return self.part(name, "timings:op_race", 15, arguments, alone=True, **options)
+        options = {"alone": True, "gib": GIB.get(op, GIB_OF_AN_OP), "environment": compilers(1)}
+        return self.part(name, "timings:op_race", 15, arguments, **options)
 
     def network_costs(self, network: str) -> Part:
-        options = {"preparation": 90, "gib": 2 * GIB_OF_A_NETWORK}
-        return self.part(
-            f"costs of {network}", "timings:network_costs", 25, {"network": network}, alone=True, **options
-        )
+        options = {"alone": True, "gib": 2 * GIB_OF_A_NETWORK}
+        return self.part(f"costs of {network}", "timings:network_costs", 25, {"network": network}, **options)
 
     def network_race(self, network: str, *kinds: str) -> Part:
         name, arguments = f"{network}, {' and '.join(kinds)}", {"network": network, "kinds": kinds}
         cores = 2 if kinds[0] in COMPILED else 1
-        # Memory is needed at the end of the compilation only, and waited for.
-        options = {
-            "cores": cores,
-            "gib": GIB_OF_A_NETWORK,
-            "environment": {"TORCHINDUCTOR_COMPILE_THREADS": str(cores)},
-        }
-        return self.part(name, "timings:network_race", 20, arguments, alone=True, **options)
+        # It needs three times as much at the end of the compilation, and waits for it.
+        options = {"alone": True, "gib": GIB_OF_A_NETWORK, "cores": cores, "environment": compilers(cores)}
+        return self.part(name, "timings:network_race", 20, arguments, **options)
 
     def correct(self) -> Iterator[Part]:
         """What is wrong, and where the time goes."""
+        yield self.gpu_tests()
         yield self.part("build facts", "checks:facts", 60, {})
         for op in OPS:
             yield self.small_calls(op)
-        yield self.gpu_tests()
         for tool in ("memcheck", "racecheck"):
             arguments = {"tool": tool, "log": self.log(f"{tool}.txt")}
             # It is cut off wherever it is when the time is over.
@@ -117,11 +108,9 @@ class Run:
         processes = min(12, self.cores)
         select = ["-m", "gpu", *(["tests/benchmarks/test_race.py"] if self.rehearse else [])]
         arguments = {"log": self.log("tests.txt"), "processes": processes, "select": select}
-        # On CPUs, what runs on several threads has to be tested on several.
-        environment = {"OMP_NUM_THREADS": "2"}
-        return self.part(
-            "pytest -m gpu", "checks:gpu_tests", 110, arguments, cores=processes, gib=16, environment=environment
-        )
+        # They wait for the GPU, and for each other's compilations, so that they do not fill as many cores.
+        options = {"cores": min(8, self.cores), "gib": 12, "environment": {"OMP_NUM_THREADS": "2"}}
+        return self.part("pytest -m gpu", "checks:gpu_tests", 110, arguments, **options)
 
     def fast(self) -> Iterator[Part]:
         """Against the best of eager PyTorch in both layouts and torch.compile; whole networks."""

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import calibration, machine, small_calls
 from benchmarks.cases import OPS, Setting
-from benchmarks.costs import event_us, graph_us, host_us, kernels, latency_us
+from benchmarks.costs import event_us, graph_us, host_us, kernels, latency_us, when_memory_allows
 from benchmarks.gpu_check.checks import find_tool
 from benchmarks.gpu_check.protocol import READY, Skip, command
 from benchmarks.measure import Rule, Step, Stopwatch
@@ -64,7 +64,8 @@ def op_costs(scale: Scale, op: str, cases: Sequence[str]) -> Iterator[dict[str, 
     for case in cases:
         try:
             problem = OPS[op].problem(case, Setting(scale.device, torch.bfloat16, "channels_last", scale.batch))
-            yield {"op": op, "case": case} | verdict(f"{op} {case}", small_calls.call(OPS[op], problem))
+            wrong = when_memory_allows(lambda problem=problem: small_calls.call(OPS[op], problem))
+            yield {"op": op, "case": case} | verdict(f"{op} {case}", wrong)
             with torch.no_grad():
                 grad = torch.randn_like(OPS[op].reference(*problem.args, **problem.options))
             for mode in MODES:
@@ -107,13 +108,19 @@ def op_race(scale: Scale, op: str, case: str, peers: Sequence[str]) -> Iterator[
     rule = Rule(seconds=0.0 if scale.small else 1.0, rounds=scale.rounds)
     plan = Plan(setting, ("channels_last", "contiguous"), MODES, rule, stopwatch, rates, time_wrong=True)
     known = [peer for peer in peers if peer != CUDNN or has_cudnn_depthwise()]
-    race = Race(OPS[op], case, (*known, *OPS[op].others), plan)
-    race.prepare(lambda stage: None)
+    race = when_memory_allows(lambda: prepared(Race(OPS[op], case, (*known, *OPS[op].others), plan)))
     yield from turn()
     if not scale.small:
         rates = machine.measure_rates(scale.device, torch.bfloat16, stopwatch)
     for result in race.time(lambda stage: None):
         yield raced(result, rates)
+
+
+def prepared(race: Race) -> Race:
+    for result in race.prepare(lambda stage: None):
+        if (result.detail or "").startswith("OutOfMemoryError"):
+            raise torch.OutOfMemoryError(result.detail)
+    return race
 
 
 def raced(result: CaseResult, rates: machine.Rates) -> dict[str, Any]:
@@ -153,11 +160,8 @@ def network_costs(scale: Scale, network: str) -> Iterator[dict[str, Any]]:
     prepare_cudnn()
     # So few that the device never holds up the host, as it does once a thousand launches are waiting.
     few = scale.images(NETWORKS[network], batch=2)
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
     fused, eager = (build(NETWORKS[network], scale, kind) for kind in (True, False))
-    yield {"network": network} | verdict(network, disagreement(fused, eager, few))
-    torch.backends.cudnn.allow_tf32 = tf32
+    yield {"network": network} | verdict(network, disagreement(fused, eager, few, scale))
     contest = Contest(network, ("fused", "eager"), scale)
     contest.prepare()
     contest.enter("train")
