@@ -25,6 +25,7 @@ GRACE = 4.0  # seconds between the interrupt, at which a part can still tell wha
 TICK = 0.05
 HELD_GIB = 0.75  # of the GPU's memory by a part that is prepared, and waits
 BAD = ("WRONG", "CRASHED", "HUNG", "FAILED")
+STATUSES = (*BAD, "cut", "skipped", "ok")  # the worst first
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,10 @@ class Running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE)
         self.listen()
-        outcome, code = self.outcome, self._process.returncode
-        alone = self.part.alone
+        outcome, alone = self.outcome, self.part.alone
         outcome.prepared = round((self.turn if self.has_turn else now) - self.started, 2) if alone else 0.0
         outcome.seconds = round(now - self.turn, 2) if self.has_turn or not alone else 0.0
-        outcome.status, outcome.detail = self.stopped or self._verdict(code)
+        outcome.status, outcome.detail = self._verdict(self._process.returncode)
         if outcome.status not in ("ok", "skipped"):
             self._log.seek(0)
             said = [line for line in self._log.read().splitlines() if line and not line.startswith(MARK)]
@@ -137,18 +137,17 @@ class Running:
         self._log.close()
         return outcome
 
-    def _verdict(self, code: int) -> tuple[str, str | None]:
-        found = {result["verdict"]: result for result in self.outcome.results if "verdict" in result}
-        if code < 0:
-            return "CRASHED", f"{signal.Signals(-code).name} after {len(self.outcome.results)} results"
-        for verdict in ("WRONG", "FAILED"):
-            if verdict in found:
-                return verdict, found[verdict].get("detail")
-        if code != 0:
-            return "FAILED", None
-        if "skipped" in found:
-            return "skipped", found["skipped"].get("detail")
-        return "ok", None
+    def _verdict(self, code: int | None) -> tuple[str, str | None]:
+        """The worst of what its results say and how it ended."""
+        results = self.outcome.results
+        found = [(result["verdict"], result.get("detail")) for result in results if "verdict" in result]
+        if self.stopped is not None:
+            found.append(self.stopped)
+        elif code is not None and code < 0:
+            found.append(("CRASHED", f"{signal.Signals(-code).name} after {len(results)} results"))
+        elif code != 0 and not any(status in BAD for status, _ in found):
+            found.append(("FAILED", None))
+        return min(found, key=lambda each: STATUSES.index(each[0]), default=("ok", None))
 
     def _signal(self, sign: int) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.gpu_check.runner import BAD, Outcome
+from benchmarks.gpu_check.runner import STATUSES, Outcome
 from benchmarks.networks import KINDS
 
 WIDTH = 118
 SHOWN, SHOWN_ROWS = 12, 22  # parts that did not end well, and rows of a table
-ORDER = (*BAD, "cut", "skipped", "ok")
 Rows = dict[tuple[str, ...], dict[str, Any]]
 
 
@@ -25,8 +24,8 @@ def screen(title: str, outcomes: Sequence[Outcome]) -> str:
 
 def _parts(outcomes: Sequence[Outcome]) -> Iterator[str]:
     counts = Counter(outcome.status for outcome in outcomes)
-    yield "parts: " + ", ".join(f"{counts[status]} {status}" for status in ORDER if counts[status])
-    bad = sorted((o for o in outcomes if o.status != "ok"), key=lambda o: ORDER.index(o.status))
+    yield "parts: " + ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    bad = sorted((o for o in outcomes if o.status != "ok"), key=lambda o: STATUSES.index(o.status))
     for outcome in bad[:SHOWN]:
         yield f"  {outcome.status:8}{outcome.name}: {' '.join((outcome.detail or '').split())}"
     if len(bad) > SHOWN:

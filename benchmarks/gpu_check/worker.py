@@ -6,8 +6,10 @@ once. What it does before it yields READY may run beside other parts; after it, 
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
+import signal
 import sys
 
 from benchmarks.gpu_check.protocol import READY, Skip, tell
@@ -15,6 +17,9 @@ from benchmarks.gpu_check.scale import GPU, REHEARSAL
 
 
 def main(work: str, arguments: str, *rest: str) -> int:
+    # Where it crashes or hangs, it tells where.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGINT, chain=True)
     module, function = work.split(":")
     try:
         part = getattr(importlib.import_module(f"benchmarks.gpu_check.{module}"), function)

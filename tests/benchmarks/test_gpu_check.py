@@ -14,6 +14,17 @@ from benchmarks.gpu_check.runner import Outcome, Part
 from benchmarks.gpu_check.scale import REHEARSAL
 from vision_ops import models, reference
 
+HANG = """
+import sys, time, types
+sys.path.insert(0, ".")
+sys.modules["benchmarks.gpu_check.scale"] = types.SimpleNamespace(GPU=None, REHEARSAL=None)  # which imports torch
+from benchmarks.gpu_check import worker
+def stuck(scale):
+    time.sleep(60)
+    yield {}
+sys.modules["benchmarks.gpu_check.stuck"] = types.SimpleNamespace(part=stuck)
+worker.main("stuck:part", "{}")
+"""
 LIAR = """
 import sys
 from benchmarks import cases
@@ -59,7 +70,7 @@ def test_bad_arguments_exit_with_2(words, message, capsys):
 
 def test_a_run_with_a_part_that_hangs_one_that_crashes_and_one_that_lies(command_line, monkeypatch, tmp_path, capsys):
     def correct(self):
-        yield Part("hangs", [sys.executable, "-S", "-c", "import time; time.sleep(60)"], limit=1.0)
+        yield Part("hangs", [sys.executable, "-S", "-c", HANG], limit=5.0)
         yield Part("crashes", [sys.executable, "-S", "-c", "import os; os.abort()"], limit=60.0)
         yield Part("lies", [sys.executable, "-c", LIAR], limit=60.0, alone=True)
         yield self.part("small calls", "checks:small_calls", 60, {"op": "moga_gate"})
@@ -72,6 +83,8 @@ def test_a_run_with_a_part_that_hangs_one_that_crashes_and_one_that_lies(command
     assert {p["name"]: p["status"] for p in written["parts"]} == {
         "hangs": "HUNG", "crashes": "CRASHED", "lies": "WRONG", "small calls": "ok"
     }  # fmt: skip
+    (hangs,) = (p for p in written["parts"] if p["name"] == "hangs")
+    assert "line 7 in stuck" in hangs["output"]  # where it hangs
     (lies,) = (p for p in written["parts"] if p["name"] == "lies")
     timed = [(r["mode"], r["kind"]) for r in lies["results"] if "event_us" in r]
     assert timed == [(mode, kind) for mode in ("train", "forward") for kind in ("fused", "eager")]

@@ -43,6 +43,7 @@ def test_a_part_that_crashes_hangs_or_lies_costs_only_itself():
             part("hangs as it prepares", "time.sleep(60)", alone=True, preparation=0.5),
             part("hangs alone", "turn(); tell(a=1); time.sleep(60)", limit=0.5, alone=True),
             part("lies", 'tell(verdict="WRONG", detail="x: error 1"); tell(us=3)'),
+            part("lies and hangs", 'tell(verdict="WRONG", detail="x: error 2"); time.sleep(60)', limit=0.5),
             part("fails", 'tell(verdict="FAILED", detail="x: no kernel")'),
             part("raises", "tell(a=1); raise ValueError('bad')"),
             part("cannot", 'tell(verdict="skipped", detail="no tool")'),
@@ -55,8 +56,8 @@ def test_a_part_that_crashes_hangs_or_lies_costs_only_itself():
     statuses = {name: outcome.status for name, outcome in found.items()}
     assert statuses == {
         "crashes": "CRASHED", "hangs": "HUNG", "does not heed": "HUNG", "hangs as it prepares": "HUNG",
-        "hangs alone": "HUNG", "lies": "WRONG", "fails": "FAILED", "raises": "FAILED", "cannot": "skipped",
-        "garbles": "ok", "is fine": "ok", "is fine alone": "ok",
+        "hangs alone": "HUNG", "lies": "WRONG", "lies and hangs": "WRONG", "fails": "FAILED", "raises": "FAILED",
+        "cannot": "skipped", "garbles": "ok", "is fine": "ok", "is fine alone": "ok",
     }  # fmt: skip
     for name in ("crashes", "hangs", "does not heed", "hangs alone", "raises", "garbles"):
         assert found[name].results == [{"a": 1}]
