@@ -94,8 +94,16 @@ def _network_costs(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     yield ""
     yield f"{'networks, ms: ours | eager':20}{'step':>18}{'kernels':>18}{'host':>18}{'launches':>18}{'batch 1':>18}"
-    for name, *_ in found:
-        fused, eager = (rows.get((name, "train", kind), {}) for kind in ("fused", "eager"))
+
+    def steps(name: str) -> list[dict[str, Any]]:
+        return [rows.get((name, "train", kind), {}) for kind in ("fused", "eager")]
+
+    def faster(name: str) -> float:
+        fused, eager = (row.get("event_us", 0.0) for row in steps(name))
+        return eager / fused if fused else 0.0
+
+    for name in sorted((key[0] for key in found), key=faster):
+        fused, eager = steps(name)
         single = [rows.get((name, "batch 1", kind), {}) for kind in ("fused", "eager")]
         cells = [_milliseconds(fused, eager, what) for what in ("event_us", "kernels_us", "host_us")]
         cells += [_pair(fused, eager, "launches"), _milliseconds(*single, "latency_us")]
@@ -111,18 +119,31 @@ def _networks(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     if not rows:
         return
     yield ""
-    yield f"{'networks, images/s':28}" + "".join(f"{kind:>22}" for kind in KINDS)
-    for network, mode in dict.fromkeys(key[:2] for key in rows):
-        cells = []
-        for kind in KINDS:
-            row = rows.get((network, mode, kind))
-            cells.append(f"{row['images_per_s']:.0f} ({row['peak_bytes'] / 2**30:.1f} GiB)" if row else "-")
-        yield f"{network + ', ' + mode:28}" + "".join(f"{cell:>22}" for cell in cells)
+    yield f"{'networks, images/s':22}{'faster':>8}" + "".join(f"{kind:>22}" for kind in KINDS)
+    by_network = [
+        ({kind: rows.get((*key, kind)) for kind in KINDS}, *key) for key in dict.fromkeys(k[:2] for k in rows)
+    ]
+    for kinds, network, mode in sorted(by_network, key=lambda each: _faster(each[0]) or 0.0):
+        ratio = _faster(kinds)
+        cells = [
+            f"{row['images_per_s']:.0f} ({row['peak_bytes'] / 2**30:.1f} GiB)" if row else "-" for row in kinds.values()
+        ]
+        start = f"{network + ', ' + mode:22}" + (f"{ratio:8.2f}" if ratio else f"{'-':>8}")
+        yield start + "".join(f"{cell:>22}" for cell in cells)
     single = _merged([r for r in results if r.get("mode") == "batch 1" and "graph_us" in r], "network", "kind")
     for network in dict.fromkeys(key[0] for key in single):
         fused, eager = (single.get((network, kind), {}) for kind in ("fused", "eager"))
         graph, plain = _milliseconds(fused, eager, "graph_us"), _milliseconds(fused, eager, "latency_us")
-        yield f"{network + ', batch 1':28}replayed {graph} ms, launched {plain} ms (ours | eager)"
+        yield f"{network + ', batch 1':22}replayed {graph} ms, launched {plain} ms (ours | eager)"
+
+
+def _faster(kinds: dict[str, dict[str, Any] | None]) -> float | None:
+    """The best of ours over the best of the others."""
+    ours, theirs = (
+        max((row["images_per_s"] for kind, row in kinds.items() if row and ("fused" in kind) == fused), default=None)
+        for fused in (True, False)
+    )
+    return ours / theirs if ours and theirs else None
 
 
 def _tests(results: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -246,6 +246,20 @@ def test_the_worst_comes_first():
     assert [line.split()[0] for line in lines[-3:]] == ["bad", "fair", "good"]
 
 
+def test_networks_are_held_against_the_best_of_the_others():
+    speeds = {"good": (300, 200, 400, 100), "bad": (300, 400, 350, 500), "alone": (7, None, None, None)}
+    results = [
+        {"network": network, "kind": kind, "mode": "train", "images_per_s": speed, "peak_bytes": 1 << 30}
+        for network, values in speeds.items()
+        for kind, speed in zip(networks.KINDS, values, strict=True)
+        if speed
+    ]
+    lines = summary.screen("title", [Outcome("races", results=results)]).splitlines()
+    assert [line.split()[:3] for line in lines[-3:]] == [
+        ["alone,", "train", "-"], ["bad,", "train", "0.70"], ["good,", "train", "2.00"]
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["correct", "fast"])
 def test_a_whole_rehearsal(run, command_line, tmp_path):
