@@ -120,10 +120,8 @@ def _networks(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         return
     yield ""
     yield f"{'networks, images/s':22}{'faster':>8}" + "".join(f"{kind:>22}" for kind in KINDS)
-    by_network = [
-        ({kind: rows.get((*key, kind)) for kind in KINDS}, *key) for key in dict.fromkeys(k[:2] for k in rows)
-    ]
-    for kinds, network, mode in sorted(by_network, key=lambda each: _faster(each[0]) or 0.0):
+    by_network = {key[:2]: {kind: rows.get((*key[:2], kind)) for kind in KINDS} for key in rows}
+    for (network, mode), kinds in sorted(by_network.items(), key=lambda item: _faster(item[1]) or 0.0):
         ratio = _faster(kinds)
         cells = [
             f"{row['images_per_s']:.0f} ({row['peak_bytes'] / 2**30:.1f} GiB)" if row else "-" for row in kinds.values()
