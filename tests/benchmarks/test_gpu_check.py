@@ -185,6 +185,31 @@ def test_gpu_tests_are_counted(missing, tmp_path, monkeypatch):
     assert found["counts"] == {"passed": 1} and "verdict" not in found
 
 
+def interrupted(says):
+    def run(program, *, stdout, **options):
+        stdout.write(says)
+        stdout.flush()
+        raise KeyboardInterrupt
+
+    return run
+
+
+def test_tests_and_sanitizers_that_are_cut_off_tell_how_far_they_came(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_tool", lambda name: name)
+    progress = "[gw0] [ 20%] PASSED tests/test_a.py::test_b \n[gw1] [ 40%] PASSED tests/test_a.py::test_c \n"
+    cut_off = [
+        (lambda log: checks.gpu_tests(REHEARSAL, log, 2, []), progress, {"counts": {"passed": 2}}),
+        (lambda log: checks.sanitize(REHEARSAL, "memcheck", log), '@@ {"call": "x"}\n', {"calls": 1, "errors": []}),
+    ]
+    for part, says, expected in cut_off:
+        monkeypatch.setattr(checks.subprocess, "run", interrupted(says))
+        results = []
+        with pytest.raises(KeyboardInterrupt):
+            for result in part(str(tmp_path / "log")):
+                results.append(result)
+        assert len(results) == 1 and expected.items() <= results[0].items()
+
+
 def test_a_missing_tool_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(checks.shutil, "which", lambda *args, **options: None)
     with pytest.raises(Skip, match="compute-sanitizer is not installed"):
