@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import DTYPES, LAYOUTS, MODES, SECTIONS
+from benchmarks import DTYPES, LAYOUTS, MODES, RUNS
 
 REQUIRED = {"torch": "torch", "vision_ops": "-e .", "rich": "'vision-ops[bench]'"}
 
@@ -63,11 +63,12 @@ def add_ops(commands: argparse._SubParsersAction) -> None:
 
 
 def add_gpu_check(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("gpu-check", help="all that only a GPU can tell, most valuable first")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the results go, after every step")
-    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", default=420.0, help="default: 420")
-    parser.add_argument("--only", choices=SECTIONS, help="this section, with the whole budget")
-    parser.set_defaults(module="benchmarks.gpu_check", error=parser.error, threads=None)
+    parser = commands.add_parser("gpu-check", help="all that only a GPU can tell, in two runs of minutes")
+    parser.add_argument("--run", choices=RUNS, required=True, help="what is wrong and where time goes; how fast it is")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the results go, after every part")
+    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="default: 240, of a rehearsal 900")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small networks and batches")
+    parser.set_defaults(module="benchmarks.gpu_check.main", error=parser.error, threads=None)
 
 
 def prepare_environment(threads: int | None) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
+from benchmarks.costs import kernels, synchronize
 from benchmarks.measure import Step, Stopwatch
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -75,25 +75,25 @@ def dispatch(bench: Bench) -> dict[str, Any]:
     """CPU_US and GAP_US: microseconds of a small kernel, launched by the host and inside a CUDA graph."""
     x, count = torch.zeros(64, device=bench.device), 20 if bench.small else 1000
 
-    def kernels() -> None:
+    def launches() -> None:
         for _ in range(count):
             x.add_(1.0)
 
     def wall(step: Callable[[], object]) -> float:
         step()
-        _synchronize(bench.device)
+        synchronize(bench.device)
         start = time.perf_counter()
         step()
-        _synchronize(bench.device)
+        synchronize(bench.device)
         return (time.perf_counter() - start) / count * 1e6
 
-    bench.constants["CPU_US"] = wall(kernels)
+    bench.constants["CPU_US"] = wall(launches)
     if bench.device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kernels()
+            launches()
         bench.constants["GAP_US"] = wall(graph.replay)
-    return bench.keep("dispatch", kernels=count)
+    return bench.keep("dispatch", launches=count)
 
 
 def depthwise(bench: Bench) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def attention(bench: Bench) -> dict[str, Any]:
         found[f"N{tokens}"] = {
             "finite": all(bool(t.isfinite().all()) for t in step()),
             "seconds": bench.seconds(step),
-            "kernels": kernel_names(step, bench.device),
+            "kernels": kernels(step, bench.device, most=8)["kernels"],
         }
     return bench.keep("attention", **found)
 
@@ -170,25 +170,6 @@ def _attention_step(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Callable[[
         return (y, *torch.autograd.grad(y.float().square().sum(), (q, k, v, bias)))
 
     return step
-
-
-def kernel_names(step: Step, device: str) -> dict[str, float]:
-    """Microseconds of every kernel of a call on a GPU, of every operator on a CPU; the longest first."""
-    kind = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[ProfilerActivity.CPU, kind] if device == "cuda" else [kind]) as profiler:
-        step()
-        _synchronize(device)
-    spent = {}
-    for event in profiler.key_averages():
-        micros = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if micros > 0:
-            spent[event.key] = round(micros, 1)
-    return dict(sorted(spent.items(), key=lambda item: -item[1])[:24])
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], dict[str, Any]]] = {

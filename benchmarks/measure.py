@@ -92,8 +92,7 @@ class Stopwatch:
 
     def __init__(self, device: str) -> None:
         self._seconds = self._on_cuda if device == "cuda" else self._on_cpu
-        if device == "cuda":
-            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._flush: torch.Tensor | None = None
 
     def seconds(self, step: Step, repeats: int = 1) -> float:
         return self._seconds(step, repeats)
@@ -112,6 +111,8 @@ class Stopwatch:
 
     def _on_cuda(self, step: Step, repeats: int) -> float:
         """Every call finds a cold L2, and the flush before it hides the time the host takes to enqueue it."""
+        if self._flush is None:
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
         marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         for start, end in marks:
             self._flush.zero_()

@@ -1,112 +1,115 @@
-"""Whole networks: forward and a training step, with our ops, without, and compiled."""
+"""Whole networks in bfloat16 autocast and channels_last: forward and training step, with our ops, without, compiled."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.calibration import kernel_names
-from benchmarks.measure import Quartiles, Ratio, Rule, Stopwatch, Times, interleave, peak_bytes
+from benchmarks.costs import when_memory_allows
+from benchmarks.measure import Quartiles, Rule, Step, Stopwatch, Times, interleave, peak_bytes
+from benchmarks.providers import COMPILERS
+from vision_ops import models
+
+MODES = ("train", "forward")
+# How a network is built, and whether torch.compile gets it.
+KINDS = {
+    "fused": (True, False),
+    "eager": (False, False),
+    "compile(fused)": (True, True),
+    "compile(reference)": (False, True),
+}
 
 
 @dataclass(frozen=True)
 class Network:
     variant: str
     image: int
-    block: str  # the class of the block whose compiled kernels are listed
+    small: Mapping[str, Any]  # constructor arguments of a rehearsal: narrow, with a block of each kind
+    small_image: int = 64
 
 
+ONE_EACH, NARROW = (1, 1, 1, 1), (16, 32, 48, 64)
 NETWORKS = {
-    "MogaNet": Network("moganet_tiny", 224, "MogaBlock"),
-    "HorNet": Network("hornet_tiny_7x7", 224, "HorBlock"),
-    "EdgeNeXt": Network("edgenext_small", 256, "SDTAEncoder"),
-    "S2-MLPv2": Network("s2mlpv2_small_7", 224, "S2Block"),
-    "MOAT": Network("tiny_moat_0", 224, "MOATBlock"),
+    "HorNet-T": Network("hornet_tiny_7x7", 224, {"depths": ONE_EACH, "base_dim": 16}),
+    "EdgeNeXt-S": Network("edgenext_small", 256, {"depths": (1, 2, 2, 2), "dims": NARROW}),
+    "MogaNet-T": Network("moganet_tiny", 224, {"depths": ONE_EACH, "embed_dims": NARROW}),
+    "MogaNet-S": Network("moganet_small", 224, {"depths": ONE_EACH, "embed_dims": NARROW}),
+    "S2-MLPv2-S": Network("s2mlpv2_small_7", 224, {"depth": (1, 1), "d_model": (16, 32)}, small_image=56),
+    "MOAT-0": Network("moat_0", 224, {"depths": ONE_EACH, "stem": 16, "dims": (16, 32, 64, 64)}),
 }
 
 
 @dataclass(frozen=True)
 class Scale:
-    device: str
-    batch: int = 64
-    image: int | None = None  # instead of the network's own size
-    seconds: float = 2.0
+    """`compiler` is a key of COMPILERS; `small` networks and images are for a rehearsal on a CPU."""
 
-    def images(self, network: Network) -> Tensor:
-        size = self.image or network.image
-        x = torch.randn(self.batch, 3, size, size, device=self.device)
+    device: str
+    batch: int = 128
+    rounds: int = 10
+    small: bool = False
+    compiler: str = "compile"
+
+    def images(self, network: Network, batch: int | None = None) -> Tensor:
+        size = network.small_image if self.small else network.image
+        x = torch.randn(batch or self.batch, 3, size, size, device=self.device)
         return x.contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device, dtype=torch.bfloat16)
 
 
-def compare(name: str, compiled: bool, scale: Scale) -> dict[str, Any]:
-    """Seconds of forward and training step, bfloat16 autocast, channels_last; `compiled` holds ours against that."""
-    torch._dynamo.reset()
-    network = NETWORKS[name]
-    x, found = scale.images(network), {}
-    peer = "compile" if compiled else "eager"
-    nets = {"fused": build(network, scale, fused=True), peer: build(network, scale, fused=False)}
-    nets[peer].load_state_dict(nets["fused"].state_dict())
-    for mode, make in (("forward", forward_step), ("train", train_step)):
-        steps = {kind: make(net, x, scale, kind == "compile") for kind, net in nets.items()}
-        stopwatch = Stopwatch(scale.device)
-        samplers = {kind: stopwatch.sampler(step) for kind, step in steps.items()}
-
-        def ratios(times: Times) -> list[Ratio]:
-            return [Ratio.of(times, "fused", [peer])]
-
-        times = interleave(samplers, ratios, Rule(scale.seconds, rounds=8))
-        found[mode] = {
-            "images_per_s": {kind: scale.batch / Quartiles.of(values).median for kind, values in times.items()},
-            "times_faster": vars(ratios(times)[0].ratio),
-            "peak_bytes": {kind: peak_bytes(step, scale.device) for kind, step in steps.items()},
-        }
-    return found
-
-
 def build(network: Network, scale: Scale, fused: bool) -> nn.Module:
+    """With the same weights whether fused or not."""
     torch.manual_seed(0)
-    net = _models().create_model(network.variant, fused=fused, drop_path_rate=0.0)
+    arguments = network.small if scale.small else {}
+    net = models.create_model(network.variant, fused=fused, drop_path_rate=0.0, **arguments)
     return net.to(scale.device, memory_format=torch.channels_last)
 
 
-def _models() -> ModuleType:
-    try:
-        return importlib.import_module("vision_ops.models")
-    except ModuleNotFoundError as error:
-        raise RuntimeError("this vision_ops has no models") from error
+def disagreement(fused: nn.Module, eager: nn.Module, x: Tensor, scale: Scale) -> str | None:
+    """What the fused network gets wrong under autocast, in evaluation mode: its logits and its first gradient.
+
+    Errors are ‖a − b‖ / ‖b‖ against float32; twice that of eager is allowed, and a floor.
+    """
+
+    def results(net: nn.Module, autocast: bool) -> tuple[Tensor, Tensor]:
+        net.eval()
+        with torch.autocast(scale.device, dtype=torch.bfloat16, enabled=autocast):
+            logits = net(x).float()
+        return logits.detach(), torch.autograd.grad(logits.square().mean(), next(net.parameters()))[0]
+
+    complaints = []
+    both = results(fused, True), results(eager, True), results(eager, False)
+    for what, ours, theirs, exact in zip(("logits", "first gradient"), *both, strict=True):
+        error, of_eager = (((t - exact).norm() / exact.norm()).item() for t in (ours, theirs))
+        if not error <= 2 * of_eager + 1e-2:  # a NaN fails too
+            complaints.append(f"{what} off by {error:.1e}, eager by {of_eager:.1e}")
+    return "; ".join(complaints) or None
 
 
-def forward_step(net: nn.Module, x: Tensor, scale: Scale, compiled: bool) -> Callable[[], object]:
-    run = _compiled(net, scale) if compiled else net
+def forward_step(net: nn.Module, x: Tensor, scale: Scale) -> Step:
+    """The caller puts the network into evaluation mode: that takes the host longer than many a launch."""
 
     def step() -> Tensor:
-        net.eval()
         with torch.no_grad(), scale.autocast():
-            return run(x)
+            return net(x)
 
     return step
 
 
-def train_step(net: nn.Module, x: Tensor, scale: Scale, compiled: bool) -> Callable[[], object]:
-    run = _compiled(net, scale) if compiled else net
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=scale.device == "cuda")
+def train_step(net: nn.Module, x: Tensor, scale: Scale) -> Step:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     target = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
     def step() -> Tensor:
-        net.train()
         optimizer.zero_grad(set_to_none=True)
         with scale.autocast():
-            loss = nn.functional.cross_entropy(run(x).float(), target)
+            loss = nn.functional.cross_entropy(net(x).float(), target)
         loss.backward()
         optimizer.step()
         return loss
@@ -114,29 +117,46 @@ def train_step(net: nn.Module, x: Tensor, scale: Scale, compiled: bool) -> Calla
     return step
 
 
-def _compiled(net: nn.Module, scale: Scale) -> Callable[[Tensor], Tensor]:
-    return torch.compile(net, mode="max-autotune-no-cudagraphs" if scale.device == "cuda" else None)
+@dataclass
+class Contest:
+    """Several kinds of a network. Its first calls, which compile, are apart from what is timed."""
 
+    name: str
+    kinds: Sequence[str]
+    scale: Scale
+    nets: dict[str, nn.Module] = field(default_factory=dict)
+    steps: dict[str, dict[str, Step]] = field(default_factory=dict)
 
-def block_kernels(name: str, scale: Scale) -> dict[str, Any]:
-    """What torch.compile makes of one block of the network, forward and backward: its kernels and their times."""
-    torch._dynamo.reset()
-    network = NETWORKS[name]
-    net = build(network, scale, fused=False)
-    block = next(module for module in net.modules() if type(module).__name__ == network.block)
-    inputs: list[tuple[Any, ...]] = []
-    handle = block.register_forward_pre_hook(lambda module, args: inputs.append(args))
-    with torch.no_grad(), scale.autocast():
-        net(scale.images(network))
-    handle.remove()
-    args = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in inputs[0])
-    run = torch.compile(block)
+    def prepare(self) -> None:
+        network = NETWORKS[self.name]
+        x = self.scale.images(network)
+        for kind in self.kinds:
+            fused, compiled = KINDS[kind]
+            net = build(network, self.scale, fused)
+            if compiled:
+                net = torch.compile(net, dynamic=False, **COMPILERS[self.scale.compiler])
+            self.nets[kind] = net
+            self.steps[kind] = {"train": train_step(net, x, self.scale), "forward": forward_step(net, x, self.scale)}
+            for mode in MODES:
+                self.enter(mode)
+                when_memory_allows(self.steps[kind][mode])
 
-    def step() -> None:
-        with scale.autocast():
-            y = run(*args)
-        y.float().square().sum().backward()
+    def enter(self, mode: str) -> None:
+        for net in self.nets.values():
+            net.train(mode == "train")
 
-    step()
-    shapes = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
-    return {"block": network.block, "inputs": shapes, "kernels_us": kernel_names(step, scale.device)}
+    def time(self, mode: str) -> dict[str, dict[str, float]]:
+        """Milliseconds, images per second and peak memory of every kind."""
+        self.enter(mode)
+        stopwatch = Stopwatch(self.scale.device)
+        steps = {kind: self.steps[kind][mode] for kind in self.kinds}
+        samplers = {kind: stopwatch.sampler(step) for kind, step in steps.items()}
+        times: Times = interleave(samplers, lambda times: [], Rule(0.0, self.scale.rounds))
+        return {kind: self._facts(Quartiles.of(times[kind]).median, step) for kind, step in steps.items()}
+
+    def _facts(self, seconds: float, step: Callable[[], object]) -> dict[str, float]:
+        return {
+            "ms": seconds * 1e3,
+            "images_per_s": self.scale.batch / seconds,
+            "peak_bytes": peak_bytes(step, self.scale.device),
+        }

@@ -18,7 +18,7 @@ from torch._inductor import config as inductor
 from benchmarks import machine, table
 from benchmarks.cases import OPS, Op, Setting
 from benchmarks.measure import Rule, Stopwatch
-from benchmarks.providers import PEERS
+from benchmarks.providers import COMPILERS, PEERS
 from benchmarks.race import Plan, Race
 from benchmarks.report import Report
 
@@ -97,7 +97,7 @@ def _measure(args: argparse.Namespace, report: Report, console: Console) -> None
                 tell("rates of the machine")
                 plans[dtype] = _plan(args, dtype, stopwatch)
                 report.rates[dtype] = asdict(plans[dtype].rates)
-            report.results += Race(op, case, _peers(op, args.quick), plans[dtype]).run(tell)
+            report.results += Race(op, case, _peers(op, args), plans[dtype]).run(tell)
             progress.advance(bar)
             if args.out:
                 report.write(args.out)
@@ -115,9 +115,11 @@ def _cases(args: argparse.Namespace, name: str) -> Sequence[str]:
     return [case for case in (op.quick if args.quick else op.cases) if case.startswith(wanted)]
 
 
-def _peers(op: Op, quick: bool) -> Sequence[str]:
-    peers = [peer for peer in PEERS if peer != "compile" or op.compile_in_quick or not quick]
-    return peers if quick else [*peers, *op.others]
+def _peers(op: Op, args: argparse.Namespace) -> Sequence[str]:
+    peers = PEERS[args.device]
+    if not args.quick:
+        return [*peers, *op.others]
+    return [peer for peer in peers if peer not in COMPILERS or op.compile_in_quick]
 
 
 def _draw(report: Report, folder: Path, console: Console) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Op, Problem
 
-PEERS = ("eager", "compile")
+PEERS = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "max-autotune")}
+# Peers made by torch.compile, with its options. "aot_eager" traces as "compile" does, and then compiles nothing.
+COMPILERS: dict[str, dict[str, Any]] = {
+    "compile": {},
+    "max-autotune": {"mode": "max-autotune-no-cudagraphs"},
+    "aot_eager": {"backend": "aot_eager"},
+}
+CUDNN = "eager-cudnn"  # with cuDNN's kernels for contiguous depthwise convolutions, which PyTorch does not take itself
 
 
 @dataclass
@@ -28,21 +38,25 @@ def line_up(kinds: Sequence[str], layouts: Sequence[str]) -> list[Provider]:
     return [Provider(kind, layout) for kind in kinds for layout in layouts]
 
 
-def compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+def has_cudnn_depthwise() -> bool:
+    """PyTorch 2.13 and later let the caller choose."""
+    return "depthwise_kernel" in inspect.signature(torch.backends.cudnn.flags).parameters
+
+
+def compiled(function: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:
     def call(*args, **options):
         return function(*args, **options)
 
     # Dynamo keeps its graphs with the code object: on a shared one, every call would go through the others' guards.
     own = types.FunctionType(call.__code__.replace(), globals(), "call", None, call.__closure__)
-    mode = "max-autotune-no-cudagraphs" if device == "cuda" else None
-    return torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(own, fullgraph=True, dynamic=False, **COMPILERS[kind])
 
 
 def make_step(kind: str, op: Op, problem: Problem, grad_output: Tensor, mode: str) -> Callable[[], tuple[Tensor, ...]]:
     """A call that returns the output and, in mode "train", the gradients of problem.inputs."""
     function = op.fused if kind == "fused" else op.others.get(kind, op.reference)
-    if kind == "compile":
-        function = compiled(function, grad_output.device.type)
+    if kind in COMPILERS:
+        function = compiled(function, kind)
     args, options, inputs = problem.args, problem.options, problem.inputs
 
     def forward() -> tuple[Tensor, ...]:
@@ -53,4 +67,16 @@ def make_step(kind: str, op: Op, problem: Problem, grad_output: Tensor, mode: st
         output = function(*args, **options)
         return (output, *torch.autograd.grad(output, inputs, grad_output))
 
-    return train if mode == "train" else forward
+    step = train if mode == "train" else forward
+    return _on_cudnn(step) if kind == CUDNN else step
+
+
+def _on_cudnn(step: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    @functools.wraps(step)
+    def run() -> tuple[Tensor, ...]:
+        cudnn = torch.backends.cudnn
+        kept = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+        with cudnn.flags(enabled=True, depthwise_kernel="cudnn", **kept):
+            return step()
+
+    return run

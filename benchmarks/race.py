@@ -23,14 +23,14 @@ from benchmarks.measure import (
     peak_bytes,
     saved_bytes,
 )
-from benchmarks.providers import Provider, line_up, make_step
+from benchmarks.providers import COMPILERS, Provider, line_up, make_step
 from benchmarks.report import CaseResult, ProviderResult
 from benchmarks.verify import complaints
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What holds for all cases of a run."""
+    """What holds for all cases of a run. time_wrong: a wrong op is timed all the same, and stays "WRONG"."""
 
     setting: Setting
     layouts: Sequence[str]
@@ -38,6 +38,7 @@ class Plan:
     rule: Rule
     stopwatch: Stopwatch
     rates: Rates
+    time_wrong: bool = False
 
 
 class Race:
@@ -49,30 +50,51 @@ class Race:
         self.problems = {layout: op.problem(case, replace(plan.setting, layout=layout)) for layout in plan.layouts}
         self.grad_outputs = self._make_grad_outputs()
 
+        self._results = [self._blank_result(mode) for mode in plan.modes]
+        self._unfinished: list[CaseResult] = []
+        self._steps: dict[str, dict[str, Step]] = {}
+
     def run(self, tell: Callable[[str], None]) -> list[CaseResult]:
         """A result for every mode. `tell` hears what the race is at."""
+        self.prepare(tell)
+        return self.time(tell)
+
+    def prepare(self, tell: Callable[[str], None]) -> list[CaseResult]:
+        """The verdict and all first calls, which compile: another process may use the device meanwhile."""
         torch._dynamo.reset()
-        results = [self._blank_result(mode) for mode in self.plan.modes]
-        unfinished = list(results)
+        results = self._results
         try:
             tell("checking")
             for result in results:
                 self._explain(result)
-            steps = {result.mode: self._first_calls(result, self.fused) for result in results}
+            self._steps = {result.mode: self._first_calls(result, self.fused) for result in results}
             wrong = self._wrong()
             if wrong:
                 _spoil(results, "WRONG", "; ".join(wrong))
-                return results
+                if not self.plan.time_wrong:
+                    return results
             for result in results:
                 tell(f"{result.mode}, first calls")
-                steps[result.mode].update(self._first_calls(result, self.peers))
-                tell(f"{result.mode}, timing")
-                self._time(result, steps.pop(result.mode))
-                unfinished.remove(result)
+                self._steps[result.mode].update(self._first_calls(result, self.peers))
         except Exception as error:
-            # One case that cannot run is no reason to lose the others; the exit status tells.
-            _spoil(unfinished, "FAILED", _one_line(error))
+            _spoil(results, "FAILED", _one_line(error))
+        else:
+            self._unfinished = list(results)
         return results
+
+    def time(self, tell: Callable[[str], None]) -> list[CaseResult]:
+        """The results; only after `prepare`."""
+        while self._unfinished:
+            result = self._unfinished[0]
+            tell(f"{result.mode}, timing")
+            try:
+                self._time(result, self._steps.pop(result.mode))
+            except Exception as error:
+                # One case that cannot run is no reason to lose the others; the exit status tells.
+                _spoil(self._unfinished, "FAILED", _one_line(error))
+                break
+            self._unfinished.pop(0)
+        return self._results
 
     def _make_grad_outputs(self) -> dict[str, Tensor]:
         """The same values for every layout, as the output lies in memory there."""
@@ -127,7 +149,7 @@ class Race:
             try:
                 entry.first_call_s = first_call(step, self.plan.setting.device)
             except Exception as error:
-                if provider.kind != "compile":
+                if provider.kind not in COMPILERS:
                     raise
                 entry.error = _one_line(error)
             else:
@@ -176,7 +198,8 @@ class Race:
 
 def _spoil(results: list[CaseResult], status: str, detail: str) -> None:
     for result in results:
-        result.status, result.detail = status, detail
+        if result.status == "ok":
+            result.status, result.detail = status, detail
 
 
 def _one_line(error: Exception) -> str:

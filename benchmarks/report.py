@@ -31,7 +31,7 @@ class ProviderResult(Provider):
 
 @dataclass
 class CaseResult:
-    """One case in one mode. `status` is "ok", "WRONG" (not timed) or "FAILED" (raised); `detail` says why.
+    """One case in one mode. `status` is "ok", "WRONG" (timed in gpu-check) or "FAILED" (raised); `detail` says why.
 
     `slower` holds the reasons for which backend "auto" would leave this case to the reference.
     """

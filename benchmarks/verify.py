@@ -1,4 +1,4 @@
-"""No op is timed whose result is wrong: its error may be twice that of eager PyTorch in the same dtype."""
+"""Whether a result is right: its error may be twice that of eager PyTorch in the same dtype."""
 
 from __future__ import annotations
 

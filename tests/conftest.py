@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vision_ops.ops import _registration
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "kernels")]  # for `harness` and `interpreter`
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # for `interpreter`
+sys.path.insert(0, str(Path(__file__).parent))  # for `harness`
 
 import unwritten
 

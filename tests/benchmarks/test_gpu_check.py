@@ -1,70 +1,65 @@
 import json
 import os
 import sys
-import time
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import SECTIONS, calibration, cases, gpu_check, networks, small_calls
 from benchmarks import __main__ as cli
-from benchmarks.gpu_check import Check, Skip, Step
-from benchmarks.shapes import DWConvShape
+from benchmarks import cases, networks, small_calls
+from benchmarks.gpu_check import checks, main, parts, summary
+from benchmarks.gpu_check.protocol import Skip
+from benchmarks.gpu_check.runner import Outcome, Part
+from benchmarks.gpu_check.scale import REHEARSAL
 from vision_ops import models, reference
 
-
-class FakeClock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-    def spend(self, seconds):
-        return lambda left: setattr(self, "now", self.now + seconds)
+HANG = """
+import sys, time, types
+sys.path.insert(0, ".")
+sys.modules["benchmarks.gpu_check.scale"] = types.SimpleNamespace(GPU=None, REHEARSAL=None)  # which imports torch
+from benchmarks.gpu_check import worker
+def stuck(scale):
+    time.sleep(60)
+    yield {}
+sys.modules["benchmarks.gpu_check.stuck"] = types.SimpleNamespace(part=stuck)
+worker.main("stuck:part", "{}")
+"""
+LIAR = """
+import sys
+from benchmarks import cases
+from benchmarks.gpu_check import worker
+from benchmarks.shapes import DWConvShape
+from vision_ops import reference
+def lie(*args, **options): return reference.dwconv(*args, **options) * 1.01
+shapes = {"tiny": DWConvShape(8, 6, 3)}
+cases.OPS["dwconv"] = cases.Op("dwconv", lie, reference.dwconv, shapes, cases.build_dwconv, quick=("tiny",))
+sys.exit(worker.main("timings:op_costs", '{"op": "dwconv", "cases": ["tiny"]}', "--rehearse"))
+"""
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """Two ops, one of them wrong, at a size that a CPU runs in no time."""
-
-    def wrong(*args, **options):
-        return reference.dwconv(*args, **options) * 1.01
-
-    def op(name, fused):
-        shapes = {"tiny": DWConvShape(8, 6, 3), "other": DWConvShape(8, 6, 5)}
-        return cases.Op("dwconv", fused, reference.dwconv, shapes, cases.build_dwconv, quick=("tiny",))
-
-    ops = {"right": op("right", reference.dwconv), "wrong": op("wrong", wrong)}
-    monkeypatch.setattr(gpu_check, "OPS", ops)
-    monkeypatch.setattr(gpu_check, "FIRST_CASES", (("right", "tiny"), ("wrong", "other")))
-    return ops
-
-
-def read(folder, name="gpu-check.json"):
-    return json.loads((folder / name).read_text())
-
-
-def statuses(folder):
-    return {step["name"]: step["status"] for step in read(folder)["steps"]}
-
-
-def test_without_a_gpu_one_line_says_so(monkeypatch, capsys, tmp_path):
+def command_line(monkeypatch):
+    """Without what it would change in this process."""
     monkeypatch.setattr(cli, "prepare_environment", lambda threads: None)
+
+
+def test_without_a_gpu_one_line_says_so(command_line, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["gpu-check", "--out", str(tmp_path / "out")]) == gpu_check.NO_GPU == 3
-    assert capsys.readouterr().err == "gpu-check needs an NVIDIA GPU, and this torch sees none.\n"
+    assert cli.main(["gpu-check", "--run", "correct", "--out", str(tmp_path / "out")]) == main.NO_GPU == 3
+    assert capsys.readouterr().err == (
+        "gpu-check needs an NVIDIA GPU, and this torch sees none; --rehearse runs it on a CPU.\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the following arguments are required: --out"),
-        (["--out", "x", "--only", "compile"], "argument --only: invalid choice: 'compile'"),
-        (["--out", "x", "--budget", "0"], "argument --budget: '0' is not a positive float"),
+        (["--run", "fast"], "the following arguments are required: --out"),
+        (["--out", "x"], "the following arguments are required: --run"),
+        (["--out", "x", "--run", "slow"], "argument --run: invalid choice: 'slow'"),
+        (["--out", "x", "--run", "fast", "--budget", "0"], "argument --budget: '0' is not a positive float"),
     ],
 )
 def test_bad_arguments_exit_with_2(words, message, capsys):
@@ -73,85 +68,93 @@ def test_bad_arguments_exit_with_2(words, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_order_is_by_value_and_compile_is_last(tmp_path):
-    steps = list(gpu_check.all_steps(tmp_path, "cpu"))
-    names = [step.name for step in steps]
-    first = ["import and build info", *(f"calls of {op}" for op in cases.OPS), "pytest -m gpu"]
-    assert names[: len(first)] == first
-    assert names[len(first)] == "multi_order_dwconv MogaNet-S.1 against eager"
-    compiled = [i for i, name in enumerate(names) if "compile" in name]
-    assert compiled == list(range(compiled[0], len(names)))
-    assert names.index("racecheck") < names.index("memcheck") < compiled[0]
-    # Later steps may start later: nothing is cut off before what comes before it.
-    limits = [step.until for step in steps]
-    assert limits == sorted(limits) and limits[-1] == 1.0
+def test_a_run_with_a_part_that_hangs_one_that_crashes_and_one_that_lies(command_line, monkeypatch, tmp_path, capsys):
+    def correct(self):
+        yield Part("hangs", [sys.executable, "-S", "-c", HANG], limit=5.0)
+        yield Part("crashes", [sys.executable, "-S", "-c", "import os; os.abort()"], limit=60.0)
+        yield Part("lies", [sys.executable, "-c", LIAR], limit=60.0, alone=True)
+        yield self.part("small calls", "checks:small_calls", 60, {"op": "moga_gate"})
+
+    monkeypatch.setattr(parts.Run, "correct", correct)
+    words = ["--run", "correct", "--rehearse", "--budget", "240", "--out", str(tmp_path)]
+    assert cli.main(["gpu-check", *words]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"correct.json", "correct.txt"}
+    written = json.loads((tmp_path / "correct.json").read_text())
+    assert {p["name"]: p["status"] for p in written["parts"]} == {
+        "hangs": "HUNG", "crashes": "CRASHED", "lies": "WRONG", "small calls": "ok"
+    }  # fmt: skip
+    (hangs,) = (p for p in written["parts"] if p["name"] == "hangs")
+    assert "line 7 in stuck" in hangs["output"]  # where it hangs
+    (lies,) = (p for p in written["parts"] if p["name"] == "lies")
+    timed = [(r["mode"], r["kind"]) for r in lies["results"] if "event_us" in r]
+    assert timed == [(mode, kind) for mode in ("train", "forward") for kind in ("fused", "eager")]
+    text = (tmp_path / "correct.txt").read_text()
+    assert text in capsys.readouterr().out
+    lines = text.splitlines()
+    assert lines[1] == "parts: 1 WRONG, 1 CRASHED, 1 HUNG, 1 ok"
+    assert [line.split()[0] for line in lines[2:5]] == ["WRONG", "CRASHED", "HUNG"]
+    assert any(line.startswith("WRONG dwconv tiny") for line in lines[5:])
 
 
-def test_one_section_has_the_whole_budget(tmp_path):
-    for section in SECTIONS:
-        steps = gpu_check.chosen(gpu_check.all_steps(tmp_path, "cpu"), section)
-        assert steps and {(step.section, step.until) for step in steps} == {(section, 1.0)}
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_both_runs_have_every_op_and_network(rehearse, tmp_path):
+    run = parts.Run(tmp_path, rehearse, cores=16)
+    for every in (list(run.correct()), list(run.fast())):
+        assert len({part.name for part in every}) == len(every)
+        words = [" ".join(part.command) for part in every]
+        assert all(any(name in text for text in words) for name in (*cases.OPS, *networks.NETWORKS))
+        assert all(("--rehearse" in part.command) == rehearse for part in every)
+        # What is timed is alone, and what is not timed is not.
+        assert all(part.alone == part.command[3].startswith("timings:") for part in every)
+    logs = {json.loads(part.command[4]).get("log") for part in run.correct()} - {None}
+    assert len(logs) + 2 * 2 <= 8  # with the JSON and the summary of both runs
 
 
-def test_first_cases_and_networks_exist():
-    assert all(case in cases.OPS[op].cases for op, case in gpu_check.FIRST_CASES)
+def test_the_most_valuable_is_first(tmp_path):
+    names = [part.name for part in parts.Run(tmp_path, False, 16).fast()]
+    assert names[:2] == ["HorNet-T, fused and eager", "HorNet-T, compile(fused)"]
+    first = {op: names.index(f"{op} {cases[0]}") for op, cases in parts.CASES.items()}
+    assert max(first.values()) < names.index("MogaNet-T, fused and eager") < names.index("dwconv EdgeNeXt-S.4")
+    tuned = [name.endswith("max-autotune") for name in names]
+    assert tuned == sorted(tuned)
+    assert small_calls.DTYPES[0] == torch.bfloat16
+
+
+def test_cases_and_networks_exist():
+    assert set(parts.CASES) == set(cases.OPS)
+    assert all(case in cases.OPS[op].cases for op, chosen in parts.CASES.items() for case in chosen)
+    assert set(parts.DEPTHWISE) <= set(cases.OPS) and set(parts.FIRST_NETWORKS) <= set(networks.NETWORKS)
     for network in networks.NETWORKS.values():
         assert models.list_models(network.variant) == [network.variant]
 
 
-def test_the_budget_is_kept(tmp_path):
-    clock = FakeClock()
-    check = Check(tmp_path, budget=100.0, clock=clock)
-    steps = [
-        Step("build", "first", clock.spend(30), until=0.2),
-        Step("build", "late", clock.spend(30), until=0.2),
-        Step("test", "second", clock.spend(60), until=0.5),
-        Step("ops", "third", clock.spend(50)),
-        Step("ops", "too late", clock.spend(1)),
-    ]
-    assert check.run(steps) == 0
-    assert statuses(tmp_path) == {
-        "first": "ok", "late": "skipped", "second": "ok", "third": "ok", "too late": "skipped"
-    }  # fmt: skip
+def test_facts_name_what_every_op_runs():
+    found = list(checks.facts(REHEARSAL))
+    assert set(found[1]["tools"]) == set(checks.TOOLS)
+    assert [result["op"] for result in found[2:]] == list(cases.OPS)
+    assert not any("verdict" in result for result in found)
+    json.dumps(found)
 
 
-def test_a_step_hears_how_long_it_may_take(tmp_path):
-    clock, heard = FakeClock(), []
-    steps = [Step("build", "a", clock.spend(10)), Step("test", "b", heard.append, until=0.5)]
-    Check(tmp_path, budget=100.0, clock=clock).run(steps)
-    assert heard == [40.0]
+def broken(name):
+    def call(*args, **options):
+        if name == "raises":
+            raise RuntimeError("a CUDA error that sticks")
+        return reference.dwconv(*args, **options) * (1.01 if name == "lies" else 1.0)
+
+    return call
 
 
-def test_failures_and_skips_are_told_and_stop_nothing(tmp_path, capsys):
-    def fail(left):
-        raise RuntimeError("a wrong number")
-
-    def skip(left):
-        raise Skip("no such program")
-
-    steps = [Step("build", "bad", fail), Step("sanitize", "absent", skip), Step("ops", "good", lambda left: {"us": 1})]
-    assert Check(tmp_path, 100.0, facts={"commit": "abc"}).run(steps) == 1
-    bad, absent, good = read(tmp_path)["steps"]
-    assert (bad["status"], bad["detail"]) == ("FAILED", "RuntimeError: a wrong number")
-    assert (absent["status"], absent["detail"]) == ("skipped", "no such program")
-    assert good["result"] == {"us": 1} and read(tmp_path)["commit"] == "abc"
-    assert "bad: FAILED: RuntimeError: a wrong number" in capsys.readouterr().out
-
-
-def test_a_killed_run_leaves_what_it_had(tmp_path):
-    def killed(left):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Check(tmp_path, 100.0).run([Step("build", "done", lambda left: 1), Step("ops", "killed", killed)])
-    assert statuses(tmp_path) == {"done": "ok"}
-
-
-def test_small_calls_of_a_right_op_and_a_wrong_one(tiny):
-    for name, expected in (("right", False), ("wrong", True)):
-        problems = small_calls.problems(tiny[name], "cpu", (torch.float32,))
-        found = [small_calls.call(tiny[name], problem) for _, problem in problems]
-        assert [text is not None for text in found] == [expected] * 2
+@pytest.mark.parametrize(
+    ("name", "verdicts"), [("right", [None] * 2), ("lies", ["WRONG"] * 2), ("raises", ["FAILED"] * 2)]
+)
+def test_small_calls_tell_right_from_wrong(name, verdicts, monkeypatch):
+    shapes = {"tiny": cases.shapes.DWConvShape(8, 6, 3)}
+    op = cases.Op("dwconv", broken(name), reference.dwconv, shapes, cases.build_dwconv, quick=("tiny",))
+    monkeypatch.setitem(cases.OPS, "dwconv", op)
+    monkeypatch.setattr(small_calls, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert [result.get("verdict") for result in checks.small_calls(REHEARSAL, "dwconv")] == verdicts
 
 
 def test_small_calls_leave_out_the_float64_that_an_op_leaves_to_pytorch():
@@ -166,123 +169,126 @@ def test_small_calls_leave_out_the_float64_that_an_op_leaves_to_pytorch():
     assert dtypes("xca") == dtypes("cross_covariance") == set(every) - {torch.float64}
 
 
-def test_small_calls_in_their_own_process():
-    calls = gpu_check.small_calls("layer_norm_2d", "cpu", 120.0)
-    assert len(calls) == len(cases.OPS["layer_norm_2d"].quick) * 4 * 2
-    assert all(call["wrong"] is None for call in calls)
-    done = gpu_check.run_limited(
-        [sys.executable, "-m", "benchmarks.small_calls", "--device", "cpu", "--bare", "--op", "layer_norm_2d"], 120.0
-    )
-    assert done.code == 0 and done.output.count('"call"') == len(calls) // 2
+@pytest.mark.parametrize("missing", [None, "xdist"])
+def test_gpu_tests_are_counted(missing, tmp_path, monkeypatch):
+    find = checks.importlib.util.find_spec
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    path, log = tmp_path / "test_some.py", tmp_path / "tests.txt"
+    path.write_text("def test_one(): pass\ndef test_two(): assert False\n")
+    (found,) = checks.gpu_tests(REHEARSAL, str(log), processes=1, select=(str(path),))
+    assert found["counts"] == {"passed": 1, "failed": 1}
+    assert found["verdict"] == "FAILED" and "1 failed, 1 passed" in found["detail"] and "test_two" in found["detail"]
+    if missing is None:
+        return
+    path.write_text("def test_one(): pass\n")
+    (found,) = checks.gpu_tests(REHEARSAL, str(log), processes=1, select=(str(path),))
+    assert found["counts"] == {"passed": 1} and "verdict" not in found
 
 
-def test_a_process_that_crashes_or_hangs_costs_only_itself(tmp_path):
-    crashed = gpu_check.run_limited([sys.executable, "-c", "import os; print('before', flush=True); os.abort()"], 60.0)
-    assert crashed.code != 0 and crashed.output.startswith("before") and "exit status" in crashed.why
-    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('wrote its results')"
-    start = time.perf_counter()
-    hung = gpu_check.run_limited([sys.executable, "-c", code], 2.0, tmp_path / "log")
-    assert hung.timed_out and hung.why == "out of time" and "wrote its results" in hung.output
-    assert time.perf_counter() - start < 30
+def interrupted(says):
+    def run(program, *, stdout, **options):
+        stdout.write(says)
+        stdout.flush()
+        raise KeyboardInterrupt
+
+    return run
 
 
-def test_gpu_tests_leave_a_summary(tmp_path):
-    def tests(name, *lines):
-        path = tmp_path / f"test_{name}.py"
-        path.write_text("\n".join(lines) + "\n")
-        return (str(path),)
+def test_tests_and_sanitizers_that_are_cut_off_tell_how_far_they_came(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_tool", lambda name: name)
+    progress = "[gw0] [ 20%] PASSED tests/test_a.py::test_b \n[gw1] [ 40%] PASSED tests/test_a.py::test_c \n"
+    cut_off = [
+        (lambda log: checks.gpu_tests(REHEARSAL, log, 2, []), progress, {"counts": {"passed": 2}}),
+        (lambda log: checks.sanitize(REHEARSAL, "memcheck", log), '@@ {"call": "x"}\n', {"calls": 1, "errors": []}),
+    ]
+    for part, says, expected in cut_off:
+        monkeypatch.setattr(checks.subprocess, "run", interrupted(says))
+        results = []
+        with pytest.raises(KeyboardInterrupt):
+            for result in part(str(tmp_path / "log")):
+                results.append(result)
+        assert len(results) == 1 and expected.items() <= results[0].items()
 
-    good = tests("good", "def test_one(): pass")
-    assert "1 passed" in gpu_check.run_tests(tmp_path, 100.0, good)["summary"]
-    assert (tmp_path / "tests.xml").exists() and "test_one PASSED" in (tmp_path / "tests.txt").read_text()
-    bad = tests("bad", "def test_two(): assert False")
-    with pytest.raises(RuntimeError, match=r"exit status 1: .*1 failed"):
-        gpu_check.run_tests(tmp_path, 100.0, bad)
 
-
-def test_a_missing_sanitizer_is_a_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda *args, **options: None)
+def test_a_missing_tool_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.shutil, "which", lambda *args, **options: None)
     with pytest.raises(Skip, match="compute-sanitizer is not installed"):
-        gpu_check.sanitize(tmp_path, "racecheck", 10.0)
+        list(checks.sanitize(REHEARSAL, "racecheck", str(tmp_path / "log")))
 
 
-@pytest.mark.parametrize(("code", "outcome"), [(0, None), (86, RuntimeError)])
-def test_what_the_sanitizer_says_is_kept(tmp_path, monkeypatch, code, outcome):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f'#!/bin/sh\necho \'{{"call": "x"}}\' "$2"\nexit {code}\n')
+@pytest.mark.parametrize(
+    ("says", "code", "expected"),
+    [
+        ('@@ {"call": "x"}', 0, {"calls": 1, "errors": []}),
+        ("========= Invalid __global__ write of size 4 bytes", 86, {"verdict": "FAILED", "calls": 0}),
+        ('@@ {"call": "x"}', 9, {"verdict": "FAILED", "calls": 1}),
+        ("========= Device not supported", 1, None),
+    ],
+)
+def test_what_the_sanitizer_says_is_kept(says, code, expected, tmp_path, monkeypatch):
+    tool, log = tmp_path / "compute-sanitizer", tmp_path / "memcheck.txt"
+    tool.write_text(f"#!/bin/sh\necho caching $PYTORCH_NO_CUDA_MEMORY_CACHING \"$@\"\necho '{says}'\nexit {code}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    if outcome:
-        with pytest.raises(outcome, match="exit status 86"):
-            gpu_check.sanitize(tmp_path, "racecheck", 30.0)
+    if expected is None:
+        with pytest.raises(Skip, match="did not attach: Device not supported"):
+            list(checks.sanitize(REHEARSAL, "memcheck", str(log)))
     else:
-        assert gpu_check.sanitize(tmp_path, "racecheck", 30.0) == {"calls": 1}
-    assert "racecheck" in (tmp_path / "sanitizer.txt").read_text()
+        (found,) = checks.sanitize(REHEARSAL, "memcheck", str(log))
+        assert expected.items() <= found.items()
+    words = log.read_text().split()
+    assert words[:4] == ["caching", "1", "--tool", "memcheck"] and "kernel_substring=4vops" in words
+    assert "checks:bare_calls" in words
 
 
-def test_races_are_written_and_a_later_one_replaces_the_first(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check.machine, "measure_rates", lambda *args: gpu_check.machine.Rates({1: 1e9}, 1e9))
-    races = gpu_check.Races(tmp_path, "cpu", batch=1, seconds=0.001)
-    assert races.first == [("right", "tiny"), ("wrong", "other")]
-    assert races.rest == [("right", "other"), ("wrong", "tiny")]
-    found = races.race("right", "tiny", ("eager",))
-    assert set(found) == {f"{m} {layout}" for m in ("forward", "train") for layout in ("contiguous", "channels_last")}
-    with pytest.raises(RuntimeError, match="WRONG"):
-        races.race("wrong", "other", ("eager",))
-    written = read(tmp_path, "ops.json")
-    assert [result["status"] for result in written["results"]] == ["ok", "ok", "WRONG", "WRONG"]
-    races.race("right", "tiny", ("eager",))
-    assert len(read(tmp_path, "ops.json")["results"]) == 4
-
-
-def test_every_constant_is_measured(tmp_path):
-    bench = calibration.Bench("cpu", small=True)
-    for measure in calibration.MEASUREMENTS.values():
-        json.dumps(measure(bench))
-    expected = {"BW", "TC_2", "TC_4", "CC", "EFF", "CPU_US", "NAIVE_FWD", "NAIVE_WG", "CUDNN_DW", "CUDNN_WG"}
-    assert set(bench.constants) == expected  # GAP_US and GELU need a GPU
-    assert all(value > 0 for value in bench.constants.values())
-    assert bench.measured["attention"]["N64"]["finite"]
-
-
-def test_the_gelu_kernel():
+def test_only_our_kernels_are_watched():
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("gpu-check runs it on the GPU")
-    from benchmarks.gelu_kernel import repeated_gelu
-
-    x = torch.randn(2048)
-    for times, expected in ((0, x), (2, F.gelu(F.gelu(x)))):
-        y = torch.empty_like(x)
-        repeated_gelu(x, y, times)
-        torch.testing.assert_close(y, expected)
+    names = checks.kernel_names()
+    assert {"4vops", "layer_norm_2d_fwd_kernel", "gram_kernel", "weigh_kernel"} <= set(names)
+    assert not any(name in "vectorized_elementwise_kernel" for name in names)
 
 
-class MogaBlock(torch.nn.Conv2d):
-    """In the place of the real one, whose networks take a CPU minutes."""
+def test_a_summary_fits_a_screen(tmp_path):
+    rows = [
+        {"op": op, "case": "HorNet-T.1", "mode": "train", "kind": kind, "event_us": 1234.5 * (i + 1), "host_us": 99.0}
+        for op in cases.OPS
+        for i, kind in enumerate(("fused", "eager"))
+    ]
+    outcomes = [Outcome(f"part {i}", "FAILED", "x" * 400) for i in range(60)]
+    text = summary.screen("title", [*outcomes, Outcome("costs", "ok", results=rows)])
+    assert len(text.splitlines()) < 60 and max(map(len, text.splitlines())) <= summary.WIDTH
+    assert "and 48 more" in text and "2469" in text
 
 
-def test_networks_are_held_against_eager(monkeypatch):
-    def build(network, scale, fused):
-        flat = torch.nn.Flatten(), torch.nn.Linear(4 * 8 * 8, 10)
-        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), MogaBlock(4, 4, 3, padding=1), *flat)
+def test_the_worst_comes_first():
+    def raced(op, median):
+        times = {"median": median, "q1": median, "q3": median}
+        return {"op": op, "case": "c", "mode": "train", "verdict": "ok", "times_faster": times, "us": 1.0,
+                "share_of_floor": 0.5, "than": "eager/contiguous"}  # fmt: skip
 
-    monkeypatch.setattr(networks, "build", build)
-    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    scale = networks.Scale("cpu", batch=2, image=8, seconds=0.01)
-    for compiled, peer in ((False, "eager"), (True, "compile")):
-        found = networks.compare("MogaNet", compiled, scale)
-        for mode in ("forward", "train"):
-            assert set(found[mode]["images_per_s"]) == {"fused", peer}
-            assert found[mode]["times_faster"]["median"] > 0
-    found = networks.block_kernels("MogaNet", scale)
-    assert found["inputs"] == [(2, 4, 8, 8)] and any("conv" in name for name in found["kernels_us"])
-    json.dumps(found)
+    results = [raced("fair", 1.5), raced("bad", 0.5), raced("good", 3.0)]
+    lines = summary.screen("title", [Outcome("races", results=results)]).splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["bad", "fair", "good"]
 
 
-def test_networks_are_built_on_either_path():
-    network, scale = networks.Network("moganet_xtiny", 32, "MogaBlock"), networks.Scale("cpu", batch=1)
-    fused, plain = (networks.build(network, scale, fused=fused) for fused in (True, False))
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    blocks = [type(module).__name__ for module in plain.modules()]
-    assert network.block in blocks and scale.images(network).shape == (1, 3, 32, 32)
+def test_networks_are_held_against_the_best_of_the_others():
+    speeds = {"good": (300, 200, 400, 100), "bad": (300, 400, 350, 500), "alone": (7, None, None, None)}
+    results = [
+        {"network": network, "kind": kind, "mode": "train", "images_per_s": speed, "peak_bytes": 1 << 30}
+        for network, values in speeds.items()
+        for kind, speed in zip(networks.KINDS, values, strict=True)
+        if speed
+    ]
+    lines = summary.screen("title", [Outcome("races", results=results)]).splitlines()
+    assert [line.split()[:3] for line in lines[-3:]] == [
+        ["alone,", "train", "-"], ["bad,", "train", "0.70"], ["good,", "train", "2.00"]
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["correct", "fast"])
+def test_a_whole_rehearsal(run, command_line, tmp_path):
+    words = ["--run", run, "--rehearse", "--budget", "900", "--out", str(tmp_path)]
+    assert cli.main(["gpu-check", *words]) == 0
+    written = json.loads((tmp_path / f"{run}.json").read_text())
+    assert {part["status"] for part in written["parts"]} <= {"ok", "skipped"}

@@ -73,6 +73,23 @@ def test_a_wrong_op_is_refused_and_not_timed(fused, detail, monkeypatch):
         assert result.fused() == []
 
 
+@pytest.mark.parametrize("fused", [off_by_a_thousandth, wrong_gradient_of_the_bias, nan])
+def test_a_wrong_op_is_timed_where_that_is_asked_for(fused):
+    for result in run(fused, dataclasses.replace(PLAN, time_wrong=True)):
+        assert result.status == "WRONG" and "error" in result.detail
+        assert len(result.fused()) == 2 and all(provider.time_s.median > 0 for provider in result.providers)
+
+
+def test_a_wrong_op_that_then_fails_stays_wrong(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(race, "interleave", broken)
+    for fused, status in ((reference.dwconv, "FAILED"), (nan, "WRONG")):
+        results = run(fused, dataclasses.replace(PLAN, time_wrong=True))
+        assert [result.status for result in results] == [status] * 2
+
+
 def test_gradients_count_where_only_the_forward_pass_is_timed():
     (result,) = run(wrong_gradient_of_the_bias, dataclasses.replace(PLAN, modes=("forward",)))
     assert result.status == "WRONG"
