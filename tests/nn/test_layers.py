@@ -425,3 +425,16 @@ def test_compiled_once(name, hooked):
     assert counter.frame_count == 1
     parts = {"MultiOrderGatedAggregation"}  # no hook on its ElementScale
     assert bool(ops) == (not hooked or name in parts)
+
+
+@pytest.mark.parametrize("name", ["ConvEncoder", "MultiOrderGatedAggregation"])
+def test_exported_graphs_hold_the_ops(name):
+    """Their tensors are fake ones, which stand for plain tensors."""
+    block, x = randomized(BLOCKS[name]()), torch.randn(IMAGE)
+    for strict in (False, True):
+        exported = torch.export.export(block, (x,), strict=strict)
+        assert sum("vision_ops" in str(node.target) for node in exported.graph.nodes) == 1
+    for layer in leaves(block, nn.Conv2d):
+        block.get_submodule(layer).register_forward_hook(lambda m, x, y: 2 * y)
+    exported = torch.export.export(block, (x,))
+    torch.testing.assert_close(exported.module()(x), block(x), atol=1e-4, rtol=1e-4)

@@ -61,6 +61,6 @@ def convolve(block: nn.Module, kernel: Layers, x: Tensor) -> Tensor:
     """The depthwise convolution of stride 1 that is the only layer of the kernel."""
     parameters = kernel.tensors(block, x)
     if parameters is None:
-        (((name,), _),) = kernel.layers
+        (name,) = kernel.layers
         return getattr(block, name)(x)
     return fused_dwconv(x, *parameters)

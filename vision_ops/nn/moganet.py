@@ -75,7 +75,7 @@ class MultiOrderDWConv(nn.Module):
         super().__init__()
         self.dw_dilation, self.channel_split, self.fused = tuple(dw_dilation), tuple(channel_split), fused
         self._widths = check_multi_order(embed_dims, self.dw_dilation, self.channel_split)
-        convs = {}
+        convs: dict[str, Layer] = {}
         for i, (width, kernel_size) in enumerate(zip((embed_dims, *self._widths[1:]), (5, 5, 7), strict=True)):
             d = self.dw_dilation[i]
             conv = nn.Conv2d(width, width, kernel_size, padding=d * (kernel_size // 2), groups=width, dilation=d)
@@ -137,7 +137,7 @@ class MultiOrderGatedAggregation(nn.Module):
             pw = pointwise(embed_dims, embed_dims)
             options = {name: getattr(self.value, name) for name in ("dw_dilation", "channel_split")}
             value = {"value": module(MultiOrderDWConv, fused=True, **options), "value.PW_conv": pw}
-            convs = {f"value.{'.'.join(path)}": conv for path, conv in self.value._kernel.layers}
+            convs = {f"value.{name}": conv for name, conv in self.value._kernel.layers.items()}
             layers = {"proj_1": pw, "gate": pw, **value, "proj_2": pw, **sigma, **convs}
             self._kernel = Layers("moga_aggregation", layers)
 
