@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -396,6 +398,13 @@ def test_distributed_tensors():
         assert explain(block, x).cannot == ["temperature is a DTensor"]
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_modules_loaded_where_none_was_made(tmp_path):
+    block, x = vnn.MogaBlock(16).eval(), torch.randn(IMAGE)
+    torch.save((block, x, block(x)), tmp_path / "block.pt")
+    code = "import sys, torch; m, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.allclose(m(x), y)"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "block.pt"], check=True)
 
 
 COMPILED = "ConvEncoder", "GnConv", "MultiOrderGatedAggregation", "S2Block", "MBConv"

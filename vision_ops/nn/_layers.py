@@ -23,8 +23,22 @@ from ..dispatch import Explanation, resolve_backend
 # What graphs are made of stands for tensors, unlike DTensors and the packed weights of quantized layers.
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
-# With their forward as it was when this was imported: some code puts its own in the place of a class's.
-_KINDS = {kind.__name__: (kind, kind.forward) for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU)}
+# The types of layers that kernels compute, each with its forward: some code puts its own in the place of a class's.
+_KINDS: dict[str, tuple[type[nn.Module], Any]] = {}
+
+
+def computed(kind: type[nn.Module]) -> type[nn.Module]:
+    """Decorates a class of modules that a kernel computes."""
+    _KINDS[_key(kind)] = kind, kind.forward
+    return kind
+
+
+def _key(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU):
+    computed(_kind)
 
 
 class Layer(NamedTuple):
@@ -62,28 +76,27 @@ def pointwise(inputs: int, outputs: int) -> Layer:
 def _conv2d(shape: tuple[int, ...], stride: int, padding: int, dilation: int, groups: int) -> Layer:
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     attributes = *((name, (n, n)) for name, n in pairs.items()), ("groups", groups), ("padding_mode", "zeros")
-    return Layer("Conv2d", attributes, _WEIGHT_AND_BIAS, shape)
+    return Layer(_key(nn.Conv2d), attributes, _WEIGHT_AND_BIAS, shape)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool | None = None) -> Layer:
-    return Layer("Linear", (), _WEIGHT_AND_BIAS, (outputs, inputs), bias)
+    return Layer(_key(nn.Linear), (), _WEIGHT_AND_BIAS, (outputs, inputs), bias)
 
 
 def layer_norm(channels: int) -> Layer:
     """Of any eps, which the block hands to the kernel."""
     attributes = (("normalized_shape", (channels,)),)
-    return Layer("LayerNorm", attributes, _WEIGHT_AND_BIAS, (channels,), True)
+    return Layer(_key(nn.LayerNorm), attributes, _WEIGHT_AND_BIAS, (channels,), True)
 
 
 def dropout() -> Layer:
     """nn.Dropout, which the kernel leaves out."""
-    return Layer("Dropout", inactive=True)
+    return Layer(_key(nn.Dropout), inactive=True)
 
 
 def module(kind: type[nn.Module], **attributes: Any) -> Layer:
-    """Any other module that the kernel computes."""
-    _KINDS.setdefault(kind.__name__, (kind, kind.forward))
-    return Layer(kind.__name__, tuple(attributes.items()))
+    """Any other module that is `computed`."""
+    return Layer(_key(kind), tuple(attributes.items()))
 
 
 class Layers:
@@ -192,9 +205,8 @@ class Layers:
             return f"{name} is missing"
         layer = block.get_submodule(name)
         if what == "type":
-            kind = type(layer)
-            same = kind.__name__ == expected.kind
-            return f"{name} is a {kind.__module__ + '.' if same else ''}{kind.__name__}, not a {expected.kind}"
+            kind, wanted = type(layer), _KINDS[expected.kind][0].__name__
+            return f"{name} is a {_key(kind) if kind.__name__ == wanted else kind.__name__}, not a {wanted}"
         if what in expected.tensors:
             shape = expected.shape if what == expected.tensors[0] else None
             return f"{name}.{what} {_difference(_tensor(layer, what), x.device, shape)}"

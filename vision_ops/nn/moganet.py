@@ -12,7 +12,7 @@ from ..ops.feature_decompose import fused_feature_decompose
 from ..ops.moga_aggregation import fused_moga_aggregation
 from ..ops.multi_order_dwconv import check_multi_order, fused_multi_order_dwconv
 from ._blocks import DropPath, convolve
-from ._layers import Layer, Layers, depthwise, dropout, module, pointwise
+from ._layers import Layer, Layers, computed, depthwise, dropout, module, pointwise
 from .layer_norm import LayerNorm2d
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"GELU": F.gelu, "ReLU": F.relu, "SiLU": F.silu}
@@ -37,6 +37,7 @@ def build_norm(argument: str, name: str, channels: int, fused: bool) -> nn.Modul
     return _NORMS[name](channels, fused)
 
 
+@computed
 class ElementScale(nn.Module):
     """A factor per channel. Keys: scale (1, C, 1, 1)."""
 
@@ -52,6 +53,7 @@ def _scale(channels: int) -> Layer:
     return module(ElementScale)._replace(tensors=("scale",), shape=(1, channels, 1, 1))
 
 
+@computed
 class MultiOrderDWConv(nn.Module):
     """Multi-order features: `fused_multi_order_dwconv` with kernels 5, 5, 7, then a pointwise convolution.
 
