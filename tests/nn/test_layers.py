@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -398,6 +400,13 @@ def test_distributed_tensors():
         torch.distributed.destroy_process_group()
 
 
+def test_modules_loaded_where_none_was_made(tmp_path):
+    block, x = vnn.MogaBlock(16).eval(), torch.randn(IMAGE)
+    torch.save((block, x, block(x)), tmp_path / "block.pt")
+    code = "import sys, torch; m, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.allclose(m(x), y)"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "block.pt"], check=True)
+
+
 COMPILED = "ConvEncoder", "GnConv", "MultiOrderGatedAggregation", "S2Block", "MBConv"
 
 
@@ -425,3 +434,16 @@ def test_compiled_once(name, hooked):
     assert counter.frame_count == 1
     parts = {"MultiOrderGatedAggregation"}  # no hook on its ElementScale
     assert bool(ops) == (not hooked or name in parts)
+
+
+@pytest.mark.parametrize("name", ["ConvEncoder", "MultiOrderGatedAggregation"])
+def test_exported_graphs_hold_the_ops(name):
+    """Their tensors are fake ones, which stand for plain tensors."""
+    block, x = randomized(BLOCKS[name]()), torch.randn(IMAGE)
+    for strict in (False, True):
+        exported = torch.export.export(block, (x,), strict=strict)
+        assert sum("vision_ops" in str(node.target) for node in exported.graph.nodes) == 1
+    for layer in leaves(block, nn.Conv2d):
+        block.get_submodule(layer).register_forward_hook(lambda m, x, y: 2 * y)
+    exported = torch.export.export(block, (x,))
+    torch.testing.assert_close(exported.module()(x), block(x), atol=1e-4, rtol=1e-4)

@@ -67,6 +67,6 @@ def convolve(block: nn.Module, kernel: Layers, x: Tensor, stride: int = 1) -> Te
     """The depthwise convolution, padded by half of its kernel, that is the only layer of `kernel`."""
     parameters = kernel.tensors(block, x)
     if parameters is None:
-        (((name,), _),) = kernel.layers
+        (name,) = kernel.layers
         return getattr(block, name)(x)
     return fused_dwconv(x, *parameters, stride=stride)

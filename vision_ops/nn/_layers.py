@@ -23,18 +23,32 @@ from ..dispatch import Explanation, resolve_backend
 # What graphs are made of stands for tensors, unlike DTensors and the packed weights of quantized layers.
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
-# As they were when this was imported: some code puts its own in the place of a class's forward.
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU)}
+# The types of layers that kernels compute, each with its forward: some code puts its own in the place of a class's.
+_KINDS: dict[str, tuple[type[nn.Module], Any]] = {}
+
+
+def computed(kind: type[nn.Module]) -> type[nn.Module]:
+    """Decorates a class of modules that a kernel computes."""
+    _KINDS[_key(kind)] = kind, kind.forward
+    return kind
+
+
+def _key(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU):
+    computed(_kind)
 
 
 class Layer(NamedTuple):
-    """A layer as a kernel computes it: its type, its attributes and its tensors.
+    """A layer as a kernel computes it: its type, a key of _KINDS, its attributes and its tensors.
 
     shape: of the first of `tensors`. bias: whether there is one, None if the kernel takes both. inactive: whether the
-    kernel leaves the layer out, a dropout.
+    kernel leaves the layer out.
     """
 
-    kind: type[nn.Module]
+    kind: str
     attributes: tuple[tuple[str, Any], ...] = ()
     tensors: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
@@ -62,27 +76,27 @@ def pointwise(inputs: int, outputs: int) -> Layer:
 def _conv2d(shape: tuple[int, ...], stride: int, padding: int, dilation: int, groups: int) -> Layer:
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     attributes = *((name, (n, n)) for name, n in pairs.items()), ("groups", groups), ("padding_mode", "zeros")
-    return Layer(nn.Conv2d, attributes, _WEIGHT_AND_BIAS, shape)
+    return Layer(_key(nn.Conv2d), attributes, _WEIGHT_AND_BIAS, shape)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool | None = None) -> Layer:
-    return Layer(nn.Linear, (), _WEIGHT_AND_BIAS, (outputs, inputs), bias)
+    return Layer(_key(nn.Linear), (), _WEIGHT_AND_BIAS, (outputs, inputs), bias)
 
 
 def layer_norm(channels: int) -> Layer:
     """Of any eps, which the block hands to the kernel."""
     attributes = (("normalized_shape", (channels,)),)
-    return Layer(nn.LayerNorm, attributes, _WEIGHT_AND_BIAS, (channels,), True)
+    return Layer(_key(nn.LayerNorm), attributes, _WEIGHT_AND_BIAS, (channels,), True)
 
 
 def dropout() -> Layer:
-    return Layer(nn.Dropout, inactive=True)
+    """nn.Dropout, which the kernel leaves out."""
+    return Layer(_key(nn.Dropout), inactive=True)
 
 
 def module(kind: type[nn.Module], **attributes: Any) -> Layer:
-    """Any other module that the kernel computes."""
-    _FORWARDS.setdefault(kind, kind.forward)
-    return Layer(kind, tuple(attributes.items()))
+    """Any other module that is `computed`."""
+    return Layer(_key(kind), tuple(attributes.items()))
 
 
 class Layers:
@@ -96,7 +110,9 @@ class Layers:
 
     def __init__(self, op: str, layers: dict[str, Layer] | None = None, own: tuple[str, ...] = ()) -> None:
         self.op, self.own = op, own
-        self.layers = tuple((tuple(name.split(".")), layer) for name, layer in (layers or {}).items())
+        self.layers = layers or {}
+        # Constants only, which compiled graphs guard as one.
+        self._flat = tuple((tuple(name.split(".")), *layer) for name, layer in self.layers.items())
 
     def tensors(self, block: nn.Module, x: Any) -> list[Any] | None:
         """The tensors that the op takes besides x, those of the block first, then a layer's after another's; None if
@@ -130,7 +146,7 @@ class Layers:
             if type(t) not in _PLAIN_TENSORS or t.device != device or t.layout is not torch.strided:
                 return -1, name
             found.append(t)
-        for i, (path, expected) in enumerate(self.layers):
+        for i, (path, key, attributes, tensors, shape, bias, inactive) in enumerate(self._flat):
             if i < start:
                 continue
             layer: Any = block
@@ -138,13 +154,13 @@ class Layers:
                 layer = layer._modules.get(part)  # takes a tenth of the time of getattr
                 if layer is None:
                     return i, "missing"
-            kind, attributes, tensors, shape, bias, inactive = expected
+            kind, forward = _KINDS[key]
             if type(layer) is not kind:
                 return i, "type"
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return i, "hooks"
             state = layer.__dict__
-            if "forward" in state or kind.forward is not _FORWARDS[kind]:
+            if "forward" in state or kind.forward is not forward:
                 return i, "forward"
             if inactive and layer.training and layer.p > 0:
                 return i, _ACTIVE
@@ -184,15 +200,13 @@ class Layers:
             return what
         if i < 0:
             return f"{what} {_difference(_tensor(block, what), x.device)}"
-        path, expected = self.layers[i]
-        name = ".".join(path)
+        name, expected = list(self.layers.items())[i]
         if what == "missing":
             return f"{name} is missing"
         layer = block.get_submodule(name)
         if what == "type":
-            found, kind = type(layer), expected.kind
-            same = found.__name__ == kind.__name__
-            return f"{name} is a {found.__module__ + '.' if same else ''}{found.__name__}, not a {kind.__name__}"
+            kind, wanted = type(layer), _KINDS[expected.kind][0].__name__
+            return f"{name} is a {_key(kind) if kind.__name__ == wanted else kind.__name__}, not a {wanted}"
         if what in expected.tensors:
             shape = expected.shape if what == expected.tensors[0] else None
             return f"{name}.{what} {_difference(_tensor(layer, what), x.device, shape)}"
@@ -239,7 +253,7 @@ def explain_module(module: nn.Module, x: Any) -> Explanation:
         for kernel in vars(block).values():
             if not isinstance(kernel, Layers) or not (kernel.layers or kernel.own):
                 continue
-            names = [".".join(path) for path, _ in kernel.layers]
+            names = list(kernel.layers)
             paths = [f"{prefix}.{name}".strip(".") for name in names or [""]]
             if computed.issuperset(paths):
                 continue

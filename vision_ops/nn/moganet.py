@@ -12,7 +12,7 @@ from ..ops.feature_decompose import fused_feature_decompose
 from ..ops.moga_aggregation import fused_moga_aggregation
 from ..ops.multi_order_dwconv import check_multi_order, fused_multi_order_dwconv
 from ._blocks import DropPath, convolve
-from ._layers import Layer, Layers, depthwise, dropout, module, pointwise
+from ._layers import Layer, Layers, computed, depthwise, dropout, module, pointwise
 from .layer_norm import LayerNorm2d
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"GELU": F.gelu, "ReLU": F.relu, "SiLU": F.silu}
@@ -37,6 +37,7 @@ def build_norm(argument: str, name: str, channels: int, fused: bool) -> nn.Modul
     return _NORMS[name](channels, fused)
 
 
+@computed
 class ElementScale(nn.Module):
     """A factor per channel. Keys: scale (1, C, 1, 1)."""
 
@@ -56,6 +57,7 @@ def _scale(channels: int) -> Layer:
     return module(ElementScale)._replace(tensors=("scale",), shape=(1, channels, 1, 1))
 
 
+@computed
 class MultiOrderDWConv(nn.Module):
     """Multi-order features: `fused_multi_order_dwconv` with kernels 5, 5, 7, then a pointwise convolution.
 
@@ -79,7 +81,7 @@ class MultiOrderDWConv(nn.Module):
         super().__init__()
         self.dw_dilation, self.channel_split, self.fused = tuple(dw_dilation), tuple(channel_split), fused
         self._widths = check_multi_order(embed_dims, self.dw_dilation, self.channel_split)
-        convs = {}
+        convs: dict[str, Layer] = {}
         for i, (width, kernel_size) in enumerate(zip((embed_dims, *self._widths[1:]), (5, 5, 7), strict=True)):
             d = self.dw_dilation[i]
             conv = nn.Conv2d(width, width, kernel_size, padding=d * (kernel_size // 2), groups=width, dilation=d)
@@ -141,7 +143,7 @@ class MultiOrderGatedAggregation(nn.Module):
             pw = pointwise(embed_dims, embed_dims)
             options = {name: getattr(self.value, name) for name in ("dw_dilation", "channel_split")}
             value = {"value": module(MultiOrderDWConv, fused=True, **options), "value.PW_conv": pw}
-            convs = {f"value.{'.'.join(path)}": conv for path, conv in self.value._kernel.layers}
+            convs = {f"value.{name}": conv for name, conv in self.value._kernel.layers.items()}
             layers = {"proj_1": pw, "gate": pw, **value, "proj_2": pw, **sigma, **convs}
             self._kernel = Layers("moga_aggregation", layers)
 

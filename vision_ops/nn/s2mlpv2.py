@@ -10,9 +10,10 @@ from ..ops import fused_s2_attention, fused_shift_split_attention
 from ..ops._checks import check_integer
 from ..reference.shift_split_attention import spatial_shift, weigh_branches
 from ._blocks import Blocks, DropPath
-from ._layers import Layers, linear, module
+from ._layers import Layers, computed, linear, module
 
 
+@computed
 class SplitAttention(nn.Module):
     """Weighs k branches channel by channel: sum_k softmax_k(mlp2(GELU(mlp1(sum of all))))_k * x_k.
 
