@@ -87,3 +87,21 @@ try:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 except ImportError:
     statically_known_true = known_true
+
+
+def _graph_tensors() -> tuple[type[Tensor], ...]:
+    try:
+        from torch._subclasses.fake_tensor import FakeTensor
+        from torch._subclasses.functional_tensor import FunctionalTensor
+    except ImportError:
+        return ()
+    return FakeTensor, FunctionalTensor
+
+
+# What graphs are made of stands for tensors. Where it is not known, they hold what PyTorch's own layers compute.
+graph_tensors = _graph_tensors()
+
+# Hooks for all modules, in whichever of these there are.
+_of_hooks = ("forward", "forward_pre", "backward", "backward_pre")
+_hooks = (_find(f"nn.modules.module._global_{kind}_hooks") for kind in _of_hooks)
+global_hooks: tuple[Any, ...] = tuple({} if hooks is None else hooks for hooks in _hooks)

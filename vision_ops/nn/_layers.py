@@ -9,19 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
+from .._internals import global_hooks, graph_tensors
 from ..dispatch import Explanation, resolve_backend
 
 # What graphs are made of stands for tensors, unlike DTensors and the packed weights of quantized layers.
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_PLAIN_TENSORS = (Tensor, nn.Parameter, *graph_tensors)
 
 # The types of layers that kernels compute, each with its forward: some code puts its own in the place of a class's.
 _KINDS: dict[str, tuple[type[nn.Module], Any]] = {}
@@ -138,7 +131,8 @@ class Layers:
         """The first layer, from start, that is not as the kernel computes it: its index, and a word for `_words`."""
         if not isinstance(x, Tensor):
             return -1, "input"
-        if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+        forward_hooks, forward_pre_hooks, backward_hooks, backward_pre_hooks = global_hooks
+        if forward_hooks or forward_pre_hooks or backward_hooks or backward_pre_hooks:
             return -1, _GLOBAL_HOOKS
         device = x.device
         for name in self.own:
