@@ -186,8 +186,8 @@ def test_layer_decay(network, timm):
 def blocks_of(model):
     """The blocks of each stage."""
     for i in range(model.num_stages):
-        names = [name for name in model.stage_modules(i) if "blocks" in name or "stages" in name]
-        stage = model.get_submodule(names[0])
+        names = model.stage_modules(i)
+        stage = model.get_submodule(next((name for name in names if "blocks" in name or "stages" in name), names[0]))
         yield stage[1].model if type(model).__name__ == "S2MLPv2" else stage
 
 
@@ -299,5 +299,7 @@ def test_pictures_that_are_none():
         ours("cat.jpg")
     with pytest.raises(ValueError, match="model must take pictures of 3 channels"):
         preprocess(small("HorNet", in_chans=1))
+    with pytest.raises(ValueError, match="model must take square pictures, got one for 64 x 32"):
+        preprocess(small("MOATArticle", img_size=(64, 32)))
     with pytest.raises(ValueError, match="model must be made by create_model"):
         preprocess(type(small("HorNet"))((1, 1, 1, 1), 16))

@@ -4,6 +4,7 @@ import fnmatch
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def create_model(
             fused=fused,
         )
     model.to(dtype=dtype)
-    model.pretrained_cfg = variant.pretrained_cfg(name)
+    sides = getattr(model, "img_size", variant.input_size[1:])  # what tables of biases may be tied to
+    model.pretrained_cfg = replace(variant, input_size=(3, *sides)).pretrained_cfg(name)
     if pretrained:
         load_pretrained(model, str(variant.url), num_classes, cache_dir)
     if checkpoint_path:  # scripts of timm give "" for none

@@ -78,11 +78,14 @@ def preprocess(model: Backbone) -> Preprocess:
     """What makes batches of pictures for a model of `create_model`: `model(preprocess(model)(picture))`.
 
     Raises:
-        ValueError: the model was not made by `create_model`, or its images have other channels than three.
+        ValueError: the model was not made by `create_model`, or its images are not square or not of three channels.
     """
     cfg = model.pretrained_cfg
     if "input_size" not in cfg:
         raise ValueError("model must be made by create_model, which knows how its pictures are prepared")
     if model.in_chans != 3:
         raise ValueError(f"model must take pictures of 3 channels, whose mean is known, got in_chans={model.in_chans}")
-    return Preprocess(cfg["input_size"][1], cfg["crop_pct"], cfg["interpolation"], cfg["mean"], cfg["std"])
+    _, height, width = cfg["input_size"]
+    if height != width:
+        raise ValueError(f"model must take square pictures, got one for {height} x {width}")
+    return Preprocess(height, cfg["crop_pct"], cfg["interpolation"], cfg["mean"], cfg["std"])
