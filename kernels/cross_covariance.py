@@ -247,7 +247,7 @@ def apply_kernel(
         # Transposed, [j][i]: tokens are the rows.
         at = (head_i * d * d + i * matrix_i)[None, :] + (j * matrix_j)[:, None]
         matrix = tl.load(matrix_ptr + at, mask=own, other=0.0)
-        if DOT_TYPE == tl.float16:  # which does not hold the gradients of rows of almost nothing
+        if tl.float16 == DOT_TYPE:  # which does not hold the gradients of rows of almost nothing
             size = tl.max(tl.abs(matrix), axis=0)
             size = tl.where(size == 0.0, 1.0, size)[None, :]
             matrix /= size
@@ -255,7 +255,7 @@ def apply_kernel(
         x_at = x_ptr + (head_j * x_h + j * x_d)[None, :] + (n * x_n)[:, None]
         x = tl.load(x_at, mask=in_x, other=0.0).to(DOT_TYPE)
         y = tl.dot(x, matrix.to(DOT_TYPE), y, out_dtype=SUM_TYPE, input_precision="ieee")
-        if DOT_TYPE == tl.float16:
+        if tl.float16 == DOT_TYPE:
             y *= size
     if z_ptr is not None:
         scale = tl.load(scale_ptr + sample * scale_b + head_i * scale_h + i * scale_d, mask=there_i, other=0.0)
