@@ -31,7 +31,8 @@ class Tile(NamedTuple):
 def tile(heads: int, d: int, dtype: torch.dtype) -> Tile:
     """About 64 channels of whole heads, or some rows of a wider one: what the registers hold without spills."""
     if d > 64:
-        return Tile(1, 32, power_of_two(d), 16 if dtype == torch.float32 else 32, num_warps=8)
+        rows, tokens = (16, 16) if dtype == torch.float32 else (32, 32)
+        return Tile(1, rows, power_of_two(d), tokens, num_warps=8)
     group = min(heads, max(1, 64 // d))
     side = max(16, power_of_two(group * d))
     return Tile(group, side, side, BLOCK_N=32, num_warps=8)
