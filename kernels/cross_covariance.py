@@ -31,8 +31,8 @@ class Tile(NamedTuple):
 def tile(heads: int, d: int, dtype: torch.dtype) -> Tile:
     """About 64 channels of whole heads, or some rows of a wider one: what the registers hold without spills."""
     if d > 64:
-        tokens, warps = (16, 4) if dtype == torch.float32 else (32, 8)
-        return Tile(1, 32, power_of_two(d), tokens, warps)
+        rows, tokens = (16, 16) if dtype == torch.float32 else (32, 32)
+        return Tile(1, rows, power_of_two(d), tokens, num_warps=8)
     group = min(heads, max(1, 64 // d))
     side = max(16, power_of_two(group * d))
     return Tile(group, side, side, BLOCK_N=32, num_warps=8)
@@ -246,11 +246,17 @@ def apply_kernel(
         own = (head_j[:, None] == head_i[None, :]) & there_j[:, None] & there_i[None, :]
         # Transposed, [j][i]: tokens are the rows.
         at = (head_i * d * d + i * matrix_i)[None, :] + (j * matrix_j)[:, None]
-        matrix = tl.load(matrix_ptr + at, mask=own, other=0.0).to(DOT_TYPE)
+        matrix = tl.load(matrix_ptr + at, mask=own, other=0.0)
+        if tl.float16 == DOT_TYPE:  # which does not hold the gradients of rows of almost nothing
+            size = tl.max(tl.abs(matrix), axis=0)
+            size = tl.where(size == 0.0, 1.0, size)[None, :]
+            matrix /= size
         in_x = (n < tokens)[:, None] & there_j[None, :]
         x_at = x_ptr + (head_j * x_h + j * x_d)[None, :] + (n * x_n)[:, None]
         x = tl.load(x_at, mask=in_x, other=0.0).to(DOT_TYPE)
-        y = tl.dot(x, matrix, y, out_dtype=SUM_TYPE, input_precision="ieee")
+        y = tl.dot(x, matrix.to(DOT_TYPE), y, out_dtype=SUM_TYPE, input_precision="ieee")
+        if tl.float16 == DOT_TYPE:
+            y *= size
     if z_ptr is not None:
         scale = tl.load(scale_ptr + sample * scale_b + head_i * scale_h + i * scale_d, mask=there_i, other=0.0)
         z_at = z_ptr + sample * z_b + (head_i * z_h + i * z_d)[None, :] + (n * z_n)[:, None]

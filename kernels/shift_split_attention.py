@@ -367,6 +367,7 @@ def weigh_backward_weights(
     if dy.numel() == 0:
         return
     (b, h, w, channels), chosen = dy.shape, tile(dy.shape[3], dy.element_size())
+    chosen = chosen._replace(num_warps=8)  # a thread has four sums, too
     columns = _columns(channels, chosen)
     shares = _shares(dy, columns)
     partial = scratch((b, shares, 4, channels), sums.dtype, x.device)
