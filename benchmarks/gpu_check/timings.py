@@ -68,26 +68,31 @@ def op_costs(scale: Scale, op: str, cases: Sequence[str]) -> Iterator[dict[str, 
             yield {"op": op, "case": case} | verdict(f"{op} {case}", wrong)
             with torch.no_grad():
                 grad = torch.randn_like(OPS[op].reference(*problem.args, **problem.options))
+            made = {
+                (case, mode, kind): make_step(kind, OPS[op], problem, grad, mode)
+                for mode in MODES
+                for kind in ("fused", "eager")
+            }
             for mode in MODES:
-                for kind in ("fused", "eager"):
-                    steps[case, mode, kind] = make_step(kind, OPS[op], problem, grad, mode)
-                steps[case, mode, "fused"]()
+                made[case, mode, "fused"]()
+            steps |= made
         except Exception as error:
             yield {"op": op, "case": case} | failure(f"{op} {case}", error)
     yield from turn()
     stopwatch = Stopwatch(scale.device)
     # The profiler and a capture that fails may leave something behind: what is least affected is measured first.
-    for key, step in steps.items():
-        times = {"event_us": event_us(step, stopwatch), "host_us": host_us(step, scale.device)}
-        yield named(op, key) | times
-    for key, step in steps.items():
-        yield named(op, key) | kernels(step, scale.device, most=12)
-    for key, step in steps.items():
-        yield named(op, key) | graph_us(step, scale.device, lambda replayed: event_us(replayed, stopwatch))
-
-
-def named(op: str, key: tuple[str, str, str]) -> dict[str, Any]:
-    return {"op": op, **dict(zip(("case", "mode", "kind"), key, strict=True))}
+    for measure in (
+        lambda step: {"event_us": event_us(step, stopwatch), "host_us": host_us(step, scale.device)},
+        lambda step: kernels(step, scale.device, most=12),
+        lambda step: graph_us(step, scale.device, lambda replayed: event_us(replayed, stopwatch)),
+    ):
+        for (case, mode, kind), step in list(steps.items()):
+            name = {"op": op, "case": case, "mode": mode, "kind": kind}
+            try:
+                yield name | measure(step)
+            except Exception as error:
+                del steps[case, mode, kind]
+                yield name | failure(f"{op} {case}, {mode} {kind}", error)
 
 
 def verdict(name: str, wrong: str | None) -> dict[str, Any]:

@@ -60,6 +60,22 @@ def test_what_an_op_costs(op):
         assert sum(micros for _, micros, _ in row["kernels"]) <= row["kernels_us"] * 1.01
 
 
+def test_a_step_that_fails_costs_only_itself(monkeypatch):
+    def measure(step, stopwatch):
+        measured.append(step)
+        if len(measured) == 2:
+            raise torch.OutOfMemoryError("full")
+        return 1.0
+
+    measured = []
+    monkeypatch.setattr(timings, "event_us", measure)
+    monkeypatch.setitem(cases.OPS["dwconv"].cases, "tiny", DWConvShape(8, 6, 3))
+    _, after = apart(timings.op_costs(REHEARSAL, "dwconv", ("tiny",)))
+    (failed,) = (result for result in after if "verdict" in result)
+    assert (failed["verdict"], failed["detail"]) == ("FAILED", "dwconv tiny, train eager: OutOfMemoryError: full")
+    assert sum("event_us" in result for result in after) == sum("kernels_us" in result for result in after) == 3
+
+
 def test_an_op_is_raced_right_or_wrong(op):
     peers = ("eager", "aot_eager", providers.CUDNN)
     before, after = apart(timings.op_race(REHEARSAL, "dwconv", "tiny", peers))
