@@ -48,8 +48,8 @@ def poisoned_outputs(monkeypatch):
 
 @pytest.fixture(scope="session")
 def compiler_knows_pytorch():
-    """torch.compile lists PyTorch's functions at its first use: as they are, not as they are patched."""
-    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+    """As it is before anything is patched: see `unwritten.install`."""
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,7 @@ def written_operands(compiler_knows_pytorch, poisoned_outputs, monkeypatch, requ
     """No product of PyTorch spans memory that nobody wrote, be it between the rows of an operand."""
     if request.node.get_closest_marker("not_finite"):
         return
-    for place, name, check in unwritten.patches():
-        monkeypatch.setattr(place, name, check)
+    unwritten.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

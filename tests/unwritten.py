@@ -8,10 +8,12 @@ patched; a dispatch mode would switch off the direct calls.
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,7 +76,18 @@ def checked(function: Callable, name: str, operands: int) -> Callable:
     return check
 
 
-def patches() -> Iterator[tuple[object, str, Callable]]:
-    for place, names, operands in PRODUCTS:
-        for name in names:
-            yield place, name, checked(getattr(place, name), name, operands)
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    patches = [(place, name, getattr(place, name), count) for place, names, count in PRODUCTS for name in names]
+    reset = torch._dynamo.reset
+
+    def reset_knowing_pytorch() -> None:
+        """torch.compile lists PyTorch's functions by name, anew after a reset: as they are, not as they are patched."""
+        reset()
+        with monkeypatch.context() as unpatched:
+            for place, name, function, _ in patches:
+                unpatched.setattr(place, name, function)
+            torch._dynamo.trace_rules.get_torch_obj_rule_map()
+
+    for place, name, function, count in patches:
+        monkeypatch.setattr(place, name, checked(function, name, count))
+    monkeypatch.setattr(torch._dynamo, "reset", reset_knowing_pytorch)

@@ -156,8 +156,8 @@ def kernel_names() -> list[str]:
         import vision_ops.kernels as kernels
 
         for module in pkgutil.iter_modules(kernels.__path__):
-            found = vars(importlib.import_module(f"vision_ops.kernels.{module.name}"))
-            names += [name for name, value in found.items() if name.endswith("_kernel") and hasattr(value, "arg_names")]
+            found = importlib.import_module(f"vision_ops.kernels.{module.name}")
+            names += [kernel.fn.__name__ for kernel in getattr(found, "KERNELS", ())]
     return list(dict.fromkeys(names))
 
 

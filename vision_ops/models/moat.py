@@ -100,8 +100,9 @@ class MOAT(Backbone):
         return self.final_layer_norm(x.mean(dim=(2, 3)))
 
     def classify(self, x: Tensor) -> Tensor:
-        if getattr(getattr(self.logits_head, "weight", None), "ndim", 0) == 4:  # the official 1x1 convolution
-            return self.logits_head(x[:, :, None, None]).flatten(1)
+        weight = getattr(self.logits_head, "weight", None)
+        if isinstance(self.logits_head, nn.Conv2d) or (isinstance(weight, Tensor) and weight.ndim == 4):
+            return self.logits_head(x[:, :, None, None]).flatten(1)  # the official one, or what wraps it
         return self.logits_head(x)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

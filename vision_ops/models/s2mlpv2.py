@@ -86,7 +86,7 @@ class S2MLPv2(Backbone):
         return self.mlp_head[0](x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.pool(x) if pre_logits else self.mlp_head(x)
+        return super().forward_head(x, pre_logits) if pre_logits or not self.global_pool else self.mlp_head(x)
 
 
 def _variant(d_model: tuple[int, int], depth: tuple[int, int]) -> Variant:
