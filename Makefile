@@ -108,6 +108,6 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info vision_ops/*.so vision_ops/_build_info.json $(VENV)/.installed
+	rm -rf build dist *.egg-info .editable vision_ops/kernels vision_ops/*.so vision_ops/_build_info.json $(VENV)/.installed
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

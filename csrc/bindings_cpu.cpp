@@ -31,8 +31,9 @@ void prepare() {
   if (told || !thread_count) return;
   PyObject* count = PyObject_CallNoArgs(thread_count);
   if (!count) throw PythonError();
-  omp_set_num_threads((int)PyLong_AsLong(count));
+  const long threads = PyLong_AsLong(count);
   Py_DECREF(count);
+  omp_set_num_threads((int)converted(threads));
   told = true;
 }
 

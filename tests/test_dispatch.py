@@ -101,3 +101,10 @@ def test_ops_run_on_meta_tensors():
 def test_public_names():
     assert set(vision_ops.__all__) <= set(dir(vision_ops))
     assert all(getattr(vision_ops, name).__doc__ for name in vision_ops.__all__ if not name.startswith("_"))
+
+
+def test_explain_names_the_argument_and_takes_the_public_name():
+    with pytest.raises(TypeError, match=r"explain\('dwconv'\) takes what fused_dwconv takes, at least x"):
+        explain("dwconv")
+    x = torch.randn(1, 8, 5, 5)
+    assert explain("fused_dwconv", x) == explain("dwconv", x)

@@ -169,6 +169,12 @@ def test_report_into_a_pipe_that_nobody_reads():
     assert process.stderr.read() == b"" and process.wait() == 0
 
 
+def test_instruction_set_that_there_is_not():
+    done = run("import vision_ops", VISION_OPS_CPU_ISA="sse9")
+    assert done.returncode == 0 and "VISION_OPS_CPU_ISA='sse9' is not one of" in done.stderr
+    assert not run("import vision_ops", VISION_OPS_CPU_ISA="baseline").stderr
+
+
 def test_binary_that_does_not_load_keeps_the_reason(tmp_path, monkeypatch):
     (tmp_path / "_cpu.so").write_bytes(b"not a library")
     monkeypatch.setattr(_native, "_ROOT", tmp_path)

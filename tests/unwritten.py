@@ -55,7 +55,7 @@ def holds_unwritten(t: object) -> bool:
     modes, graphs and profilers see nothing."""
     if type(t) not in (Tensor, torch.nn.Parameter) or t.device.type != "cpu" or t.dtype not in _EXPONENTS:
         return False
-    if t.numel() == 0 or t.layout != torch.strided or t.is_neg():
+    if t.numel() == 0 or t.layout != torch.strided or t.is_neg() or t._is_zerotensor():
         return False
     first, last = span(t)
     integer, exponent = _EXPONENTS[t.dtype]

@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import sysconfig
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from . import _internals
 from .info import gpu_code, read_build_info
 
 _ROOT = Path(__file__).parent
+_INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def _load(part: str) -> tuple[ModuleType | None, str | None]:
@@ -35,6 +37,11 @@ build_info = read_build_info()
 cpu, cpu_missing = _load("cpu")
 if cpu is not None:
     cpu.follow_thread_count(torch.get_num_threads)
+    _asked = os.environ.get("VISION_OPS_CPU_ISA", cpu.isa)
+    if _asked not in _INSTRUCTION_SETS:
+        warnings.warn(
+            f"VISION_OPS_CPU_ISA={_asked!r} is not one of {_INSTRUCTION_SETS}; {cpu.isa!r} is used", stacklevel=2
+        )
 cuda, cuda_missing = _load("cuda")
 _triton_absent = None if find_spec("triton") else "Triton is not installed (pip install triton)"
 

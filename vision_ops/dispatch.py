@@ -118,12 +118,16 @@ def explain(op: str | nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         from .nn._layers import explain_module  # which imports this module
 
         return explain_module(op, *args, **kwargs)
+    op = op.removeprefix("fused_") if isinstance(op, str) else op
     if op not in explainers:
         raise ValueError(f"op must be one of {sorted(explainers)}, got {op!r}")
     from . import ops  # which import this module
 
     signature = inspect.signature(getattr(ops, f"fused_{op}"))
     given = signature.bind_partial(*args, **kwargs).arguments
+    first = next(iter(signature.parameters))
+    if first not in given:
+        raise TypeError(f"explain({op!r}) takes what fused_{op} takes, at least {first}")
     positional, keywords = [], {}
     for name, parameter in signature.parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:

@@ -287,6 +287,12 @@ def test_preprocess(name, size, timm):
     torch.testing.assert_close(ours(torch.stack([tensor, tensor])), torch.stack([expected, expected]))
 
 
+def test_an_image_without_pixels():
+    empty = pytest.importorskip("PIL.Image").new("RGB", (0, 5))
+    with pytest.raises(ValueError, match="a picture must not be empty, got 0 x 5"):
+        preprocess(create_model("hornet_tiny_7x7", device="meta"))(empty)
+
+
 def test_pictures_that_are_none():
     ours = preprocess(create_model("hornet_tiny_7x7", device="meta"))
     for picture in (torch.rand(3, 9, 9), torch.zeros(9, 9, 3, dtype=torch.uint8), torch.zeros(3, 9, dtype=torch.uint8)):

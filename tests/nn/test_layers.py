@@ -112,6 +112,11 @@ def with_own_forward(layer):
     layer.forward = lambda x: forward(x).square()
 
 
+def with_own_convolution(layer):
+    convolve = layer._conv_forward
+    layer._conv_forward = lambda *given: convolve(*given).square()
+
+
 def squared_weight(layer):
     layer._parameters["weight"] = layer.weight.detach().clone().as_subclass(Squared)
 
@@ -131,6 +136,7 @@ CHANGES = {
     "forward hook": (lambda layer: True, lambda m: m.register_forward_hook(lambda m, x, y: y.square())),
     "forward pre-hook": (lambda layer: True, lambda m: m.register_forward_pre_hook(lambda m, x: (x[0].square(),))),
     "forward": (lambda layer: True, with_own_forward),
+    "what forward calls": (lambda layer: isinstance(layer, nn.Conv2d), with_own_convolution),
     "subclass": (WEIGHTED, lambda m: setattr(m, "__class__", type("Square", (type(m),), {
         "forward": lambda self, x: super(type(self), self).forward(x).square()}))),
     "tensor subclass": (WEIGHTED, squared_weight),
@@ -408,6 +414,24 @@ def test_modules_loaded_where_none_was_made(tmp_path):
     torch.save((block, x, block(x)), tmp_path / "block.pt")
     code = "import sys, torch; m, x, y = torch.load(sys.argv[1], weights_only=False); assert torch.allclose(m(x), y)"
     subprocess.run([sys.executable, "-c", code, tmp_path / "block.pt"], check=True)
+
+
+PATCHED_BEFORE = """
+import torch
+from torch import nn
+forward = {kind}.{method}
+{kind}.{method} = lambda self, *given: 2 * forward(self, *given)
+import vision_ops
+block, x = vision_ops.nn.ConvEncoder(16, layer_scale_init_value=1.0), torch.randn(1, 16, 7, 7)
+y = block(x)
+block.fused = False
+assert torch.allclose(y, block(x), atol=1e-5)
+"""
+
+
+@pytest.mark.parametrize(("kind", "method"), [("nn.LayerNorm", "forward"), ("nn.Conv2d", "_conv_forward")])
+def test_classes_patched_before_the_import(kind, method):
+    subprocess.run([sys.executable, "-c", PATCHED_BEFORE.format(kind=kind, method=method)], check=True)
 
 
 COMPILED = "ConvEncoder", "GnConv", "MultiOrderGatedAggregation", "S2Block", "MBConv"

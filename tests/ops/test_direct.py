@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vision_ops import _native, fused_layer_norm_2d
+from vision_ops import _native, fused_layer_norm_2d, fused_split_cascade
 from vision_ops.ops.layer_norm_2d import _op
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_missing))
@@ -69,6 +69,14 @@ def test_lazily_negated_tensors(calls):
     y = fused_layer_norm_2d(x, weight, bias, backend="fused")
     assert calls == [False]
     assert torch.equal(y, fused_layer_norm_2d(x.resolve_neg(), weight, bias, backend="fused"))
+
+
+def test_lazily_negated_biases_in_lists():
+    """Which the dispatcher hands over as they are."""
+    x, weights = torch.randn(1, 2, 7, 7), [torch.randn(1, 1, 3, 3)]
+    for bias in (torch.randn(1, dtype=torch.complex64).conj().imag, torch._efficientzerotensor((1,))):
+        y, plain = (fused_split_cascade(x, weights, [bias], backend=backend) for backend in ("fused", "reference"))
+        torch.testing.assert_close(y, plain)
 
 
 def test_a_gradient_of_lazy_zeros(calls):

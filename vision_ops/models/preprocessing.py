@@ -54,6 +54,8 @@ class Preprocess:
         if not hasattr(picture, "convert"):
             raise TypeError(f"a picture must be a PIL image or a uint8 tensor, got {type(picture).__name__}")
         width, height = picture.size
+        if not width or not height:
+            raise ValueError(f"a picture must not be empty, got {width} x {height}")
         rows, columns = self._scaled(height, width)
         image = picture.convert("RGB").resize((columns, rows), _PIL_FILTERS[self.interpolation])
         return self._centre(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])

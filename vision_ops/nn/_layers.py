@@ -16,18 +16,29 @@ from ..dispatch import Explanation, resolve_backend
 # What graphs are made of stands for tensors, unlike DTensors and the packed weights of quantized layers.
 _PLAIN_TENSORS = (Tensor, nn.Parameter, *graph_tensors)
 
-# The types of layers that kernels compute, each with its forward: some code puts its own in the place of a class's.
-_KINDS: dict[str, tuple[type[nn.Module], Any]] = {}
+# The types of layers that kernels compute, each with its forward and what a convolution's forward calls: some code puts
+# its own in the place of a class's, perhaps before this is imported.
+_KINDS: dict[str, tuple[type[nn.Module], Any, Any]] = {}
 
 
 def computed(kind: type[nn.Module]) -> type[nn.Module]:
     """Decorates a class of modules that a kernel computes."""
-    _KINDS[_key(kind)] = kind, kind.forward
+    _KINDS[_key(kind)] = kind, _own(kind, "forward"), _own(kind, "_conv_forward")
     return kind
 
 
 def _key(kind: type[nn.Module]) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _own(kind: type[nn.Module], name: str) -> Any:
+    """A method as its class has it; what is like no method where something else is in its place."""
+    method = getattr(kind, name, None)
+    if method is None:
+        return None
+    named = getattr(method, "__module__", None), getattr(method, "__qualname__", None)
+    owned = any(named == (owner.__module__, f"{owner.__qualname__}.{name}") for owner in kind.__mro__)
+    return method if owned and not hasattr(method, "__wrapped__") else object()
 
 
 for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU):
@@ -148,13 +159,15 @@ class Layers:
                 layer = layer._modules.get(part)  # takes a tenth of the time of getattr
                 if layer is None:
                     return i, "missing"
-            kind, forward = _KINDS[key]
+            kind, forward, conv_forward = _KINDS[key]
             if type(layer) is not kind:
                 return i, "type"
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return i, "hooks"
             state = layer.__dict__
             if "forward" in state or kind.forward is not forward:
+                return i, "forward"
+            if conv_forward is not None and ("_conv_forward" in state or kind._conv_forward is not conv_forward):
                 return i, "forward"
             if inactive and layer.training and layer.p > 0:
                 return i, _ACTIVE

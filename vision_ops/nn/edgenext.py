@@ -71,13 +71,14 @@ class PositionalEncodingFourier(nn.Module):
         return fourier_table(H, W, self.hidden_dim, self.temperature, dtype, device)
 
     def _kept_table(self, *key: Any) -> Tensor:
-        if key not in self._tables:
+        table = self._tables.get(key)
+        if table is None:
             # Not as an inference tensor, which no later backward pass could save.
             with torch.inference_mode(False), torch.no_grad():
                 if len(self._tables) >= _MOST_TABLES:
                     self._tables.clear()
-                self._tables[key] = self._table(*key)
-        return self._tables[key]
+                self._tables[key] = table = self._table(*key)
+        return table
 
     def forward(self, B: int, H: int, W: int, device: torch.device | None = None) -> Tensor:
         """device: where the table is to be, if not where the weight of the projection is before it is called."""

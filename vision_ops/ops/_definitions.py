@@ -45,10 +45,10 @@ def implement(d: Definition) -> None:
     """Tells the dispatcher what to call. Autograd stands above the kernels: graphs hold the op, and its gradient."""
 
     def run(*given: Any, key: str) -> Any:
-        return d.op.kernels[key][0](d.op.arguments(*given))
+        return d.op.kernels[key][0](d.op.arguments(*_resolved(given)))
 
     def run_backward(grad: Tensor, *rest: Any, key: str | None = None) -> list[Tensor]:
-        *given, needs = rest
+        *given, needs = rest if key is None else _resolved(rest)
         saved = given.pop() if d.op._saved else []
         found = d.op.gradients(None if key is None else d.op.kernels[key][1], grad, given, saved, needs)
         # An op cannot return None: a gradient that is not needed is an empty tensor.
@@ -78,6 +78,15 @@ def implement(d: Definition) -> None:
 
     library.impl(names[0], autograd, "Autograd")
     library.impl(names[1], refuse_autograd, "Autograd")
+
+
+def _resolved(values: Any) -> list[Any]:
+    """The dispatcher gives kernels no lazily negated tensors and none of zeros only, but in lists of optional ones."""
+    return [_resolved(v) if isinstance(v, list) else _materialized(v) if isinstance(v, Tensor) else v for v in values]
+
+
+def _materialized(t: Tensor) -> Tensor:
+    return torch.zeros_like(t) if t._is_zerotensor() else t.resolve_neg()
 
 
 def _not_twice(d: Definition) -> str:
