@@ -247,7 +247,7 @@ def apply_kernel(
         # Transposed, [j][i]: tokens are the rows.
         at = (head_i * d * d + i * matrix_i)[None, :] + (j * matrix_j)[:, None]
         matrix = tl.load(matrix_ptr + at, mask=own, other=0.0)
-        if tl.float16 == DOT_TYPE:  # which does not hold the gradients of rows of almost nothing
+        if tl.float16 == DOT_TYPE:  # which does not hold gradients of rows of almost nothing; there is one step for it
             size = tl.max(tl.abs(matrix), axis=0)
             size = tl.where(size == 0.0, 1.0, size)[None, :]
             matrix /= size
