@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Op, Problem
+from benchmarks.problem import Op, Problem
 
 PEERS = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "max-autotune")}
 # Peers made by torch.compile, with its options. "aot_eager" traces as "compile" does, and then compiles nothing.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import vision_ops
-from benchmarks.cases import Op, Setting
 from benchmarks.machine import Rates
 from benchmarks.measure import (
     Quartiles,
@@ -23,6 +22,7 @@ from benchmarks.measure import (
     peak_bytes,
     saved_bytes,
 )
+from benchmarks.problem import Op, Setting
 from benchmarks.providers import COMPILERS, Provider, line_up, make_step
 from benchmarks.report import CaseResult, ProviderResult
 from benchmarks.verify import complaints
@@ -70,14 +70,14 @@ class Race:
             self._steps = {result.mode: self._first_calls(result, self.fused) for result in results}
             wrong = self._wrong()
             if wrong:
-                _spoil(results, "WRONG", "; ".join(wrong))
+                spoil(results, "WRONG", "; ".join(wrong))
                 if not self.plan.time_wrong:
                     return results
             for result in results:
                 tell(f"{result.mode}, first calls")
                 self._steps[result.mode].update(self._first_calls(result, self.peers))
         except Exception as error:
-            _spoil(results, "FAILED", _one_line(error))
+            spoil(results, "FAILED", one_line(error))
         else:
             self._unfinished = list(results)
         return results
@@ -91,7 +91,7 @@ class Race:
                 self._time(result, self._steps.pop(result.mode))
             except Exception as error:
                 # One case that cannot run is no reason to lose the others; the exit status tells.
-                _spoil(self._unfinished, "FAILED", _one_line(error))
+                spoil(self._unfinished, "FAILED", one_line(error))
                 break
             self._unfinished.pop(0)
         return self._results
@@ -151,7 +151,7 @@ class Race:
             except Exception as error:
                 if provider.kind not in COMPILERS:
                     raise
-                entry.error = _one_line(error)
+                entry.error = one_line(error)
             else:
                 steps[provider.name] = step
         return steps
@@ -171,8 +171,10 @@ class Race:
 
     def _time(self, result: CaseResult, steps: dict[str, Step]) -> None:
         samplers = {name: self.plan.stopwatch.sampler(step) for name, step in steps.items()}
-        times = interleave(samplers, lambda times: list(self._ratios(times).values()), self.plan.rule)
-        ratios = self._ratios(times)
+        times = interleave(
+            samplers, lambda times: list(ratios_of(times, self.fused, self.peers).values()), self.plan.rule
+        )
+        ratios = ratios_of(times, self.fused, self.peers)
         result.settled = self.plan.rule.settled(list(ratios.values()))
         for entry in result.providers:
             step = steps.get(entry.name)
@@ -185,22 +187,24 @@ class Race:
             entry.same_layout = ratios.get((entry.name, "same_layout"))
             entry.all_layouts = ratios.get((entry.name, "all_layouts"))
 
-    def _ratios(self, times: Times) -> dict[tuple[str, str], Ratio]:
-        """By the fused op in a layout and the peers it is held against."""
-        peers = [peer for peer in self.peers if peer.name in times]
-        ratios = {}
-        for fused in self.fused:
-            rivals = {"same_layout": [peer for peer in peers if peer.layout == fused.layout], "all_layouts": peers}
-            for against, those in rivals.items():
-                ratios[fused.name, against] = Ratio.of(times, fused.name, [peer.name for peer in those])
-        return ratios
+
+def ratios_of(times: Times, ours: Sequence[Provider], others: Sequence[Provider]) -> dict[tuple[str, str], Ratio]:
+    """By one of ours in a layout and the peers it is held against."""
+    peers = [peer for peer in others if peer.name in times]
+    ratios = {}
+    for provider in ours:
+        rivals = {"same_layout": [peer for peer in peers if peer.layout == provider.layout], "all_layouts": peers}
+        for against, those in rivals.items():
+            if provider.name in times and those:
+                ratios[provider.name, against] = Ratio.of(times, provider.name, [peer.name for peer in those])
+    return ratios
 
 
-def _spoil(results: list[CaseResult], status: str, detail: str) -> None:
+def spoil(results: list[CaseResult], status: str, detail: str) -> None:
     for result in results:
         if result.status == "ok":
             result.status, result.detail = status, detail
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
