@@ -120,9 +120,21 @@ class Clock:
     """Times functions within a call; what one of them calls is its own."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
+        self.start()
         self._inside = False
+
+    def start(self) -> None:
+        self.seconds = dict.fromkeys((*PARTS, "C++"), 0.0)
+        self.calls = dict.fromkeys(self.seconds, 0)
+
+    def own_seconds(self) -> float:
+        """What it adds to every function."""
+        nothing, found = self.timed("C++", lambda: None), []
+        for _ in range(500):
+            self.start()
+            nothing()
+            found.append(self.seconds["C++"])
+        return statistics.median(found)
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -139,10 +151,6 @@ class Clock:
                 self._inside = False
 
         return run
-
-    def start(self) -> None:
-        self.seconds = dict.fromkeys((*PARTS, "C++"), 0.0)
-        self.calls = dict.fromkeys(self.seconds, 0)
 
 
 class TimedModule:
@@ -162,22 +170,15 @@ class TimedModule:
 def part_times(step: Step, calls: int) -> dict[str, float]:
     """Microseconds of each part in one call, without what the clock itself takes."""
     clock = Clock()
-    empty = clock.timed("views", lambda: None)
+    own = clock.own_seconds()
     found: dict[str, list[float]] = {}
-    own = []
     with instrumented(clock):
-        for _ in range(3):
-            clock.start()
-            step()
+        step()
         for _ in range(calls):
             clock.start()
-            empty()
-            own.append(clock.seconds["views"])
-            clock.start()
             step()
-            clock_s = statistics.median(own)
             for part, seconds in clock.seconds.items():
-                found.setdefault(part, []).append(max(0.0, seconds - clock.calls[part] * clock_s))
+                found.setdefault(part, []).append(max(0.0, seconds - clock.calls[part] * own))
     return {part: statistics.median(seconds) * 1e6 for part, seconds in found.items()}
 
 
@@ -191,7 +192,7 @@ def instrumented(clock: Clock) -> Iterator[None]:
         setattr(owner, name, value)
 
     timed = {function: clock.timed(part, function) for function, part in functions_of_parts().items()}
-    for owner in _owners():
+    for owner in owners():
         for name, value in list(vars(owner).items()):
             if isinstance(value, FunctionType) and value in timed:
                 put(owner, name, timed[value])
@@ -206,16 +207,16 @@ def instrumented(clock: Clock) -> Iterator[None]:
 def functions_of_parts() -> dict[FunctionType, str]:
     parts = {name: part for part, names in PARTS.items() for name in names}
     found = {}
-    for owner in _owners():
-        for value in vars(owner).values():
-            if isinstance(value, FunctionType) and value.__module__.startswith("vision_ops"):
-                part = parts.get(value.__name__) or parts.get(value.__module__.rpartition(".")[2])
+    for owner in owners():
+        for name, value in vars(owner).items():
+            if isinstance(value, FunctionType):
+                part = parts.get(name) or parts.get(value.__module__.rpartition(".")[2])
                 if part:
                     found[value] = part
     return found
 
 
-def _owners() -> list[Any]:
+def owners() -> list[Any]:
     """Modules that ops are made of, and their classes."""
     modules = [
         module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, networks: Mapping[str, Network], console: Cons
         bar = progress.add_task("", total=len(networks) * len(SEEDS) * 2 * STEPS)
         for name, network in networks.items():
             progress.update(bar, description=name)
-            found[name] = losses(network, scale, lambda: progress.advance(bar))
+            found[name] = losses(network, scale, STEPS, lambda: progress.advance(bar))
             console.print(f"{name}: {summary(found[name])}")
             if args.out:
                 _write(found, scale, args.out)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, networks: Mapping[str, Network], console: Cons
     return int(not all(torch.tensor(curve).isfinite().all() for curve in _curves(found)))
 
 
-def losses(network: Network, scale: Scale, advance=lambda: None, steps: int = STEPS) -> Losses:
+def losses(network: Network, scale: Scale, steps: int, advance: Callable[[], None]) -> Losses:
     """The same data and first weights for both; dropped paths would differ by luck, so none are."""
     return {
         str(seed): {kind: _train(network, scale, seed, kind == "fused", steps, advance) for kind in ("fused", "eager")}
@@ -50,7 +50,9 @@ def losses(network: Network, scale: Scale, advance=lambda: None, steps: int = ST
     }
 
 
-def _train(network: Network, scale: Scale, seed: int, fused: bool, steps: int, advance) -> list[float]:
+def _train(
+    network: Network, scale: Scale, seed: int, fused: bool, steps: int, advance: Callable[[], None]
+) -> list[float]:
     net = build(network, scale, fused, seed).train()
     torch.manual_seed(seed)
     images = scale.images(network, BATCHES * scale.batch).split(scale.batch)

@@ -45,7 +45,7 @@ def _resolve(args: argparse.Namespace) -> None:
     resolve_device(args)
     args.short = not (args.full or args.op or args.case)
     args.op = list(dict.fromkeys(args.op or OPS))
-    if not any(_cases(args, name) for name in args.op):
+    if not any(_cases(args, OPS[name]) for name in args.op):
         args.error(f"argument --case: no case of {', '.join(args.op)} begins with {' or '.join(args.case)}")
     args.dtype = args.dtype or DTYPE[args.device]
     args.batch = args.batch or BATCH[args.device]
@@ -65,7 +65,7 @@ def _jobs(args: argparse.Namespace, report: Report) -> Iterator[Job]:
 
     for dtype in args.dtype:
         for op in (OPS[name] for name in args.op):
-            for case in _cases(args, op.name):
+            for case in _cases(args, op):
                 kinds = ("fused", *_peers(op, args))
                 yield Job(op.name, case, dtype, args.batch, args.mode, kinds, partial(run_case, dtype, op, case))
 
@@ -76,8 +76,7 @@ def _plan(args: argparse.Namespace, dtype: str, stopwatch: Stopwatch) -> Plan:
     return Plan(setting, args.layout, args.mode, Rule(args.seconds), stopwatch, rates)
 
 
-def _cases(args: argparse.Namespace, name: str) -> Sequence[str]:
-    op = OPS[name]
+def _cases(args: argparse.Namespace, op: Op) -> Sequence[str]:
     if args.short:
         return op.quick[:1]
     return [case for case in op.cases if case.startswith(tuple(args.case or ("",)))]

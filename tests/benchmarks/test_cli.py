@@ -96,6 +96,7 @@ def test_a_full_run_goes_on_where_it_was_stopped(ops, tmp_path, monkeypatch, cap
         return measure(self, tell)
 
     monkeypatch.setattr(Race, "run", stop)
+    monkeypatch.setattr("benchmarks.ops.draw", lambda *args: None)
     monkeypatch.setattr("benchmarks.machine.commit", lambda: {"id": "abc", "dirty": True, "changes": "0"})
     ops["dwconv"].cases.update(dict.fromkeys(("a", "b", "c"), ops["dwconv"].cases["tiny"]))
     words = ("--full", "--op", "dwconv", "--mode", "forward", "--layout", "contiguous", "--out", str(tmp_path))
