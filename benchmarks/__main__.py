@@ -51,6 +51,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", type=words(LAYOUTS), metavar="L,L", default=LAYOUTS)
     parser.add_argument("--mode", type=words(MODES), metavar="M,M", default=MODES)
     parser.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout, built: is this one faster?")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON, CSV and PNG go; default: nowhere")
     parser.set_defaults(error=parser.error)
 

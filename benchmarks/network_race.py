@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks.costs import share_of
-from benchmarks.measure import Quartiles, Rule, Step, Stopwatch, first_call, interleave, peak_bytes, saved_bytes
+from benchmarks.measure import Rule, Step, Stopwatch, first_call, interleave, peak_bytes, saved_bytes
 from benchmarks.networks import Network, Scale, assemble, disagreement, forward_step, train_step
+from benchmarks.other_tree import OtherTree
 from benchmarks.providers import Provider, line_up
-from benchmarks.race import one_line, ratios_of, spoil
+from benchmarks.race import one_line, ratios_of, samplers_elsewhere, spoil
 from benchmarks.report import CaseResult, ProviderResult
 
 OURS = ("fused", "compile(fused)")
@@ -31,10 +32,13 @@ class NetworkRace:
     scale: Scale
     rule: Rule
     stopwatch: Stopwatch
+    other: OtherTree | None = None
 
     def run(self, tell: Callable[[str], None]) -> list[CaseResult]:
         """A result for every mode."""
         torch._dynamo.reset()
+        if self.other is not None:
+            self.other.forget()
         results = [self._blank_result(mode) for mode in self.modes]
         errors: dict[str, str] = {}
         try:
@@ -73,7 +77,7 @@ class NetworkRace:
     def _wrong(self, nets: dict[str, nn.Module]) -> str | None:
         found = []
         for layout in self.layouts:
-            x = self._scale(layout).images(self.network)
+            x = self._scale(layout).images(self.network, batch=1)
             wrong = disagreement(nets[f"fused/{layout}"], nets[f"eager/{layout}"], x, self._scale(layout))
             found += [f"{layout}, {wrong}"] if wrong else []
         return "; ".join(found) or None
@@ -92,16 +96,18 @@ class NetworkRace:
         samplers = {name: self.stopwatch.sampler(step) for name, step in steps.items()}
         ours = [provider for provider in result.providers if provider.kind in OURS]
         others = [provider for provider in result.providers if provider.kind not in OURS]
+        about = {"variant": self.network.variant, "image": self.network.image, "mode": result.mode}
+        about |= {"dtype": result.dtype, "batch": result.batch}
+        samplers |= samplers_elsewhere(self.other, result, self.layouts, **about)
         times = interleave(samplers, lambda times: list(ratios_of(times, ours, others).values()), self.rule)
         ratios = ratios_of(times, ours, others)
         result.settled = self.rule.settled(list(ratios.values()))
         tell(f"{result.mode}, memory")
         for entry in result.providers:
             if entry.name in times:
-                entry.time_s = Quartiles.of(times[entry.name])
+                entry.take(times[entry.name], ratios)
                 entry.images_per_s = self.scale.batch / entry.time_s.median
-                entry.same_layout = ratios.get((entry.name, "same_layout"))
-                entry.all_layouts = ratios.get((entry.name, "all_layouts"))
+            if entry.name in steps:
                 self._memory(entry, nets[entry.name], steps[entry.name], result.mode)
         self._shares(result.providers, steps)
         result.rounds = len(next(iter(times.values())))

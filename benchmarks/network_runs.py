@@ -11,7 +11,8 @@ from benchmarks import machine, network_table, table
 from benchmarks.measure import Rule, Stopwatch
 from benchmarks.network_race import NetworkRace
 from benchmarks.networks import NETWORKS, Network, Scale
-from benchmarks.session import Job, draw, prepare_torch, resolve_device, run_jobs, start_report
+from benchmarks.other_tree import OtherTree
+from benchmarks.session import Job, draw, other_tree, prepare_torch, resolve_device, run_jobs, start_report
 from benchmarks.timm_peer import VARIANTS
 from vision_ops import models
 
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
         return loss.run(args, networks, console)
     report = start_report("networks", args)
-    complete = run_jobs(list(_jobs(args, networks)), report, args.out, console)
+    with other_tree(args, "networks") as other:
+        complete = run_jobs(list(_jobs(args, networks, other)), report, args.out, console)
     network_table.show(report, console)
     if args.out:
         draw(report, args.out, console)
@@ -74,7 +76,7 @@ def _dtypes(device: str, short: bool) -> tuple[str, ...]:
     return ("float32", "bfloat16") if machine.multiplies_bfloat16() and not short else ("float32",)
 
 
-def _jobs(args: argparse.Namespace, networks: Mapping[str, Network]) -> Iterator[Job]:
+def _jobs(args: argparse.Namespace, networks: Mapping[str, Network], other: OtherTree | None) -> Iterator[Job]:
     stopwatch, rule = Stopwatch(args.device), Rule(args.seconds, ROUNDS)
     for dtype in args.dtype:
         for batch in args.batch:
@@ -83,5 +85,5 @@ def _jobs(args: argparse.Namespace, networks: Mapping[str, Network]) -> Iterator
                 kinds += ["timm"] if network.variant in VARIANTS else []
                 kinds += ["compile(reference)", "compile(fused)"] if args.compile else []
                 scale = Scale(args.device, batch, dtype=getattr(torch, dtype))
-                race = NetworkRace(name, network, kinds, args.layout, args.mode, scale, rule, stopwatch)
+                race = NetworkRace(name, network, kinds, args.layout, args.mode, scale, rule, stopwatch, other)
                 yield Job("networks", name, dtype, batch, args.mode, kinds, race.run)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from benchmarks.network_race import OURS
 from benchmarks.report import CaseResult, ProviderResult, Report
-from benchmarks.table import SHORT, figure, megabytes, new_table, print_notes, ratio_text
+from benchmarks.table import SHORT, figure, megabytes, new_table, print_before, print_notes, ratio_text
 
 LEGEND = (
     "Times faster: time of the best of the others, eager PyTorch unless named (timm, torch.compile of the reference), "
@@ -32,6 +32,7 @@ def show(report: Report, console: Console) -> None:
         console.print(LEGEND)
         if report.device == "cpu":
             console.print("Times are of this machine only; the ratios are what to compare.")
+    print_before(report, console)
     for result in report.results:
         print_notes(result, console)
 

@@ -12,11 +12,12 @@ import torch
 from benchmarks import machine, table
 from benchmarks.cases import OPS
 from benchmarks.measure import Rule, Stopwatch
+from benchmarks.other_tree import OtherTree
 from benchmarks.problem import Op, Setting
 from benchmarks.providers import COMPILERS, PEERS
 from benchmarks.race import Plan, Race
 from benchmarks.report import CaseResult, Report
-from benchmarks.session import Job, Tell, draw, prepare_torch, resolve_device, run_jobs, start_report
+from benchmarks.session import Job, Tell, draw, other_tree, prepare_torch, resolve_device, run_jobs, start_report
 
 BATCH = {"cpu": 4, "cuda": 128}
 DTYPE = {"cpu": ("float32",), "cuda": ("bfloat16",)}
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     prepare_torch(args, fresh=not args.short)
     console = table.make_console()
     report = start_report("ops", args)
-    complete = run_jobs(list(_jobs(args, report)), report, args.out, console)
+    with other_tree(args, "ops") as other:
+        complete = run_jobs(list(_jobs(args, report, other)), report, args.out, console)
     table.show(report, console)
     if args.out:
         draw(report, args.out, console)
@@ -52,15 +54,17 @@ def _resolve(args: argparse.Namespace) -> None:
     args.seconds = args.seconds or (SHORT_SECONDS if args.short else SECONDS)
 
 
-def _jobs(args: argparse.Namespace, report: Report) -> Iterator[Job]:
+def _jobs(args: argparse.Namespace, report: Report, other: OtherTree | None) -> Iterator[Job]:
     stopwatch = Stopwatch(args.device)
     plans: dict[str, Plan] = {}
 
     def run_case(dtype: str, op: Op, case: str, tell: Tell) -> list[CaseResult]:
         if dtype not in plans:
             tell("rates of the machine")
-            plans[dtype] = _plan(args, dtype, stopwatch)
+            plans[dtype] = _plan(args, dtype, stopwatch, other)
             report.rates[dtype] = asdict(plans[dtype].rates)
+        if other is not None:
+            other.forget()
         return Race(op, case, _peers(op, args), plans[dtype]).run(tell)
 
     for dtype in args.dtype:
@@ -70,10 +74,10 @@ def _jobs(args: argparse.Namespace, report: Report) -> Iterator[Job]:
                 yield Job(op.name, case, dtype, args.batch, args.mode, kinds, partial(run_case, dtype, op, case))
 
 
-def _plan(args: argparse.Namespace, dtype: str, stopwatch: Stopwatch) -> Plan:
+def _plan(args: argparse.Namespace, dtype: str, stopwatch: Stopwatch, other: OtherTree | None) -> Plan:
     setting = Setting(args.device, getattr(torch, dtype), args.layout[0], args.batch)
     rates = machine.measure_rates(args.device, setting.dtype, stopwatch)
-    return Plan(setting, args.layout, args.mode, Rule(args.seconds), stopwatch, rates)
+    return Plan(setting, args.layout, args.mode, Rule(args.seconds), stopwatch, rates, other=other)
 
 
 def _cases(args: argparse.Namespace, op: Op) -> Sequence[str]:

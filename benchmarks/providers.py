@@ -21,6 +21,7 @@ COMPILERS: dict[str, dict[str, Any]] = {
     "max-autotune": {"mode": "max-autotune-no-cudagraphs"},
     "aot_eager": {"backend": "aot_eager"},
 }
+BEFORE = "before"  # the fused op of another tree
 CUDNN = "eager-cudnn"  # with cuDNN's kernels for contiguous depthwise convolutions, which PyTorch does not take itself
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,16 @@ class ProviderResult(Provider):
     # Of networks only. in_ops: the share of the time that our ops take, or of PyTorch's what they replace.
     images_per_s: float | None = None
     in_ops: float | None = None
-    # Of the fused op only: against the best peer of its layout, and of any layout.
+    # Of the fused op only: against the best peer of its layout, and of any layout, and the other tree.
     same_layout: Ratio | None = None
     all_layouts: Ratio | None = None
+    before: Ratio | None = None
+
+    def take(self, times: Sequence[float], ratios: Mapping[tuple[str, str], Ratio]) -> None:
+        self.time_s = Quartiles.of(times)
+        self.same_layout, self.all_layouts, self.before = (
+            ratios.get((self.name, against)) for against in ("same_layout", "all_layouts", "before")
+        )
 
 
 @dataclass
@@ -71,7 +78,7 @@ def _rates(stored: dict[str, Any]) -> dict[str, Any]:
 def _provider(stored: dict[str, Any]) -> ProviderResult:
     ratios = {
         name: Ratio(found["peer"], Quartiles(**found["ratio"]))
-        for name in ("same_layout", "all_layouts")
+        for name in ("same_layout", "all_layouts", "before")
         if (found := stored[name])
     }
     time = stored["time_s"] and Quartiles(**stored["time_s"])
@@ -148,6 +155,7 @@ class Report:
                     "error": provider.error,
                     **_flat_ratio("same_layout", provider.same_layout),
                     **_flat_ratio("all_layouts", provider.all_layouts),
+                    **_flat_ratio("before", provider.before),
                     "machine": self.machine_name,
                     "torch": self.versions.get("torch"),
                     "vision_ops": self.versions.get("vision_ops"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch._inductor import config as inductor
 
 from benchmarks import machine
+from benchmarks.other_tree import OtherTree
 from benchmarks.report import CaseResult, Report
 
 Tell = Callable[[str], None]
@@ -50,9 +52,10 @@ def start_report(name: str, args: argparse.Namespace) -> Report:
         versions=machine.versions(),
         commit=machine.commit(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        arguments={name: value for name, value in vars(args).items() if name not in ("module", "error", "out")},
+        arguments={name: value for name, value in vars(args).items() if name not in ("module", "error", "out")}
+        | {"against": args.against and str(args.against)},
     )
-    if args.full and args.out:
+    if args.full and args.out and not args.against:
         report.resume(args.out)
     return report
 
@@ -88,6 +91,21 @@ def run_jobs(jobs: Sequence[Job], report: Report, out: Path | None, console: Con
         except KeyboardInterrupt:
             return False
     return True
+
+
+@contextlib.contextmanager
+def other_tree(args: argparse.Namespace, what: str) -> Iterator[OtherTree | None]:
+    """That of --against."""
+    if args.against is None:
+        yield None
+        return
+    if not (args.against / "vision_ops").is_dir():
+        args.error(f"argument --against: {args.against} is no checkout of this repository")
+    tree = OtherTree(args.against, what, args.device, args.threads)
+    try:
+        yield tree
+    finally:
+        tree.close()
 
 
 def draw(report: Report, folder: Path, console: Console) -> None:

@@ -43,6 +43,7 @@ def show(report: Report, console: Console) -> None:
         rows = summaries(report.results)
         if any(row.cases > 1 for row in rows):  # else it would say the same once more
             console.print(_summary_table(rows), "", sep="\n")
+    print_before(report, console)
     for result in report.results:
         print_notes(result, console)
 
@@ -110,6 +111,27 @@ def figure(value: float) -> str:
 
 def megabytes(count: int | None) -> str:
     return "" if count is None else figure(count / 1e6)
+
+
+def print_before(report: Report, console: Console) -> None:
+    """What became of the times of the other tree, if it took part."""
+    found: dict[str, dict[str, Ratio]] = {}
+    for result in report.results:
+        for fused in result.fused():
+            if fused.before:
+                name = f"{result.op} {result.case}, {SHORT[result.mode]} {SHORT[fused.layout]}"
+                group = f"{result.dtype} batch {result.batch}, {result.mode}"
+                found.setdefault(group, {})[name] = fused.before
+    if not found:
+        return
+    console.print(f"Times faster than {report.arguments['against']}, in turns with it:")
+    for group, ratios in found.items():
+        console.print(f"{group}:", style="bold")
+        for name, ratio in ratios.items():
+            console.print("  ", name, ratio_text(ratio, ""))
+        medians = [ratio.ratio.median for ratio in ratios.values()]
+        console.print(f"   all {len(medians)}: geometric mean {statistics.geometric_mean(medians):.3f}")
+    console.print()
 
 
 def _print_legend(report: Report, console: Console) -> None:

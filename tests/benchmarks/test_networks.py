@@ -128,7 +128,7 @@ def test_the_peer_of_timm(timm):
 
 def test_scales_of_branches_are_not_so_small_that_errors_vanish():
     net = networks.build(NETWORKS["HorNet-T"], Scale("cpu", small=True), fused=True)
-    assert all(p.detach().eq(0.1).all() for name, p in net.named_parameters() if "gamma" in name)
+    assert all(p.detach().eq(networks.SCALE).all() for name, p in net.named_parameters() if "gamma" in name)
 
 
 def test_the_share_of_ours():
