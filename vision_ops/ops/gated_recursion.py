@@ -11,6 +11,7 @@ from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._pointwise import (
+    channel_sums,
     crew_pays,
     linear,
     linear_times,
@@ -168,12 +169,6 @@ def _gate_backward(
     bias = None if bias is None else bias.contiguous()
     inputs = _native.view(dp), _native.view(u), _native.weight_view(bias), _native.view(q)
     _native.kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
-
-
-def channel_sums(t: Tensor, sums: Tensor | None) -> None:
-    """sums = t.sum((0, 2, 3)): the gradient of a bias."""
-    if sums is not None:
-        _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))
 
 
 # --- The op
