@@ -55,6 +55,15 @@ VOPS_CPU_OP(ScaledResidualOps, scaled_residual)
 VOPS_CPU_OP(ShiftSplitAttentionOps, shift_split_attention)
 VOPS_CPU_OP(SplitCascadeOps, split_cascade)
 
+// (combine, activation, z, kept, gamma, path_scale)
+static void read(Arguments& given, Ending* end) {
+  Arguments each = items(given.next());
+  read(each, &end->combine);
+  read(each, &end->act);
+  for (Tensor4* t : {&end->z, &end->kept, &end->gamma, &end->path_scale}) read(each, t);
+  each.end();
+}
+
 namespace {
 
 using Tensors = std::vector<Tensor4>;
