@@ -18,7 +18,8 @@ from ._checks import (
     check_tensor,
     check_vector,
 )
-from ._maps import channel_sums, pixel_dense, product_dense
+from ._maps import pixel_dense, product_dense
+from ._pointwise import ACTIVATIONS as ACTIVATION_CODES
 from ._pointwise import (
     crew_pays,
     linear,
@@ -42,9 +43,6 @@ from ._registration import (
 )
 from .layer_norm_2d import MOST_CHANNELS
 from .scaled_residual import Tail, cpu_tail, cuda_tail, sum_dtype
-
-# As in csrc/include/activation.h.
-_CODES = {"gelu": 1, "silu": 2, "hardswish": 3}
 
 
 class _Arguments(NamedTuple):
@@ -116,18 +114,17 @@ class _Device(NamedTuple):
     norm_backward: Callable[..., None]
     activate: Callable[[Tensor, Tensor, str], None]
     activate_backward: Callable[..., None]
-    channel_sums: Callable[[Tensor, Tensor | None], None]
 
 
 def _cpu() -> _Device:
-    return _Device(cpu_tail(), _norm, _norm_backward, _activate, _activate_backward, channel_sums)
+    return _Device(cpu_tail(), _norm, _norm_backward, _activate, _activate_backward)
 
 
 def _cuda() -> _Device:
-    from ..kernels import gated_recursion, layer_norm_2d, mlp
+    from ..kernels import layer_norm_2d, mlp
 
     norm = layer_norm_2d.forward, layer_norm_2d.backward
-    return _Device(cuda_tail(), *norm, mlp.activate, mlp.activate_backward, gated_recursion.channel_sums)
+    return _Device(cuda_tail(), *norm, mlp.activate, mlp.activate_backward)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
@@ -142,14 +139,14 @@ def _norm_backward(
 
 def _activate(u: Tensor, a: Tensor, activation: str) -> None:
     """a = act(u); a may be u."""
-    _native.run("activate", u, a, _CODES[activation])
+    _native.run("activate", u, a, ACTIVATION_CODES[activation])
 
 
 def _activate_backward(
     da: Tensor, u: Tensor, du: Tensor, a: Tensor | None, dbias: Tensor | None, activation: str
 ) -> None:
     """du = da * act'(u), a = act(u), dbias = the sum of du over the pixels. du may be da."""
-    _native.run("activate_backward", da, u, du, a, dbias, _CODES[activation])
+    _native.run("activate_backward", da, u, du, a, dbias, ACTIVATION_CODES[activation])
 
 
 def _normed(device: _Device, a: _Arguments, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -222,7 +219,7 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
     if dfc1 is not None:
         weight_gradient(du, _normed(passes, a, x, dtype), dfc1, None if summed else dfc1_bias)
     elif not summed:
-        passes.channel_sums(du, dfc1_bias)
+        weight_gradient(du, du, None, dfc1_bias)
     if dx is None and dnorm is None and dnorm_bias is None:
         return
     into = None
@@ -285,7 +282,7 @@ def _second_gradients(
     the gradient of gamma is the sum of that of a row of both, times the row."""
     if act is None:
         if dfc2_bias is not None:
-            passes.channel_sums(dbranch, dfc2_bias)
+            weight_gradient(dbranch, dbranch, None, dfc2_bias)
             if folds and a.gamma is not None:
                 dfc2_bias.mul_(a.gamma)
         return
@@ -293,7 +290,7 @@ def _second_gradients(
         if dfc2 is not None:
             weight_gradient(dbranch, act, dfc2, dfc2_bias)
         elif dfc2_bias is not None:
-            passes.channel_sums(dbranch, dfc2_bias)
+            weight_gradient(dbranch, dbranch, None, dfc2_bias)
         if dgamma is not None:
             form = memory_format(grad)
             branch = allocate(grad.shape, grad, form, act.dtype)
