@@ -78,6 +78,7 @@ def _print_build(build: dict[str, Any]) -> None:
 # What most ops take is an image (N, C, H, W).
 _SHAPES = {
     "cross_covariance": (1, 4, 16, 56 * 56),
+    "relative_attention": (1, 4, 56 * 56, 16),
     "s2_attention": (1, 56, 56, 64),
     "shift_split_attention": (1, 56, 56, 3 * 64),
     "xca": (1, 56 * 56, 64),

@@ -10,6 +10,7 @@ from .layer_norm_2d import fused_layer_norm_2d
 from .moga_aggregation import fused_moga_aggregation
 from .moga_gate import fused_moga_gate
 from .multi_order_dwconv import fused_multi_order_dwconv
+from .relative_attention import fused_relative_attention
 from .s2_attention import fused_s2_attention
 from .shift_split_attention import fused_shift_split_attention
 from .split_cascade import fused_split_cascade
@@ -28,6 +29,7 @@ __all__ = [
     "fused_moga_aggregation",
     "fused_moga_gate",
     "fused_multi_order_dwconv",
+    "fused_relative_attention",
     "fused_s2_attention",
     "fused_shift_split_attention",
     "fused_split_cascade",
