@@ -6,36 +6,35 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_eps, check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, memory_format
 
 MOST_CHANNELS = 2048  # that the registers of a Triton program hold
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor
     eps: float
 
 
-def _reference(a: _Arguments) -> Tensor:
+def _reference(a: Arguments) -> Tensor:
     return reference.layer_norm_2d(a.x, a.weight, a.bias, eps=a.eps)
 
 
-def _output(a: _Arguments) -> Tensor:
+def _output(a: Arguments) -> Tensor:
     return empty(a.x.shape, a.x)
 
 
-def _forward_cpu(a: _Arguments) -> Tensor:
+def _forward_cpu(a: Arguments) -> Tensor:
     y, weight, bias = _output(a), a.weight.contiguous(), a.bias.contiguous()
     parameters = _native.weight_view(weight), _native.weight_view(bias)
     _native.kernels().layer_norm_2d(_native.view(a.x), *parameters, _native.view(y), a.eps)
     return y
 
 
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: Arguments) -> None:
     dx, dweight, dbias = grads
     weight = a.weight.contiguous()
     inputs = _native.view(grad), _native.view(a.x), _native.weight_view(weight)
@@ -43,7 +42,7 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     _native.kernels().layer_norm_2d_backward(*inputs, *outputs, a.eps)
 
 
-def _forward_cuda(a: _Arguments) -> Tensor:
+def _forward_cuda(a: Arguments) -> Tensor:
     from ..kernels import layer_norm_2d
 
     y = _output(a)
@@ -51,17 +50,17 @@ def _forward_cuda(a: _Arguments) -> Tensor:
     return y
 
 
-def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: Arguments) -> None:
     from ..kernels import layer_norm_2d
 
     dx, dweight, dbias = grads
     layer_norm_2d.backward(grad, a.x, a.weight, dx, dweight, dbias, a.eps)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
-def _torch_is_faster(a: _Arguments) -> bool:
+def _torch_is_faster(a: Arguments) -> bool:
     """Of channels_last tensors PyTorch's own layer norm takes less time where they are small, and without AVX-512 in
     training, where it keeps the statistics (measured, AVX-512 and AVX2)."""
     x = a.x
@@ -76,8 +75,8 @@ def _torch_is_faster(a: _Arguments) -> bool:
     return (count < 180_000 and (single or channels >= 128)) or (count < 320_000 and single and channels >= 128)
 
 
-def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    cannot = device_reasons(a.x, _KERNELS, triton=True)
+def _predicate(a: Arguments) -> tuple[list[str], list[str]]:
+    cannot = device_reasons(a.x, KERNELS, triton=True)
     if a.x.device.type == "cuda" and a.x.shape[1] > MOST_CHANNELS:
         cannot.append(f"the Triton kernel takes at most {MOST_CHANNELS} channels, x has {a.x.shape[1]}")
     # A compiled graph must not depend on the size.
@@ -88,29 +87,14 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 _op = FusedOp(
     "layer_norm_2d",
-    _Arguments,
+    Arguments,
     output=_output,
-    kernels=_KERNELS,
+    kernels=KERNELS,
     reference=_reference,
     predicate=_predicate,
     triton=True,
     autocast=False,
 )
-
-
-def _explain(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, weight, bias, eps, backend=backend)
-
-
-explainers["layer_norm_2d"] = _explain
 
 
 def fused_layer_norm_2d(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Explanation, explainers
 from ..reference._resize import resize, resize_backward
 from . import _relative
 from ._checks import autocast_enabled, check_integer, check_parameter, check_sequence, check_tensor
@@ -130,34 +129,8 @@ _op = FusedOp(
     predicate=_predicate,
     uncast=("bias_table",),
     saved=(Tensor.contiguous,),
+    dims="B, heads, N, d",
 )
-
-
-def _given(
-    q: Tensor, height: int, width: int, window_size: Sequence[int] | None, scale: float | None
-) -> tuple[Any, ...]:
-    window = (height, width) if window_size is None else tuple(window_size)
-    return height, width, *window, q.shape[3] ** -0.5 if scale is None else float(scale)
-
-
-def _explain(
-    q: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    bias_table: Tensor | None = None,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    window_size: Sequence[int] | None = None,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("q", q, "B, heads, N, d")
-    height, width = (q.shape[2], 1) if height is None or width is None else (height, width)
-    return _op.explain(q, k, v, bias_table, *_given(q, height, width, window_size, scale), backend=backend)
-
-
-explainers["relative_attention"] = _explain
 
 
 def check_window(window_size: Any) -> None:
@@ -166,6 +139,11 @@ def check_window(window_size: Any) -> None:
     check_sequence("window_size", window_size, 2)
     for side in window_size:
         check_integer("window_size", side, 1)
+
+
+def check_scale(scale: Any) -> None:
+    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
 
 
 def check_table(table: Any, heads: int, x: Tensor, of: str) -> None:
@@ -226,6 +204,7 @@ def fused_relative_attention(
     check_window(window_size)
     if bias_table is not None:
         check_table(bias_table, q.shape[1], q, "q")
-    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    return _op(q, k, v, bias_table, *_given(q, height, width, window_size, scale), backend=backend)
+    check_scale(scale)
+    window = (height, width) if window_size is None else window_size
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return _op(q, k, v, bias_table, height, width, *window, scale, backend=backend)
