@@ -236,18 +236,22 @@ Error run_forward(const Tensor4& q, const Tensor4& k, const Tensor4& v, const Te
   });
 }
 
-// logits become what the softmax gives, and grads, those of the softmax, become those of the logits.
+// logits become what the softmax gives, and grads, those of the softmax, become those of the logits. Weights are divided
+// by their sum once more: lse is rounded, which shows where logits are large and one weight is almost all.
 template <class A>
 void softmax_backward(A* logits, A* grads, int64_t width, A lse) {
-  Vec<A> products = {};
+  Vec<A> products = {}, sums = {};
   for (int64_t j = 0; j < width; j += kLanes) {
     const Vec<A> weight = exp_of_negative(load(logits + j) - lse);
     store(logits + j, weight);
+    sums += weight;
     products += weight * load(grads + j);
   }
-  const A mean = sum_of_lanes(products);
+  const A inverse = 1 / sum_of_lanes(sums), mean = sum_of_lanes(products) * inverse;
   for (int64_t j = 0; j < width; j += kLanes) {
-    store(grads + j, load(logits + j) * (load(grads + j) - mean));
+    const Vec<A> weight = load(logits + j) * inverse;
+    store(logits + j, weight);
+    store(grads + j, weight * (load(grads + j) - mean));
   }
 }
 

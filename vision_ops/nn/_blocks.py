@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.dwconv import fused_dwconv
 from ._checkpointing import checkpointed
-from ._layers import Layers
+from ._layers import Layers, computed
 
 
 class Blocks(nn.Sequential):
@@ -22,6 +22,7 @@ class Blocks(nn.Sequential):
         return x
 
 
+@computed
 class DropPath(nn.Module):
     """Stochastic depth: drops whole samples of a residual branch in training and scales up what stays."""
 
@@ -31,11 +32,15 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_prob}")
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
+    def path_scale(self, x: Tensor) -> Tensor | None:
+        """What forward multiplies each sample by, (N,); None for 1."""
         if self.drop_prob == 0 or not self.training:
-            return x
-        kept = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
-        return x * kept.div_(1 - self.drop_prob)
+            return None
+        return x.new_empty(x.shape[0]).bernoulli_(1 - self.drop_prob).div_(1 - self.drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.path_scale(x)
+        return x if scale is None else x * scale.view(-1, *(1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"

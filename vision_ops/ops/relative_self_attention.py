@@ -13,15 +13,7 @@ from ..reference.relative_self_attention import product_type
 from . import _relative, layer_norm_2d
 from ._checks import check_eps, check_integer, check_parameter, check_tensor
 from ._pointwise import crew_pays, linear, products, weight_gradient
-from ._registration import (
-    FusedOp,
-    Kernels,
-    allocate_contiguous,
-    device_reasons,
-    gradient_like,
-    with_crew,
-    without_autocast,
-)
+from ._registration import FusedOp, Kernels, allocate_contiguous, device_reasons, with_crew, without_autocast
 from ._relative import Geometry
 from .gated_recursion import cpu_gates, cuda_gates
 from .relative_attention import attend_backward, check_scale, check_table, check_window, empty_lse, resized
@@ -71,7 +63,7 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; and for the backward pass [q | k | v], what the heads give, and lse."""
     b, h, w, c = a.x.shape
     dtype = product_type(a.x, a.q_weight)
-    y = allocate_contiguous(a.x.shape, a.x, a.x.dtype if a.residual else dtype)
+    y = allocate_contiguous(a.x.shape, a.x, torch.promote_types(a.x.dtype, dtype) if a.residual else dtype)
     qkv = allocate_contiguous((b, h, w, 3 * c), a.x, dtype)
     mixed = allocate_contiguous((b, h, w, c), a.x, dtype)
     return y, qkv, mixed, empty_lse(_heads(mixed, a))
@@ -137,10 +129,7 @@ def _forward(of_device: Callable[[], _Device], a: _Arguments) -> tuple[Tensor, T
     q, k, v = (_heads(t, a) for t in _thirds(qkv))
     device.attention.forward(q, k, v, resized(a.bias_table, geometry, q), geometry, _heads(mixed, a), lse)
     if a.path_scale is None and (not a.residual or y.dtype == mixed.dtype):
-        plus = None
-        if a.residual:
-            plus = _map(a.x)
-        linear(_map(mixed), a.o_weight, a.o_bias, _map(y), plus=plus)
+        linear(_map(mixed), a.o_weight, a.o_bias, _map(y), plus=_map(a.x) if a.residual else None)
         return result
     out = allocate_contiguous(mixed.shape, mixed)
     linear(_map(mixed), a.o_weight, a.o_bias, _map(out))

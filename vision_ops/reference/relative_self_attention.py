@@ -9,9 +9,8 @@ from .relative_attention import relative_attention
 
 
 def product_type(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The half one of two dtypes: autocast casts weights, and leaves x to the norm and to the residual."""
-    half = x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
-    return weight.dtype if half else x.dtype
+    """Autocast casts the weights, and leaves x to the norm and to the residual."""
+    return weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 def relative_self_attention(
