@@ -221,7 +221,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
-    return {"norm and attention": kernel, "products over all channels": products(_map(a.x))}
+    return {"attention": kernel, "products over all channels": products(_map(a.x))}
 
 
 _op = FusedOp(
