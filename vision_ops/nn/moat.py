@@ -173,9 +173,8 @@ class RelativeSelfAttention(nn.Module):
         parameters = self._kernel.tensors(self, x)
         table = self.relative_position_embedding
         if parameters is not None:
-            layers = parameters if table is None else parameters[1:]
-            options = {"num_heads": self.num_heads, "window_size": window_size}
-            return fused_relative_self_attention(x, *layers, table, **options)
+            given = x, *(parameters if table is None else parameters[1:]), table
+            return fused_relative_self_attention(*given, num_heads=self.num_heads, window_size=window_size)
         height, width = x.shape[1:3]
         tokens = x.flatten(1, 2)
         q, k, v = (p(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
@@ -239,10 +238,9 @@ class MOATBlock(MBConv):
             return (x + self.drop_path(self.attention(self.attention_norm(x), self.window_size))).permute(0, 3, 1, 2)
         *products, norm_weight, norm_bias = parameters
         table = products.pop(0) if len(products) == 9 else None
+        given = x, *products, table
         y = fused_relative_self_attention(
-            x,
-            *products,
-            table,
+            *given,
             num_heads=self.attention.num_heads,
             window_size=self.window_size,
             norm_weight=norm_weight,

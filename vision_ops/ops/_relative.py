@@ -39,12 +39,14 @@ def backward(
     v: Tensor,
     table: Tensor | None,
     geometry: Geometry,
+    y: Tensor | None,
     lse: Tensor,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
     dtable: Tensor | None,
 ) -> None:
+    """y, which the Triton kernels make use of, may be missing."""
     given = *map(_native.view, (dy, q, k, v)), _table_view(table), geometry, _table_view(lse)
     grads = *map(_native.view, (dq, dk, dv)), _table_view(dtable)
     _native.kernels().relative_attention_backward(*given, *grads)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -67,6 +68,7 @@ def attend_backward(
     v: Tensor,
     table: Tensor | None,
     geometry: Geometry,
+    y: Tensor | None,
     lse: Tensor,
     grads: Sequence[Tensor | None],
 ) -> None:
@@ -75,7 +77,7 @@ def attend_backward(
     dresized = None
     if dtable is not None:
         dresized = allocate_contiguous((q.shape[1], *geometry.table_size), q, wide(q.dtype))
-    kernels.backward(dy, q, k, v, resized(table, geometry, q), geometry, lse, *of_tokens, dresized)
+    kernels.backward(dy, q, k, v, resized(table, geometry, q), geometry, y, lse, *of_tokens, dresized)
     if dtable is None or dresized is None:
         return
     if dtable.shape != dresized.shape:
@@ -99,7 +101,7 @@ def _forward(a: _Arguments, kernels: ModuleType) -> tuple[Tensor, Tensor]:
 
 def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse: Tensor, kernels: ModuleType) -> None:
     if grad.numel():
-        attend_backward(kernels, grad, *a[:4], _geometry(a), lse, grads)
+        attend_backward(kernels, grad, *a[:4], _geometry(a), None, lse, grads)
     elif grads[3] is not None:
         grads[3].zero_()
 
@@ -112,11 +114,34 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse: 
     _backward(grads, grad, a, lse, _relative)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu)}
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor]:
+    from ..kernels import relative_attention
+
+    return _forward(a, relative_attention)
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse: Tensor) -> None:
+    from ..kernels import relative_attention
+
+    _backward(grads, grad, a, lse, relative_attention)
+
+
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+_MOST_CHANNELS = 128  # of a head, of which a Triton program holds some queries and keys
+
+
+def triton_reasons(x: Tensor, channels: int) -> list[str]:
+    """Why the Triton kernels cannot take x with so many channels in a head."""
+    if x.device.type != "cuda":
+        return []
+    reasons = ["the Triton kernels do not take float64"] if x.dtype == torch.float64 else []
+    if channels > _MOST_CHANNELS:
+        reasons.append(f"the Triton kernels take at most {_MOST_CHANNELS} channels in a head, x has {channels}")
+    return reasons
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.q, _KERNELS), []
+    return device_reasons(a.q, _KERNELS, triton=True) + triton_reasons(a.q, a.q.shape[3]), []
 
 
 _op = FusedOp(
@@ -126,6 +151,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    triton=True,
     uncast=("bias_table",),
     saved=(Tensor.contiguous,),
     dims="B, heads, N, d",
@@ -181,8 +207,8 @@ def fused_relative_attention(
 
     Logits and softmax are float32 (float64 for float64), and exist for some queries at a time. Backward keeps the
     arguments and a number for each query and head, and computes the logits again. Gradients come in each argument's
-    own dtype, that of the table through its resizing, and are bitwise repeatable. Without a kernel for the device
-    `reference.relative_attention` runs.
+    own dtype, that of the table through its resizing, and are bitwise repeatable. Without a kernel for the device, and
+    on GPUs for float64 and for heads of more than 128 channels, `reference.relative_attention` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -16,7 +16,15 @@ from ._pointwise import crew_pays, linear, products, weight_gradient
 from ._registration import FusedOp, Kernels, allocate_contiguous, device_reasons, with_crew, without_autocast
 from ._relative import Geometry
 from .gated_recursion import cpu_gates, cuda_gates
-from .relative_attention import attend_backward, check_scale, check_table, check_window, empty_lse, resized
+from .relative_attention import (
+    attend_backward,
+    check_scale,
+    check_table,
+    check_window,
+    empty_lse,
+    resized,
+    triton_reasons,
+)
 
 
 class _Arguments(NamedTuple):
@@ -100,7 +108,8 @@ def _heads(t: Tensor, a: _Arguments) -> Tensor:
 
 
 def _geometry(a: _Arguments) -> Geometry:
-    return Geometry(*a.x.shape[1:3], a.window_height, a.window_width, a.scale)
+    _, height, width, _ = a.x.shape
+    return Geometry(height, width, a.window_height, a.window_width, a.scale)
 
 
 def _norm_arguments(a: _Arguments) -> Any:
@@ -158,7 +167,6 @@ def _backward(
                 t.zero_()
         return
     device, of = of_device(), _Arguments(*grads, *a[len(grads) :])  # type: ignore[arg-type]
-    grad = grad.contiguous()
     dout = grad.to(mixed.dtype)
     if of.path_scale is not None:
         out = allocate_contiguous(mixed.shape, mixed)
@@ -175,7 +183,9 @@ def _backward(
     dmixed, dqkv = allocate_contiguous(mixed.shape, mixed), allocate_contiguous(qkv.shape, qkv)
     linear(_map(dout), a.o_weight.t(), None, _map(dmixed))
     q, k, v, dy, *of_tokens = (_heads(t, a) for t in (*_thirds(qkv), dmixed, *_thirds(dqkv)))
-    attend_backward(device.attention, dy, q, k, v, a.bias_table, _geometry(a), lse, [*of_tokens, of.bias_table])
+    attend_backward(
+        device.attention, dy, q, k, v, a.bias_table, _geometry(a), _heads(mixed, a), lse, [*of_tokens, of.bias_table]
+    )
 
     u, parts = _normed(device, a), [_map(t) for t in _thirds(dqkv)]
     for part, (dweight, dbias) in zip(parts, of.qkv, strict=True):
@@ -212,11 +222,23 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, *save
     _backward_in_crew(grads, grad.contiguous(), a._replace(x=a.x.contiguous()), *saved)
 
 
-_KERNELS: dict[str, Kernels] = {"CPU": (_forward_cpu, _backward_cpu)}
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(_cuda, a._replace(x=a.x.contiguous()))
+
+
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
+    _backward(_cuda, grads, grad.contiguous(), a._replace(x=a.x.contiguous()), *saved)
+
+
+_KERNELS: dict[str, Kernels] = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.x, _KERNELS), []
+    c = a.x.shape[3]
+    cannot = device_reasons(a.x, _KERNELS, triton=True) + triton_reasons(a.x, c // a.num_heads)
+    if a.x.device.type == "cuda" and a.norm_weight is not None and c > layer_norm_2d.MOST_CHANNELS:
+        cannot.append(f"the Triton kernel of the norm takes at most {layer_norm_2d.MOST_CHANNELS} channels, x has {c}")
+    return cannot, []
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
@@ -231,6 +253,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    triton=True,
     uncast=("x", "bias_table", "norm_weight", "norm_bias", "path_scale"),
     saved=(Tensor.contiguous,) * 3,
     parts=_parts,
@@ -279,7 +302,8 @@ def fused_relative_self_attention(
     the norm, the table, the residual and path_scale are not, and the output has the dtype of the residual, if there is
     one. The products are PyTorch's, but for those in float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides the
     arguments, [q | k | v], what the heads give, and a number for each query and head. Gradients come in each argument's
-    own dtype and are bitwise repeatable with the same number of threads. Without a kernel for the device
+    own dtype and are bitwise repeatable with the same number of threads. Without a kernel for the device, and on GPUs
+    for float64, for heads of more than 128 channels and for norms of more than 2048,
     `reference.relative_self_attention` runs.
 
     Raises:
