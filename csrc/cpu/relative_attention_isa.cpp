@@ -9,8 +9,9 @@ namespace VOPS_ISA {
 namespace {
 
 constexpr int64_t kForwardRows = 8, kBackwardRows = 32;  // queries whose logits exist at a time
-constexpr int64_t kLeastQueries = 64;                    // of a task that shares its head with others
-constexpr int64_t kTasksOfOneHead = 16;                  // tasks so many or more: backward does not cut heads
+constexpr int64_t kTermsAtOnce = 64;
+constexpr int64_t kLeastQueries = 64;    // of a task that shares its head with others
+constexpr int64_t kTasksOfOneHead = 16;  // tasks so many or more: backward does not cut heads
 
 int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
@@ -132,12 +133,7 @@ void add_products(const A* a, const A* turned, const Plan& p, int64_t count, int
   for_each_product<A>(whole_rows(count), blocks_of(keys), [&](auto rows, auto columns, int64_t i, int64_t j) {
     constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
     A* to = out + i * p.width + j * kLanes;
-    Vec<A> sum[kRows][kColumns];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 4
-      for (int c = 0; c < kColumns; c++) sum[r][c] = load(to + r * p.width + c * kLanes);
-    }
+    Vec<A> sum[kRows][kColumns] = {};
     for (int64_t k = 0; k < p.d; k += kLanes) {
       const A* with = turned + (j * padded(p.d) + k) * kLanes;
       multiply_add<A>(sum, at(a, p.width, i, k), kLanes, 1, with, kLanes, padded(p.d) * kLanes, min64(kLanes, p.d - k));
@@ -145,27 +141,37 @@ void add_products(const A* a, const A* turned, const Plan& p, int64_t count, int
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; c++) store(to + r * p.width + c * kLanes, sum[r][c]);
+      for (int c = 0; c < kColumns; c++) {
+        A* one = to + r * p.width + c * kLanes;
+        store(one, load(one) + sum[r][c]);
+      }
     }
   });
 }
 
 // Tokens i of a panel: the sum over k of weights[i * row + k * step] times token k of another, scaled by the factor of
-// the row, or added to what is there.
+// the row, or added to what is there. Sums of kTermsAtOnce are added as a whole: equal terms, one by one, would round
+// all the same way.
 template <class A>
 void weigh(const A* weights, int64_t row, int64_t step, const A* panel, int64_t count, const Plan& p, int64_t tokens,
            const A* factors, A* out) {
   for_each_product<A>(whole_rows(tokens), blocks_of(p.d), [&](auto rows, auto columns, int64_t i, int64_t j) {
     constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
     A* to = out + (j * p.width + i) * kLanes;
-    Vec<A> sum[kRows][kColumns] = {};
-    multiply_add<A>(sum, weights + i * row, row, step, panel + j * p.width * kLanes, kLanes, p.width * kLanes, count);
+    for (int64_t k = 0; k < count; k += kTermsAtOnce) {
+      const int64_t terms = min64(kTermsAtOnce, count - k);
+      const A *a = weights + i * row + k * step, *b = panel + (j * p.width + k) * kLanes;
+      Vec<A> sum[kRows][kColumns] = {};
+      multiply_add<A>(sum, a, row, step, b, kLanes, p.width * kLanes, terms);
+      const bool adds = !factors || k > 0, scales = factors && k + terms == count;
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
+      for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; c++) {
-        A* one = to + (c * p.width + r) * kLanes;
-        store(one, factors ? sum[r][c] * factors[i + r] : load(one) + sum[r][c]);
+        for (int c = 0; c < kColumns; c++) {
+          A* one = to + (c * p.width + r) * kLanes;
+          if (adds) sum[r][c] += load(one);
+          store(one, scales ? sum[r][c] * factors[i + r] : sum[r][c]);
+        }
       }
     }
   });
@@ -236,8 +242,8 @@ Error run_forward(const Tensor4& q, const Tensor4& k, const Tensor4& v, const Te
   });
 }
 
-// logits become what the softmax gives, and grads, those of the softmax, become those of the logits. Weights are divided
-// by their sum once more: lse is rounded, which shows where logits are large and one weight is almost all.
+// logits become what the softmax gives, and grads, those of the softmax, become those of the logits. Weights are
+// divided by their sum once more: lse is rounded, which shows where logits are large and one weight is almost all.
 template <class A>
 void softmax_backward(A* logits, A* grads, int64_t width, A lse) {
   Vec<A> products = {}, sums = {};

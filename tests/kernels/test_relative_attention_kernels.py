@@ -70,15 +70,13 @@ def test_windows_in_chunks(interpreter, size, monkeypatch):
     check_against_reference(make(interpreter, size, batch=5))
 
 
-def test_biases_that_mask(interpreter):
-    """Of a whole block of keys, too."""
+def test_biases_that_mask_a_block_of_keys(interpreter):
+    """The first that queries of the second half meet; those of the first half have themselves."""
     case = make(interpreter, (1, 80), table=(1, 159), dtype=torch.float32)
-    case.tensors[3][:, :, :100] = -torch.inf
+    case.tensors[3][:, :, :70] = -torch.inf
     fused, grad = outputs(case, "fused")
     eager, _ = outputs(case, "reference", grad)
-    last = [t[:, :, 21:] for t in fused[:2]]  # those before have no key
-    torch.testing.assert_close(last[0], eager[0][:, :, 21:]) if False else None
-    assert fused[0].isnan().equal(eager[0].isnan())
+    torch.testing.assert_close(fused[:4], eager[:4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -95,7 +93,7 @@ def test_half_block(interpreter, size, window, dtype):
                 norm_weight=norms[0], norm_bias=norms[1], path_scale=path_scale,
             )  # fmt: skip
         options = heads, *(window or size), 0.25, 1e-5, True
-        return interpreter.run(half_block._op, x, *products, table, *norms, path_scale, *options)
+        return interpreter.run(half_block._op, x, *products, table, *norms, None, path_scale, *options)
 
     def draw(*shape):
         return torch.randn(shape, dtype=dtype) / (shape[1] ** 0.5 if len(shape) == 2 else 1)
@@ -103,4 +101,4 @@ def test_half_block(interpreter, size, window, dtype):
     products = [draw(channels, channels) if i % 2 == 0 else draw(channels) for i in range(8)]
     del products[3]
     given = draw(2, *size, channels), *products, draw(heads, 3, 4), draw(channels), draw(channels), draw(2) + 1
-    check_against_reference(Case(run, list(given)))
+    check_against_reference(Case(run, list(given), constants=(11,)), slack=2)

@@ -247,6 +247,6 @@ class MOATBlock(MBConv):
             norm_bias=norm_bias,
             eps=self.attention_norm.eps,
             residual=x,
-            path_scale=self.drop_path.path_scale(x),
+            path_scale=self.drop_path.draw(x),
         )
         return y.permute(0, 3, 1, 2)

@@ -12,29 +12,29 @@ from ._registration import FusedOp, device_reasons, empty, memory_format
 MOST_CHANNELS = 2048  # that the registers of a Triton program hold
 
 
-class Arguments(NamedTuple):
+class _Arguments(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor
     eps: float
 
 
-def _reference(a: Arguments) -> Tensor:
+def _reference(a: _Arguments) -> Tensor:
     return reference.layer_norm_2d(a.x, a.weight, a.bias, eps=a.eps)
 
 
-def _output(a: Arguments) -> Tensor:
+def _output(a: _Arguments) -> Tensor:
     return empty(a.x.shape, a.x)
 
 
-def _forward_cpu(a: Arguments) -> Tensor:
+def _forward_cpu(a: _Arguments) -> Tensor:
     y, weight, bias = _output(a), a.weight.contiguous(), a.bias.contiguous()
     parameters = _native.weight_view(weight), _native.weight_view(bias)
     _native.kernels().layer_norm_2d(_native.view(a.x), *parameters, _native.view(y), a.eps)
     return y
 
 
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: Arguments) -> None:
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
     dx, dweight, dbias = grads
     weight = a.weight.contiguous()
     inputs = _native.view(grad), _native.view(a.x), _native.weight_view(weight)
@@ -42,7 +42,7 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: Arguments) -> Non
     _native.kernels().layer_norm_2d_backward(*inputs, *outputs, a.eps)
 
 
-def _forward_cuda(a: Arguments) -> Tensor:
+def _forward_cuda(a: _Arguments) -> Tensor:
     from ..kernels import layer_norm_2d
 
     y = _output(a)
@@ -50,17 +50,17 @@ def _forward_cuda(a: Arguments) -> Tensor:
     return y
 
 
-def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: Arguments) -> None:
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
     from ..kernels import layer_norm_2d
 
     dx, dweight, dbias = grads
     layer_norm_2d.backward(grad, a.x, a.weight, dx, dweight, dbias, a.eps)
 
 
-KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
-def _torch_is_faster(a: Arguments) -> bool:
+def _torch_is_faster(a: _Arguments) -> bool:
     """Of channels_last tensors PyTorch's own layer norm takes less time where they are small, and without AVX-512 in
     training, where it keeps the statistics (measured, AVX-512 and AVX2)."""
     x = a.x
@@ -75,8 +75,8 @@ def _torch_is_faster(a: Arguments) -> bool:
     return (count < 180_000 and (single or channels >= 128)) or (count < 320_000 and single and channels >= 128)
 
 
-def _predicate(a: Arguments) -> tuple[list[str], list[str]]:
-    cannot = device_reasons(a.x, KERNELS, triton=True)
+def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
+    cannot = device_reasons(a.x, _KERNELS, triton=True)
     if a.x.device.type == "cuda" and a.x.shape[1] > MOST_CHANNELS:
         cannot.append(f"the Triton kernel takes at most {MOST_CHANNELS} channels, x has {a.x.shape[1]}")
     # A compiled graph must not depend on the size.
@@ -87,9 +87,9 @@ def _predicate(a: Arguments) -> tuple[list[str], list[str]]:
 
 _op = FusedOp(
     "layer_norm_2d",
-    Arguments,
+    _Arguments,
     output=_output,
-    kernels=KERNELS,
+    kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
     triton=True,

@@ -1,16 +1,11 @@
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .layer_norm_2d import layer_norm_pixels
+from .mlp import _linear, product_dtype
 from .relative_attention import relative_attention
-
-
-def product_type(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast casts the weights, and leaves x to the norm and to the residual."""
-    return weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else x.dtype
+from .scaled_residual import scaled
 
 
 def relative_self_attention(
@@ -39,15 +34,11 @@ def relative_self_attention(
     u = x
     if norm_weight is not None and norm_bias is not None:
         u = layer_norm_pixels(x, norm_weight, norm_bias, eps)
-    u = u.to(product_type(x, q_weight)).flatten(1, 2)
-
-    def linear(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(t, weight.to(t.dtype), None if bias is None else bias.to(t.dtype))
+    u = u.to(product_dtype(x, q_weight)).flatten(1, 2)
 
     products = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
-    q, k, v = (linear(u, *product).unflatten(-1, (num_heads, -1)).transpose(1, 2) for product in products)
+    q, k, v = (_linear(u, *product).unflatten(-1, (num_heads, -1)).transpose(1, 2) for product in products)
     y = relative_attention(q, k, v, bias_table, height=height, width=width, window_size=window_size, scale=scale)
-    y = linear(y.transpose(1, 2).flatten(2), o_weight, o_bias).unflatten(1, (height, width))
-    if path_scale is not None:
-        y = y * path_scale.to(y.dtype).view(-1, 1, 1, 1)
+    y = _linear(y.transpose(1, 2).flatten(2), o_weight, o_bias).unflatten(1, (height, width))
+    y = scaled(y, None, path_scale)
     return y if residual is None else residual + y
