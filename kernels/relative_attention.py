@@ -20,10 +20,9 @@ from . import power_of_two, scratch
 from ._specialize import counted
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-MOST_CHANNELS = 128  # of a head
 ONE_TILE = 64  # positions of a window whose logits are one tile
 PAIRS = 256  # positions of a window up to which the table's gradient is summed for pairs of them
-PROGRAMS = 1024  # of the table's gradient, about
+PROGRAMS = 512  # of the table's gradient, about; of pairs of image rows, which differ in length, more
 
 
 class Tile(NamedTuple):
@@ -34,15 +33,15 @@ class Tile(NamedTuple):
 
 
 def tile(positions: int, d: int, dtype: torch.dtype) -> Tile:
-    """Of float32 without tensor cores, whose operands are in registers, a quarter."""
-    block_d = max(16, power_of_two(d))
-    most = 16 if dtype == torch.float32 and block_d > 64 else 32 if dtype == torch.float32 else 64
+    """What the registers hold without spills; those of float32 hold the operands, too, without tensor cores."""
+    most, warps = (32, 8) if dtype == torch.float32 else (64, 4)
     side = min(most, max(16, power_of_two(positions)))
-    return Tile(side, min(side, 32) if positions <= PAIRS else side, block_d, num_warps=4 if block_d <= 64 else 8)
+    return Tile(side, min(side, 32), max(16, power_of_two(d)), warps)
 
 
 def table_side(width: int, dtype: torch.dtype) -> int:
-    return min(32 if dtype == torch.float32 else 64, max(16, power_of_two(width)))
+    """Of the pairs that a program of the table's gradient has."""
+    return min(16 if dtype == torch.float32 else 64, max(16, power_of_two(width)))
 
 
 @triton.jit
@@ -159,6 +158,46 @@ def forward_kernel(
     tl.store(lse_ptr + token_m, largest + tl.log2(total), mask=there_m)
 
 
+@triton.jit
+def _weights_of_keys(
+    q,
+    dy,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    lse,
+    scale,
+    y_m,
+    x_m,
+    there_m,
+    start,
+    first,
+    rows,
+    columns,
+    D,
+    width,
+    window_height,
+    window_width,
+    k_n,
+    k_d,
+    v_n,
+    v_d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of a block of keys, from `start` on: these, their weights and the gradients of these."""
+    n, d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    y, x = n // window_width, n % window_width
+    there, token = _place(y, x, rows, columns, first, width)
+    k = _load(k_ptr, token, there, d, k_n, k_d, D)
+    v = _load(v_ptr, token, there, d, v_n, v_d, D)
+    logits = _with_bias(
+        tl.dot(q, tl.trans(k), input_precision="ieee"), table_ptr, scale, y_m[:, None], x_m[:, None],
+        y[None, :], x[None, :], there_m[:, None] & there[None, :], window_height, window_width,
+    )  # fmt: skip
+    return k, tl.exp2(logits - lse[:, None]), tl.dot(dy, tl.trans(v), input_precision="ieee")
+
+
 @counted
 def query_gradient_kernel(
     dy_ptr,
@@ -226,30 +265,23 @@ def query_gradient_kernel(
     if y_ptr is not None:
         y = _load(y_ptr + sample * y_b + head * y_h, token_m, there_m, d, y_n, y_d, D)
         delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Without y, once through the keys for delta.
-    for turn in range(0 if y_ptr is None else 1, 1 if dq_ptr is None else 2):
+    else:
         for start in range(0, positions, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            y_n_, x_n_ = n // window_width, n % window_width
-            there_n, token_n = _place(y_n_, x_n_, rows, columns, first, width)
-            k = _load(k_ptr, token_n, there_n, d, k_n, k_d, D)
-            v = _load(v_ptr, token_n, there_n, d, v_n, v_d, D)
-            there = there_m[:, None] & there_n[None, :]
-            products = tl.dot(q, tl.trans(k), input_precision="ieee")
-            logits = _with_bias(
-                products, table_ptr, scale, y_m[:, None], x_m[:, None], y_n_[None, :], x_n_[None, :], there,
-                window_height, window_width,
+            _, weights, dweights = _weights_of_keys(
+                q, dy, k_ptr, v_ptr, table_ptr, lse, scale, y_m, x_m, there_m, start, first, rows, columns,
+                D, width, window_height, window_width, k_n, k_d, v_n, v_d, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            weights = tl.exp2(logits - lse[:, None])
-            dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
-            if turn == 0:
-                delta += tl.sum(weights * dweights, axis=1)
-            else:
-                dlogits = weights * (dweights - delta[:, None])
-                dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
+            delta += tl.sum(weights * dweights, axis=1)
     tl.store(delta_ptr + of_rows + token_m, delta, mask=there_m)
     if dq_ptr is not None:
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, positions, BLOCK_N):
+            k, weights, dweights = _weights_of_keys(
+                q, dy, k_ptr, v_ptr, table_ptr, lse, scale, y_m, x_m, there_m, start, first, rows, columns,
+                D, width, window_height, window_width, k_n, k_d, v_n, v_d, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            dlogits = weights * (dweights - delta[:, None])
+            dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
         _store(dq_ptr + sample * dq_b + head * dq_h, token_m, there_m, d, dq_n, dq_d, D, dq * unit)
 
 
@@ -397,8 +429,13 @@ def window_gradient_kernel(
     chunk, head = tl.program_id(0), tl.program_id(1)
     m, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     y, x = m // window_width, m % window_width
+    bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     if table_ptr is not None:
         table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
+        inside = (y < window_height)[:, None] & (y < window_height)[None, :]
+        bias = _with_bias(
+            bias, table_ptr, scale, y[:, None], x[:, None], y[None, :], x[None, :], inside, window_height, window_width
+        )  # fmt: skip
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for problem in range(chunk * shares, tl.minimum(count, chunk * shares + shares)):
         sample, first, rows, columns = _window(problem, height, width, window_height, window_width)
@@ -409,11 +446,8 @@ def window_gradient_kernel(
         v = _load(v_ptr + sample * v_b + head * v_h, token, there_m, d, v_n, v_d, D)
         dy = _load(dy_ptr + sample * dy_b + head * dy_h, token, there_m, d, dy_n, dy_d, D)
         lse = tl.load(lse_ptr + (sample * heads + head) * height * width + token, mask=there_m, other=0.0)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        logits = _with_bias(
-            products, table_ptr, scale, y[:, None], x[:, None], y[None, :], x[None, :], there,
-            window_height, window_width,
-        )  # fmt: skip
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
+        logits = tl.where(there, logits, float("-inf"))
         weights = tl.exp2(logits - lse[:, None])
         dv = tl.dot(tl.trans(weights.to(dy.dtype)), dy, input_precision="ieee")
         _store(dv_ptr + sample * dv_b + head * dv_h, token, there_m, d, dv_n, dv_d, D, dv)
@@ -475,37 +509,39 @@ def pair_gradient_kernel(
     blocks = tl.cdiv(side, BLOCK)
     m = tl.program_id(2) // blocks * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(2) % blocks * BLOCK + tl.arange(0, BLOCK)
+    # With ROWS the first pair of rows; the bias of all is the same.
     distance, first_row, last_row = 0, 0, 1
     if ROWS:
         distance = tl.program_id(1) - (window_height - 1)
         first_row, last_row = tl.maximum(0, -distance), tl.minimum(window_height, window_height - distance)
+        inside_m, inside_n = m < window_width, n < window_width
+        y_m, x_m = first_row + m * 0, tl.where(inside_m, m, width)
+        y_n_, x_n_ = first_row + distance + n * 0, tl.where(inside_n, n, width)
+    else:
+        inside_m, inside_n = m < side, n < side
+        y_m, x_m = m // window_width, m % window_width
+        y_n_, x_n_ = n // window_width, n % window_width
     d = tl.arange(0, BLOCK_D)
     table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    bias = _with_bias(
+        sums, table_ptr, scale, y_m[:, None], x_m[:, None], y_n_[None, :], x_n_[None, :],
+        inside_m[:, None] & inside_n[None, :], window_height, window_width,
+    )  # fmt: skip
     for problem in range(chunk * shares, tl.minimum(count, chunk * shares + shares)):
         sample, first, rows, columns = _window(problem, height, width, window_height, window_width)
         of_rows = (sample * heads + head) * height * width
-        for row in range(first_row, last_row):
-            if ROWS:
-                y_m, x_m = row + m * 0, tl.where(m < window_width, m, width)
-                y_n_, x_n_ = row + distance + n * 0, tl.where(n < window_width, n, width)
-            else:
-                y_m, x_m = m // window_width, m % window_width
-                y_n_, x_n_ = n // window_width, n % window_width
-            there_m, token_m = _place(y_m, x_m, rows, columns, first, width)
-            there_n, token_n = _place(y_n_, x_n_, rows, columns, first, width)
-            there = there_m[:, None] & there_n[None, :]
+        for row in range(last_row - first_row):
+            there_m, token_m = _place(y_m + row, x_m, rows, columns, first, width)
+            there_n, token_n = _place(y_n_ + row, x_n_, rows, columns, first, width)
             q = _load(q_ptr + sample * q_b + head * q_h, token_m, there_m, d, q_n, q_d, D)
             k = _load(k_ptr + sample * k_b + head * k_h, token_n, there_n, d, k_n, k_d, D)
             v = _load(v_ptr + sample * v_b + head * v_h, token_n, there_n, d, v_n, v_d, D)
             dy = _load(dy_ptr + sample * dy_b + head * dy_h, token_m, there_m, d, dy_n, dy_d, D)
             lse = tl.load(lse_ptr + of_rows + token_m, mask=there_m, other=0.0)
             delta = tl.load(delta_ptr + of_rows + token_m, mask=there_m, other=0.0)
-            products = tl.dot(q, tl.trans(k), input_precision="ieee")
-            logits = _with_bias(
-                products, table_ptr, scale, y_m[:, None], x_m[:, None], y_n_[None, :], x_n_[None, :], there,
-                window_height, window_width,
-            )  # fmt: skip
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
+            logits = tl.where(there_m[:, None] & there_n[None, :], logits, float("-inf"))
             dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
             sums += tl.exp2(logits - lse[:, None]) * (dweights - delta[:, None])
     part = tl.program_id(0).to(tl.int64)
@@ -625,17 +661,17 @@ def backward(
         dk, dv = (scratch(t.shape, t.dtype, t.device) if grad is None else grad for t, grad in ((k, dk), (v, dv)))
     strides = *dy.stride(), *q.stride(), *k.stride(), *v.stride()
     with torch.cuda.device_of(q):
-        if positions <= ONE_TILE and q.dtype != torch.float32 and d <= 64:
+        if positions <= ONE_TILE and q.dtype != torch.float32 and d <= 32:
             dq, dk, dv = (
                 scratch(t.shape, t.dtype, t.device) if g is None else g for t, g in ((q, dq), (k, dk), (v, dv))
             )
             side = max(16, power_of_two(positions))
-            shares, chunks = _chunks(count, heads)
+            shares, chunks = _chunks(count, heads, PROGRAMS)
             sums = None if dtable is None else scratch((chunks, heads, side, side), torch.float32, q.device)
             grads = *dq.stride(), *dk.stride(), *dv.stride()
             window_gradient_kernel[(chunks, heads)](
                 dy, q, k, v, table, lse, dq, dk, dv, sums, *units, heads, d, *sizes, count, shares, *strides, *grads,
-                BLOCK=side, BLOCK_D=t.BLOCK_D, num_warps=4 if side < 64 else 8,
+                BLOCK=side, BLOCK_D=t.BLOCK_D, num_warps=4 if side < 64 else 8, num_stages=1,
             )  # fmt: skip
             if dtable is not None:
                 _add_pairs(sums, dtable, heads, *sizes[2:], chunks, side, rows=False)
@@ -657,19 +693,20 @@ def backward(
             side = table_side(sizes[3] if rows else positions, q.dtype)
             blocks = triton.cdiv(sizes[3] if rows else positions, side)
             distances = 2 * sizes[2] - 1 if rows else 1
-            shares, chunks = _chunks(count, heads * distances * blocks**2)
+            shares, chunks = _chunks(count, heads * distances * blocks**2, 8 * PROGRAMS if rows else PROGRAMS)
+            stages = 1 if q.dtype == torch.float32 else 2
             shape = (chunks, heads, distances, blocks * side, blocks * side)
             sums = scratch(shape, torch.float32, q.device)
             pair_gradient_kernel[(chunks * heads, distances, blocks**2)](
                 dy, q, k, v, table, lse, delta, sums, units[0], heads, d, *sizes, count, shares, *strides,
-                ROWS=rows, BLOCK=side, BLOCK_D=t.BLOCK_D, num_warps=4,
+                ROWS=rows, BLOCK=side, BLOCK_D=t.BLOCK_D, num_warps=4 if side < 32 else 8, num_stages=stages,
             )  # fmt: skip
             _add_pairs(sums, dtable, heads, *sizes[2:], chunks, blocks * side, rows=rows)
 
 
-def _chunks(count: int, programs: int) -> tuple[int, int]:
-    """Windows to a chunk, and chunks; `programs` are those of one chunk."""
-    shares = triton.cdiv(count, max(1, min(count, PROGRAMS // programs)))
+def _chunks(count: int, programs: int, most: int) -> tuple[int, int]:
+    """Windows to a chunk, and chunks, for at most so many programs; `programs` are those of one chunk."""
+    shares = triton.cdiv(count, max(1, min(count, most // programs)))
     return shares, triton.cdiv(count, shares)
 
 

@@ -127,7 +127,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse:
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
-_MOST_CHANNELS = 128  # of a head, of which a Triton program holds some queries and keys
+_MOST_CHANNELS = 64  # of a head, of which a Triton program holds some queries and keys
 
 
 def triton_reasons(x: Tensor, channels: int) -> list[str]:
@@ -208,7 +208,7 @@ def fused_relative_attention(
     Logits and softmax are float32 (float64 for float64), and exist for some queries at a time. Backward keeps the
     arguments and a number for each query and head, and computes the logits again. Gradients come in each argument's
     own dtype, that of the table through its resizing, and are bitwise repeatable. Without a kernel for the device, and
-    on GPUs for float64 and for heads of more than 128 channels, `reference.relative_attention` runs.
+    on GPUs for float64 and for heads of more than 64 channels, `reference.relative_attention` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

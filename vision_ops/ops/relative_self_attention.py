@@ -315,7 +315,7 @@ def fused_relative_self_attention(
     residual makes the sum float32. The products are PyTorch's, but for those in float32 on CPUs with AVX2 or AVX-512.
     Backward keeps, besides x and the parameters, [q | k | v], what the heads give, and a number for each query and
     head. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads.
-    Without a kernel for the device, and on GPUs for float64, for heads of more than 128 channels and for norms of more
+    Without a kernel for the device, and on GPUs for float64, for heads of more than 64 channels and for norms of more
     than 2048, `reference.relative_self_attention` runs.
 
     Raises:
