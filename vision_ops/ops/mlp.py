@@ -205,8 +205,10 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
     folds = a.gamma is not None and dtype != torch.float16
     dbranch = _branch_gradient(passes, grad, None if folds else a.gamma, a.path_scale, dtype)
     weight = a.fc2_weight.to(dtype)
-    if folds and a.gamma is not None:
-        weight = (weight * a.gamma.to(dtype)[:, None]).to(dtype)
+    if folds:
+        given = _rows(weight.contiguous())
+        weight = allocate(weight.shape, weight)
+        passes.tail.run_backward(given, given, a.gamma, None, _rows(weight), None)
     du = allocate_channels_last(u.shape, u)
     act = None if dfc2 is None and dgamma is None else allocate_channels_last(u.shape, u)
     summed = not linear_activation_backward(dbranch, weight.t(), u, a.activation, du, act)
@@ -226,7 +228,8 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
     if dx is not None:
         dx = as_map(dx)
         into = dx if pixel_dense(dx, memory_format(x)) is dx else empty(x.shape, x)
-    _input_gradients(passes, a, grad if a.adds_x else None, x, du, into, dnorm, dnorm_bias)
+    plus = pixel_dense(grad, memory_format(x)) if a.adds_x else None
+    _input_gradients(passes, a, plus, x, du, into, dnorm, dnorm_bias)
     if into is not dx:
         dx.copy_(into)
 
@@ -252,7 +255,10 @@ def _input_gradients(
         if dnormed is not dx:
             dx.copy_(dnormed)
     if plus is not None and dx is not None:
-        dx.add_(plus)
+        if plus.dtype == dx.dtype:
+            passes.tail.run(dx, plus, None, None, dx)
+        else:
+            dx.add_(plus)
 
 
 def _branch_gradient(
@@ -302,14 +308,25 @@ def _second_gradients(
     folded = allocate(a.fc2_weight.shape, a.fc2_weight, dtype=wide)
     folded_bias = None if a.fc2_bias is None else allocate((len(folded),), folded)
     weight_gradient(dbranch, act, folded, folded_bias)
+    given = a.fc2_weight.contiguous()
+    sums = None if dgamma is None else allocate((len(folded),), folded)
+    found = dfc2 if dfc2 is None or dfc2.is_contiguous() else torch.empty_like(given)
+    into = None if found is None else _rows(found)
+    passes.tail.run_backward(_rows(folded), _rows(given), a.gamma, None, into, sums)
+    if dfc2 is not None and found is not dfc2:
+        dfc2.copy_(found)
+    if folded_bias is not None and a.fc2_bias is not None:
+        if sums is not None:
+            sums.addcmul_(folded_bias, a.fc2_bias.to(wide))
+        if dfc2_bias is not None:
+            dfc2_bias.copy_(folded_bias * a.gamma)
     if dgamma is not None:
-        sums = (folded * a.fc2_weight).sum(1)
-        dgamma.copy_(sums if a.fc2_bias is None else sums.addcmul_(folded_bias, a.fc2_bias.to(wide)))
-    if dfc2 is not None:
-        torch.mul(folded, a.gamma.to(wide)[:, None], out=folded)
-        dfc2.copy_(folded)
-    if dfc2_bias is not None:
-        dfc2_bias.copy_(folded_bias * a.gamma)
+        dgamma.copy_(sums)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A matrix as a map, whose channels are its rows."""
+    return weight[None, :, :, None]
 
 
 _KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)

@@ -206,7 +206,8 @@ def fused_moga_aggregation(
     Args:
         x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
             dtype.
-        proj_1_weight, gate_weight, pw_weight, proj_2_weight: (C, C) or (C, C, 1, 1); their biases (C,) or None.
+        proj_1_weight, gate_weight, pw_weight, proj_2_weight: (C, C) or (C, C, 1, 1).
+        proj_1_bias, gate_bias, pw_bias, proj_2_bias: (C,) or None.
         dw_weights, dw_biases, dilations, split: as in `fused_multi_order_dwconv`.
         sigma: (C,) or (1, C, 1, 1); autocast leaves it as it is.
         double_gate_act: as in `fused_moga_gate`.
