@@ -228,7 +228,35 @@ def build_s2_attention(shape: shapes.S2Shape, setting: Setting) -> Problem:
     return Problem((x, *mlp1, *mlp2, *split_mlps(c, setting)), (2 * (3 * c + c) + 9) * x.numel())
 
 
-<<<<<<< HEAD
+def build_scaled_residual(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
+    x, branch = (setting.normal(setting.batch, shape.channels, shape.size, shape.size) for _ in range(2))
+    return Problem((x, branch, setting.normal(shape.channels)), 2 * x.numel())
+
+
+def build_mlp(shape: shapes.MlpShape, setting: Setting) -> Problem:
+    channels, hidden = shape.channels, shape.hidden
+    x = setting.pixels(setting.batch, shape.size, shape.size, channels)
+    weights = [
+        t
+        for o, i in ((hidden, channels), (channels, hidden))
+        for t in (setting.normal(o, i) / i**0.5, setting.normal(o))
+    ]
+    norm = [setting.normal(channels) if shape.norm else None for _ in range(2)]
+    gamma = setting.normal(channels) if shape.gamma else None
+    return Problem((x, *weights, *norm, gamma), (4 * hidden + 10) * x.numel())
+
+
+def half_block(mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An MLP with x for a residual."""
+
+    def run(x: Tensor, *given: Tensor | None, **options: str) -> Tensor:
+        *weights, norm_weight, norm_bias, gamma = given
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        return mlp(x, *weights, **norm, gamma=gamma, residual=x, **options)
+
+    return run
+
+
 def build_relative_attention(shape: shapes.RelativeAttentionShape, setting: Setting) -> Problem:
     """Views of one tensor, as the projections of the tokens may leave them."""
     tokens, channels, heads = shape.size**2, shape.channels, shape.heads
@@ -259,45 +287,17 @@ def build_relative_self_attention(shape: shapes.RelativeAttentionShape, setting:
     return Problem((x, *products[:3], None, *products[4:], table, *norm), flops, {"num_heads": shape.heads})
 
 
-def half_block(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def attention_half_block(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """x + attend(LN(x)), of positional tensors."""
 
     def run(x: Tensor, *given: Tensor | None, num_heads: int, **options: Any) -> Tensor:
         *products, norm_weight, norm_bias = given
         norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
         return attend(x, *products, num_heads=num_heads, residual=x, **norm, **options)
-=======
-def build_scaled_residual(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
-    x, branch = (setting.normal(setting.batch, shape.channels, shape.size, shape.size) for _ in range(2))
-    return Problem((x, branch, setting.normal(shape.channels)), 2 * x.numel())
-
-
-def build_mlp(shape: shapes.MlpShape, setting: Setting) -> Problem:
-    channels, hidden = shape.channels, shape.hidden
-    x = setting.pixels(setting.batch, shape.size, shape.size, channels)
-    weights = [
-        t
-        for o, i in ((hidden, channels), (channels, hidden))
-        for t in (setting.normal(o, i) / i**0.5, setting.normal(o))
-    ]
-    norm = [setting.normal(channels) if shape.norm else None for _ in range(2)]
-    gamma = setting.normal(channels) if shape.gamma else None
-    return Problem((x, *weights, *norm, gamma), (4 * hidden + 10) * x.numel())
-
-
-def half_block(mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An MLP with x for a residual."""
-
-    def run(x: Tensor, *given: Tensor | None, **options: str) -> Tensor:
-        *weights, norm_weight, norm_bias, gamma = given
-        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-        return mlp(x, *weights, **norm, gamma=gamma, residual=x, **options)
->>>>>>> main
 
     return run
 
 
-<<<<<<< HEAD
 def sdpa_relative_self_attention(x: Tensor, *given: Any, num_heads: int) -> Tensor:
     *products, o_weight, o_bias, table, norm_weight, norm_bias = given
     height, width = x.shape[1:3]
@@ -309,8 +309,6 @@ def sdpa_relative_self_attention(x: Tensor, *given: Any, num_heads: int) -> Tens
     return x + F.linear(y.transpose(1, 2).flatten(2), o_weight, o_bias).unflatten(1, (height, width))
 
 
-=======
->>>>>>> main
 OPS = {
     op.name: op
     for op in (
@@ -450,8 +448,8 @@ OPS = {
         ),
         Op(
             "relative_self_attention",
-            half_block(vision_ops.fused_relative_self_attention),
-            half_block(reference.relative_self_attention),
+            attention_half_block(vision_ops.fused_relative_self_attention),
+            attention_half_block(reference.relative_self_attention),
             shapes.relative_attention_cases(),
             build_relative_self_attention,
             quick=("MOAT-0.3", "MOAT-0.4"),

@@ -32,11 +32,7 @@ def flops(case, backend, needs):
 @pytest.mark.parametrize("name", NAMES)
 def test_as_plain_pytorch(name, needed):
     case = every_op(size=6)[name]
-<<<<<<< HEAD
-    which = [i for i, t in enumerate(case.tensors) if t is not None and i not in case.constants]
-=======
     which = [i for i, t in enumerate(case.leaves()) if t is not None and t.requires_grad]
->>>>>>> main
     which = {"all": which, "first": which[:1], "last": which[-1:]}[needed]
     needs = [i in which for i in range(len(case.tensors))]
     (fused, counted), (plain, _) = flops(case, "fused", needs), flops(case, "reference", needs)
