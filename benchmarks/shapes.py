@@ -297,7 +297,6 @@ def s2_cases() -> dict[str, S2Shape]:
 
 
 @dataclass(frozen=True)
-<<<<<<< HEAD
 class RelativeAttentionShape:
     channels: int
     heads: int
@@ -315,7 +314,9 @@ def relative_attention_cases() -> dict[str, RelativeAttentionShape]:
         for label, stage, width, size in stages(MOAT_WIDTHS, "MOAT", STAGES_224)
         if stage >= 2
     }
-=======
+
+
+@dataclass(frozen=True)
 class MlpShape:
     channels: int
     hidden: int
@@ -340,4 +341,3 @@ def mlp_cases() -> dict[str, MlpShape]:
         for widths, model, sizes, ratio, norm, gamma in networks
         for label, _, width, size in stages(widths, model, sizes)
     )
->>>>>>> main
