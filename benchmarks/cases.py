@@ -5,18 +5,22 @@ To register an op: its shapes go into shapes.py, a function here turns one of th
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vision_ops
 from benchmarks import shapes
 from benchmarks.problem import Op, Problem, Setting
 from vision_ops import reference
+from vision_ops.reference.relative_attention import relative_bias
 from vision_ops.reference.xca import merge_heads, split_heads
 
 
@@ -253,6 +257,58 @@ def half_block(mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def build_relative_attention(shape: shapes.RelativeAttentionShape, setting: Setting) -> Problem:
+    """Views of one tensor, as the projections of the tokens may leave them."""
+    tokens, channels, heads = shape.size**2, shape.channels, shape.heads
+    qkv = setting.normal(setting.batch, tokens, 3 * channels).view(setting.batch, tokens, 3, heads, channels // heads)
+    table = setting.normal(heads, shape.table, shape.table)
+    flops = 2 * 2 * setting.batch * tokens**2 * channels
+    size = {"height": shape.size, "width": shape.size}
+    return Problem((*qkv.permute(2, 0, 3, 1, 4).unbind(0), table), flops, size)
+
+
+def sdpa_relative_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, height: int, width: int) -> Tensor:
+    """On GPUs by the kernel whose bias has a gradient, and which reads it in float32."""
+    bias = relative_bias(table, height, width)[None]
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def build_relative_self_attention(shape: shapes.RelativeAttentionShape, setting: Setting) -> Problem:
+    """Without a key bias, whose gradient vanishes."""
+    channels, pixels = shape.channels, setting.batch * shape.size**2
+    x = setting.pixels(setting.batch, shape.size, shape.size, channels)
+    products = [
+        t for _ in range(4) for t in (setting.normal(channels, channels) / channels**0.5, setting.normal(channels))
+    ]
+    table = setting.normal(shape.heads, shape.table, shape.table)
+    norm = setting.normal(channels), setting.normal(channels)
+    flops = 2 * pixels * channels * (4 * channels + 2 * shape.size**2) + 8 * x.numel()
+    return Problem((x, *products[:3], None, *products[4:], table, *norm), flops, {"num_heads": shape.heads})
+
+
+def attention_half_block(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """x + attend(LN(x)), of positional tensors."""
+
+    def run(x: Tensor, *given: Tensor | None, num_heads: int, **options: Any) -> Tensor:
+        *products, norm_weight, norm_bias = given
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        return attend(x, *products, num_heads=num_heads, residual=x, **norm, **options)
+
+    return run
+
+
+def sdpa_relative_self_attention(x: Tensor, *given: Any, num_heads: int) -> Tensor:
+    *products, o_weight, o_bias, table, norm_weight, norm_bias = given
+    height, width = x.shape[1:3]
+    tokens = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5).flatten(1, 2)
+    q, k, v = (
+        F.linear(tokens, *products[i : i + 2]).unflatten(2, (num_heads, -1)).transpose(1, 2) for i in range(0, 6, 2)
+    )
+    y = sdpa_relative_attention(q, k, v, table, height=height, width=width)
+    return x + F.linear(y.transpose(1, 2).flatten(2), o_weight, o_bias).unflatten(1, (height, width))
+
+
 OPS = {
     op.name: op
     for op in (
@@ -380,6 +436,25 @@ OPS = {
             build_cross_covariance,
             quick=("EdgeNeXt-S.3",),
             others={"sdpa": sdpa_cross_covariance},
+        ),
+        Op(
+            "relative_attention",
+            vision_ops.fused_relative_attention,
+            reference.relative_attention,
+            shapes.relative_attention_cases(),
+            build_relative_attention,
+            quick=("MOAT-0.3",),
+            others={"sdpa": sdpa_relative_attention},
+        ),
+        Op(
+            "relative_self_attention",
+            attention_half_block(vision_ops.fused_relative_self_attention),
+            attention_half_block(reference.relative_self_attention),
+            shapes.relative_attention_cases(),
+            build_relative_self_attention,
+            quick=("MOAT-0.3", "MOAT-0.4"),
+            pixels=True,
+            others={"sdpa": sdpa_relative_self_attention},
         ),
         Op(
             "shift_split_attention",

@@ -297,6 +297,26 @@ def s2_cases() -> dict[str, S2Shape]:
 
 
 @dataclass(frozen=True)
+class RelativeAttentionShape:
+    channels: int
+    heads: int
+    size: int
+    table: int  # its height and width
+
+    def __str__(self) -> str:
+        return f"{self.size}x{self.size}x{self.channels} h{self.heads}"
+
+
+def relative_attention_cases() -> dict[str, RelativeAttentionShape]:
+    """Of fused_relative_attention and of the half-block around it: MOAT attends in its stages 3 and 4."""
+    return {
+        label: RelativeAttentionShape(width, width // 32, size, 27 if stage == 2 else 13)
+        for label, stage, width, size in stages(MOAT_WIDTHS, "MOAT", STAGES_224)
+        if stage >= 2
+    }
+
+
+@dataclass(frozen=True)
 class MlpShape:
     channels: int
     hidden: int

@@ -58,6 +58,8 @@ def every_op(
     mlps, temperature = [draw(32, 32), draw(96, 32)], torch.rand(4, 1, 1, device=device).to(dtype) + 0.5
     drops = torch.where(torch.arange(batch, device=device) % 2 == 0, 1.25, 0.0).to(dtype)
     linears = [*pointwise(96, 32), *pointwise(32, 32)]
+    by_position = [t.transpose(2, 3) for t in tokens]
+    table = torch.randn(4, 27, 27, device=device).to(dtype) if bias else None
     return {
         "dwconv": Case(lambda t, b: ops.fused_dwconv(*t, activation="gelu", backend=b), [maps(), *depthwise(32, 7)]),
         "multi_order_dwconv": Case(
@@ -95,6 +97,25 @@ def every_op(
         "xca": Case(
             lambda t, b: ops.fused_xca(*t, num_heads=4, backend=b),
             [flat, *pointwise(96, 32), temperature, *pointwise(32, 32)],
+        ),
+        "relative_attention": Case(
+            lambda t, b: ops.fused_relative_attention(*t, height=size, width=size, backend=b), [*by_position, table]
+        ),
+        "relative_self_attention": Case(
+            lambda t, b: ops.fused_relative_self_attention(
+                *t[:4],
+                None,
+                *t[4:9],
+                num_heads=4,
+                norm_weight=t[9],
+                norm_bias=t[10],
+                residual=t[0],
+                path_scale=t[11],
+                backend=b,
+            ),
+            # Without a key bias, whose gradient vanishes.
+            [pixels[0], *blocks[:3], *blocks[4:], table, draw(32), draw(32), drops],
+            constants=(11,),
         ),
         "shift_split_attention": Case(lambda t, b: ops.fused_shift_split_attention(*t, backend=b), [pixels[1], *mlps]),
         "s2_attention": Case(lambda t, b: ops.fused_s2_attention(*t, backend=b), [pixels[0], *linears, *mlps]),

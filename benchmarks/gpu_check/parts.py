@@ -30,6 +30,8 @@ CASES = {
     "gated_recursion": ("HorNet-T.2",),
     "shift_split_attention": ("S2-MLPv2-S.1",),
     "cross_covariance": ("EdgeNeXt-S.3",),
+    "relative_self_attention": ("MOAT-0.3", "MOAT-0.4"),
+    "relative_attention": ("MOAT-0.3", "MOAT-0.4"),
     "moga_gate": ("MogaNet-S.1",),
     "feature_decompose": ("MogaNet-S.1",),
     "scaled_residual": ("HorNet-T.1",),
