@@ -13,6 +13,7 @@
 #include "moga_gate.h"
 #include "multi_order_dwconv.h"
 #include "pointwise.h"
+#include "relative_attention.h"
 #include "runtime.h"
 #include "scaled_residual.h"
 #include "shift_split_attention.h"
@@ -51,6 +52,7 @@ VOPS_CPU_OP(MlpOps, mlp)
 VOPS_CPU_OP(MogaGateOps, moga_gate)
 VOPS_CPU_OP(MultiOrderDwConvOps, multi_order_dwconv)
 VOPS_CPU_OP(PointwiseOps, pointwise)
+VOPS_CPU_OP(RelativeAttentionOps, relative_attention)
 VOPS_CPU_OP(ScaledResidualOps, scaled_residual)
 VOPS_CPU_OP(ShiftSplitAttentionOps, shift_split_attention)
 VOPS_CPU_OP(SplitCascadeOps, split_cascade)
@@ -185,6 +187,9 @@ void define_attention(PyObject* m) {
   define(m, "cosine_softmax_backward", cpu_cross_covariance().softmax_backward);
   define(m, "apply_by_head", cpu_cross_covariance().apply);
   define(m, "sum_tokens", cpu_cross_covariance().sum_tokens);
+
+  define(m, "relative_attention", cpu_relative_attention().forward);
+  define(m, "relative_attention_backward", cpu_relative_attention().backward);
 
   define(m, "edge_sums", cpu_shift_split_attention().edge_sums);
   define(m, "pool", cpu_shift_split_attention().pool);

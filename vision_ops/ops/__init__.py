@@ -15,6 +15,8 @@ from .mlp import fused_mlp as fused_mlp
 from .moga_aggregation import fused_moga_aggregation as fused_moga_aggregation
 from .moga_gate import fused_moga_gate as fused_moga_gate
 from .multi_order_dwconv import fused_multi_order_dwconv as fused_multi_order_dwconv
+from .relative_attention import fused_relative_attention as fused_relative_attention
+from .relative_self_attention import fused_relative_self_attention as fused_relative_self_attention
 from .s2_attention import fused_s2_attention as fused_s2_attention
 from .scaled_residual import fused_scaled_residual as fused_scaled_residual
 from .shift_split_attention import fused_shift_split_attention as fused_shift_split_attention

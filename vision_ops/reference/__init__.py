@@ -14,6 +14,7 @@ from .moga_aggregation import moga_aggregation as moga_aggregation
 from .moga_gate import moga_gate as moga_gate
 from .multi_order_dwconv import multi_order_dwconv as multi_order_dwconv
 from .relative_attention import relative_attention as relative_attention
+from .relative_self_attention import relative_self_attention as relative_self_attention
 from .s2_attention import s2_attention as s2_attention
 from .scaled_residual import scaled_residual as scaled_residual
 from .shift_split_attention import shift_split_attention as shift_split_attention
