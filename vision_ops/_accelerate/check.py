@@ -43,7 +43,7 @@ def _shadow(module: nn.Module, weight: Callable[[Tensor], Tensor]) -> nn.Module:
 
 def _weight(p: Any, weight: Callable[[Tensor], Tensor]) -> Any:
     """Parameters of other types, such as quantized ones, as they are."""
-    if p is None or not p.is_floating_point() or type(p) not in (Tensor, nn.Parameter) and not _sharded(p):
+    if p is None or not p.is_floating_point() or (type(p) not in (Tensor, nn.Parameter) and not _sharded(p)):
         return p
     return weight(p)
 
@@ -67,7 +67,7 @@ def _sharded(p: Any) -> bool:
 
 
 def _buffer(b: Any) -> Any:
-    if b is None or not b.is_floating_point() and not b.is_meta and not _sharded(b):
+    if b is None or (not b.is_floating_point() and not b.is_meta and not _sharded(b)):
         return None if b is None else b.detach().cpu().clone()
     if b.is_meta or _sharded(b):
         return torch.ones(b.shape, device="cpu", dtype=torch.float32 if b.is_floating_point() else b.dtype)

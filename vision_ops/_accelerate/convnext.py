@@ -67,8 +67,8 @@ def _plan(block: nn.Module, names: _Names) -> Plan:
     first = "dwconv" if batch_norm else "dwconv_layer_norm"
     if type(container).__name__ == "GlobalResponseNormMlp":
         remark = f"{names.container} is a GlobalResponseNormMlp, whose norm between the layers no op has"
-        layers = Layers(first, {**layers, **tail}, own=own)
-        return Plan(_run_with_mlp, layers, {**options, "last_mlp": last}, (first, "scaled_residual"), remarks=(remark,))
+        kernel = Layers(first, {**layers, **tail}, own=own)
+        return Plan(_run_with_mlp, kernel, {**options, "last_mlp": last}, (first, "scaled_residual"), remarks=(remark,))
     if names.container:
         mlp, act = container_layers(block, names.container, channels)
     else:
@@ -80,8 +80,8 @@ def _plan(block: nn.Module, names: _Names) -> Plan:
         permutes = {f"block.{i}": foreign(sequence[i], dims=dims) for i, dims in ((1, [0, 2, 3, 1]), (6, [0, 3, 1, 2]))}
         tail |= {"block": plain(nn.Sequential), **permutes}
     run = _run_batch_norm if batch_norm else _run
-    layers = Layers(first, {**layers, **mlp, **tail}, own=own)
-    return Plan(run, layers, {**options, "activation": act}, (first, "mlp"))
+    kernel = Layers(first, {**layers, **mlp, **tail}, own=own)
+    return Plan(run, kernel, {**options, "activation": act}, (first, "mlp"))
 
 
 def _tail(block: nn.Module, names: _Names, x: Tensor) -> dict[str, Any]:

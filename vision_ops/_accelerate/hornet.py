@@ -1,5 +1,6 @@
 """HorNet (arXiv 2207.14284), in the layout of the official code."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def gnconv(block: nn.Module) -> Plan | None:
         raise Unfit(f"dims is {getattr(block, 'dims', None)}, not {dims}")
     if not isinstance(scale, (int, float)):
         raise Unfit(f"scale is {scale!r}, not a number")
-    layers = {f"pws.{i}": pointwise(a, b) for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False))}
+    layers = {f"pws.{i}": pointwise(a, b) for i, (a, b) in enumerate(itertools.pairwise(dims))}
     options = {"channels": channels, "scale": float(scale), "dims": dims}
     if type(find(block, "dwconv")).__name__ == "GlobalLocalFilter":
         kernel = Layers("gated_recursion", layers)
@@ -39,7 +40,8 @@ def gnconv(block: nn.Module) -> Plan | None:
 
 def _gnconv(block: nn.Module, found: list[Any], options: dict[str, Any], x: Tensor) -> Tensor:
     into, out, pws = found[:4], found[4:6], found[6:]
-    return fused_gnconv(x, *into, pws[::2], pws[1::2], *out, scale=options["scale"])
+    given = *into, pws[::2], pws[1::2], *out
+    return fused_gnconv(x, *given, scale=options["scale"])
 
 
 def _recursion(block: Any, found: list[Any], options: dict[str, Any], x: Tensor) -> Tensor:

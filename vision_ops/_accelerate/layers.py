@@ -89,7 +89,7 @@ def _norm(norm: Any, data_format: str) -> Layer:
     channels = norm.weight.shape[0] if isinstance(getattr(norm, "weight", None), Tensor) else 0
     expected, name = layer_norm(channels), type(norm).__name__
     second = name == "LayerNorm2d" and "data_format" not in vars(norm)
-    if name not in ("LayerNorm", "LayerNorm2d") or second and data_format == "channels_last":
+    if name not in ("LayerNorm", "LayerNorm2d") or (second and data_format == "channels_last"):
         return expected
     if name == "LayerNorm" and data_format == "channels_first" and "data_format" not in vars(norm):
         return expected

@@ -17,11 +17,10 @@ def s2_attention(block: nn.Module) -> Plan | None:
     if not has(block, "mlp1", "mlp2", "split_attention", *names):
         return None
     channels, hidden = width(block, "mlp2", "mlp1"), width(block, "split_attention.mlp1")
-    split, softmax = find(block, "split_attention"), find(block, "split_attention.softmax")
     layers = {"mlp1": linear(channels, 3 * channels), "mlp2": linear(channels, channels)}
     layers[names[0]] = linear(channels, hidden, bias=False)
     layers[names[2]] = linear(hidden, 3 * channels, bias=False)
-    layers |= {"split_attention": foreign(split, k=3), names[1]: gelu(find(block, names[1]))}
+    layers |= {"split_attention": foreign(find(block, "split_attention"), k=3), names[1]: gelu(find(block, names[1]))}
     layers[names[3]] = plain(nn.Softmax, dim=1)
     kernel = Layers("s2_attention", layers)
     return Plan(_attention, kernel, {"channels": channels, "last": True}, ("s2_attention",))

@@ -78,5 +78,5 @@ def _block(block: Any, found: list[Any], options: dict[str, Any], x: Tensor, hei
 
 def _residual(x: Tensor, branch: Tensor, gamma: Tensor, path: nn.Module) -> Tensor:
     """x + drop_path(gamma * branch) of tokens."""
-    maps = (t.transpose(1, 2)[..., None] for t in (x, branch))
-    return fused_scaled_residual(*maps, gamma, path_scale(path, branch))[..., 0].transpose(1, 2)
+    x, branch = x.transpose(1, 2)[..., None], branch.transpose(1, 2)[..., None]
+    return fused_scaled_residual(x, branch, gamma, path_scale(path, branch))[..., 0].transpose(1, 2)
