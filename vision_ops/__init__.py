@@ -16,6 +16,7 @@ if find_spec("torch") is not None:
     from . import models, nn, reference
     from .dispatch import explain, use_backend
     from .ops import (
+        fused_batch_norm_act,
         fused_channel_aggregation_ffn,
         fused_cross_covariance,
         fused_dwconv,
@@ -37,6 +38,7 @@ if find_spec("torch") is not None:
     __all__ = [
         "__version__",
         "explain",
+        "fused_batch_norm_act",
         "fused_channel_aggregation_ffn",
         "fused_cross_covariance",
         "fused_dwconv",

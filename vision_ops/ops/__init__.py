@@ -1,3 +1,4 @@
+from .batch_norm_act import fused_batch_norm_act
 from .channel_aggregation_ffn import fused_channel_aggregation_ffn
 from .cross_covariance import fused_cross_covariance
 from .dwconv import fused_dwconv
@@ -16,6 +17,7 @@ from .split_cascade import fused_split_cascade
 from .xca import fused_xca
 
 __all__ = [
+    "fused_batch_norm_act",
     "fused_channel_aggregation_ffn",
     "fused_cross_covariance",
     "fused_dwconv",

@@ -1,5 +1,6 @@
 """The ops in plain PyTorch: their definition, the fallback, and what "eager" means in the benchmarks."""
 
+from .batch_norm_act import batch_norm_act
 from .channel_aggregation_ffn import channel_aggregation_ffn
 from .cross_covariance import cross_covariance
 from .dwconv import dwconv
@@ -19,6 +20,7 @@ from .split_cascade import split_cascade
 from .xca import xca
 
 __all__ = [
+    "batch_norm_act",
     "channel_aggregation_ffn",
     "cross_covariance",
     "dwconv",
