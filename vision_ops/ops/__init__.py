@@ -8,6 +8,7 @@ from .gated_recursion import fused_gated_recursion
 from .global_filter import fused_global_filter
 from .gnconv import fused_gnconv
 from .layer_norm_2d import fused_layer_norm_2d
+from .mbconv import fused_mbconv
 from .moga_aggregation import fused_moga_aggregation
 from .moga_gate import fused_moga_gate
 from .multi_order_dwconv import fused_multi_order_dwconv
@@ -27,6 +28,7 @@ __all__ = [
     "fused_global_filter",
     "fused_gnconv",
     "fused_layer_norm_2d",
+    "fused_mbconv",
     "fused_moga_aggregation",
     "fused_moga_gate",
     "fused_multi_order_dwconv",

@@ -10,6 +10,7 @@ from .gated_recursion import gated_recursion
 from .global_filter import global_filter
 from .gnconv import gnconv
 from .layer_norm_2d import layer_norm_2d
+from .mbconv import mbconv
 from .moga_aggregation import moga_aggregation
 from .moga_gate import moga_gate
 from .multi_order_dwconv import multi_order_dwconv
@@ -30,6 +31,7 @@ __all__ = [
     "global_filter",
     "gnconv",
     "layer_norm_2d",
+    "mbconv",
     "moga_aggregation",
     "moga_gate",
     "multi_order_dwconv",
