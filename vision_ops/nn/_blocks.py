@@ -1,13 +1,18 @@
 """What the blocks of several networks share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import resolve_backend
+from ..ops._checks import autocast_enabled
+from ..ops.batch_norm_act import Norm, fused_batch_norm_act
 from ..ops.dwconv import fused_dwconv
+from ..reference.dwconv import ACTIVATIONS
 from ._checkpointing import checkpointed
-from ._layers import Layers
+from ._layers import Layers, computed
 
 
 class Blocks(nn.Sequential):
@@ -22,6 +27,7 @@ class Blocks(nn.Sequential):
         return x
 
 
+@computed
 class DropPath(nn.Module):
     """Stochastic depth: drops whole samples of a residual branch in training and scales up what stays."""
 
@@ -32,10 +38,14 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale(x)
+        return x if scale is None else x * scale.view(-1, *(1,) * (x.ndim - 1))
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """(N,), by which samples are multiplied, drawn anew; None for nothing."""
         if self.drop_prob == 0 or not self.training:
-            return x
-        kept = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
-        return x * kept.div_(1 - self.drop_prob)
+            return None
+        return x.new_empty(x.shape[:1]).bernoulli_(1 - self.drop_prob).div_(1 - self.drop_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"
@@ -70,3 +80,56 @@ def convolve(block: nn.Module, kernel: Layers, x: Tensor, stride: int = 1) -> Te
         (name,) = kernel.layers
         return getattr(block, name)(x)
     return fused_dwconv(x, *parameters, stride=stride)
+
+
+def of_call(norm: nn.Module) -> dict[str, Any]:
+    """The options of `fused_batch_norm_act` for a call of nn.BatchNorm2d, which is counted."""
+    momentum = norm.momentum
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return {"training": norm.training, "momentum": momentum or 0.0, "eps": norm.eps}
+
+
+def normalize(
+    block: nn.Module, kernel: Layers | None, x: Tensor, activation: str | None = None, *, name: str
+) -> Tensor:
+    """act(norm(x)) by the norm of this name, the only layer of `kernel`; None for one that no kernel computes."""
+    norm = getattr(block, name)
+    parameters = None if kernel is None else kernel.tensors(block, x)
+    if parameters is None:
+        return ACTIVATIONS[activation](norm(x))
+    return fused_batch_norm_act(x, *parameters, **of_call(norm), activation=activation)
+
+
+def evaluated(block: nn.Module, kernel: Layers | None, x: Tensor, *, name: str) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of the batch norm of this name, the only layer of `kernel`, where weights beside it can take them
+    up: in evaluation, by kernels; autocast would round them."""
+    norm = getattr(block, name)
+    if kernel is None or norm.training or resolve_backend(None) == "reference" or autocast_enabled(x):
+        return None
+    parameters = kernel.tensors(block, x)
+    if parameters is None:
+        return None
+    c = Norm.of(x, parameters, norm.eps).coefficients()
+    return c.scale, c.shift
+
+
+def convolve_normalize(
+    block: nn.Module,
+    kernel: Layers,
+    norm_kernel: Layers,
+    x: Tensor,
+    activation: str | None = None,
+    *,
+    stride: int = 1,
+    name: str,
+) -> Tensor:
+    """act(norm(dwconv(x))): in evaluation the norm is part of the convolution, in float32 beside a half x."""
+    affine = evaluated(block, norm_kernel, x, name=name)
+    parameters = None if affine is None else kernel.tensors(block, x)
+    if affine is None or parameters is None or parameters[1] is not None:
+        return normalize(block, norm_kernel, convolve(block, kernel, x, stride), activation, name=name)
+    scale, shift = affine
+    return fused_dwconv(x, parameters[0] * scale[:, None, None, None], shift, stride=stride, activation=activation)

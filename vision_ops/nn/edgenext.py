@@ -18,8 +18,8 @@ from ..ops.split_cascade import check_cascade, fused_split_cascade
 from ..ops.xca import fused_xca
 from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
-from ._blocks import DropPath, convolve, fill_, inverted_bottleneck, layer_scale, scaled
-from ._layers import Layers, depthwise, dropout, layer_norm, linear, module
+from ._blocks import DropPath, convolve, convolve_normalize, fill_, inverted_bottleneck, layer_scale, normalize, scaled
+from ._layers import Layers, batch_norm, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
 
@@ -157,6 +157,7 @@ class ConvEncoderBNHS(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
         self._kernel = Layers("dwconv", {"dwconv": depthwise(dim, kernel_size)})
         self.norm = nn.BatchNorm2d(dim)
+        self._norm = Layers("batch_norm_act", {"norm": batch_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
 
@@ -165,7 +166,7 @@ class ConvEncoderBNHS(nn.Module):
         fill_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(convolve(self, self._kernel, x)).permute(0, 2, 3, 1)
+        y = convolve_normalize(self, self._kernel, self._norm, x, name="norm").permute(0, 2, 3, 1)
         return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.hardswish, self.pwconv2, self.gamma))
 
 
@@ -311,6 +312,10 @@ class _SDTA(nn.Module):
         self.norm_xca = self.make_norm(dim)
         self.xca = XCA(dim, num_heads, qkv_bias, attn_drop, drop, fused=fused)
         self.norm = self.make_norm(dim)
+        batch = self.make_norm is nn.BatchNorm2d
+        self._norm_xca, self._norm = (
+            Layers("batch_norm_act", {name: batch_norm(dim)}) if batch else None for name in ("norm_xca", "norm")
+        )
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
 
@@ -380,7 +385,8 @@ class SDTAEncoderBNHS(_SDTA):
     make_norm = nn.BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
-        t = self.with_position(self.norm_xca(self.cascade(x)).permute(0, 2, 3, 1))
-        t = self.norm((t + self.attention(t)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        normed = normalize(self, self._norm_xca, self.cascade(x), name="norm_xca")
+        t = self.with_position(normed.permute(0, 2, 3, 1))
+        t = normalize(self, self._norm, (t + self.attention(t)).permute(0, 3, 1, 2), name="norm").permute(0, 2, 3, 1)
         y = inverted_bottleneck(t, self.pwconv1, F.hardswish, self.pwconv2, self.gamma)
         return x + self.drop_path(y)

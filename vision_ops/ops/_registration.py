@@ -188,9 +188,7 @@ class FusedOp:
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
         in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        takes_reference = (
-            backend == "reference" or is_transformed(arguments) or (in_graph and self._cannot_export())
-        )
+        takes_reference = backend == "reference" or is_transformed(arguments) or (in_graph and self._cannot_export())
         if not takes_reference:
             cannot, slower = self.predicate(arguments)
             if cannot and backend == "fused":

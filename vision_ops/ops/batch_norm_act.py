@@ -1,7 +1,7 @@
 """Batch norm with the activation behind it, in the blocks of MOAT, MogaNet and bn_hs EdgeNeXt."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ class Coefficients(NamedTuple):
 
 
 class BatchNorm(NamedTuple):
-    """The passes of a device, as in csrc/include/batch_norm_act.h. Tensors are all in one memory format, pixel_dense."""
+    """The passes of a device, as in csrc/include/batch_norm_act.h. Tensors are all in one format, pixel_dense."""
 
     moments: Callable[[Tensor, Tensor, Tensor], None]
     run: Callable[..., None]
@@ -85,9 +85,7 @@ def _backward_sums(grad: Tensor, x: Tensor, c: Coefficients, activation: str | N
     _native.kernels().batch_norm_act_backward_sums(*given, ACTIVATION_CODES[activation])
 
 
-def _backward_input(
-    grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, line: Tensor, dx: Tensor
-) -> None:
+def _backward_input(grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, line: Tensor, dx: Tensor) -> None:
     given = _native.view(grad), _native.view(x), _views(c), _native.vectors_view(line), _native.view(dx)
     _native.kernels().batch_norm_act_backward_input(*given, ACTIVATION_CODES[activation])
 
@@ -99,9 +97,7 @@ def cpu_batch_norm() -> BatchNorm:
 def cuda_batch_norm() -> BatchNorm:
     from ..kernels import batch_norm_act as triton
 
-    return BatchNorm(
-        triton.moments, triton.forward, triton.backward_gate, triton.backward_sums, triton.backward_input
-    )
+    return BatchNorm(triton.moments, triton.forward, triton.backward_gate, triton.backward_sums, triton.backward_input)
 
 
 class Norm(NamedTuple):
@@ -114,8 +110,9 @@ class Norm(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> "Norm":
-        return cls(*(t.to(wide(x)) for t in (weight, bias, mean, variance)), eps)
+    def of(cls, x: Tensor, tensors: Sequence[Tensor], eps: float) -> "Norm":
+        weight, bias, mean, variance = (t.to(wide(x)) for t in tensors)
+        return cls(weight, bias, mean, variance, eps)
 
     def inverse_deviation(self) -> Tensor:
         return (self.variance + self.eps).rsqrt()
@@ -142,7 +139,7 @@ class Norm(NamedTuple):
         return line
 
 
-def measured(device: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> None:
+def measure(device: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> None:
     """The statistics of a batch; of none they are those that change nothing."""
     if x.numel():
         device.moments(x, mean, variance)
@@ -152,15 +149,15 @@ def measured(device: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> No
 
 def _norm(a: _Arguments, mean: Tensor, variance: Tensor) -> Norm:
     if a.mean is None or a.variance is None:
-        return Norm.of(a.x, a.weight, a.bias, mean, variance, a.eps)
-    return Norm.of(a.x, a.weight, a.bias, a.mean, a.variance, a.eps)
+        return Norm.of(a.x, (a.weight, a.bias, mean, variance), a.eps)
+    return Norm.of(a.x, (a.weight, a.bias, a.mean, a.variance), a.eps)
 
 
 def _forward(on: Callable[[], BatchNorm], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     device, (y, mean, variance) = on(), _output(a)
     x = pixel_dense(a.x, memory_format(a.x))
     if a.mean is None:
-        measured(device, x, mean, variance)
+        measure(device, x, mean, variance)
     device.run(x, _norm(a, mean, variance).coefficients(), a.activation, y)
     return y, mean, variance
 
@@ -281,19 +278,19 @@ def fused_batch_norm_act(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     if not training:
-        statistics = (t if t is None else t.detach() for t in (running_mean, running_var))
-        return _op(x, weight, bias, *statistics, float(eps), activation, backend=backend)
+        constants = (t if t is None else t.detach() for t in (running_mean, running_var))
+        return _op(x, weight, bias, *constants, float(eps), activation, backend=backend)
     check_count(x)
     options: dict[str, Any] = {"momentum": float(momentum), "eps": float(eps), "activation": activation}
 
     def in_pytorch() -> Tensor:
         return reference.batch_norm_act(x, weight, bias, running_mean, running_var, training=True, **options)
 
-    y, *statistics = _op.with_saved(
+    y, *measured = _op.with_saved(
         x, weight, bias, None, None, float(eps), activation, backend=backend, reference=in_pytorch
     )
-    if statistics:
-        track(running_mean, running_var, *statistics, x.numel() // channels, momentum)
+    if measured:
+        track((running_mean, running_var), measured, x.numel() // channels, momentum)
     return y
 
 
@@ -310,22 +307,16 @@ def check_count(x: Tensor) -> None:
         raise ValueError(f"x must have more than one value per channel in training, got shape {tuple(x.shape)}")
 
 
-def track(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    count: int,
-    momentum: float,
-) -> None:
-    """Moves the running statistics; those of an empty batch change nothing."""
+def track(running: Sequence[Tensor | None], measured: Sequence[Tensor], count: int, momentum: float) -> None:
+    """Moves running mean and variance towards a batch's; those of an empty one change nothing."""
     if count == 0:
         return
+    mean, variance = measured
     with torch.no_grad():
-        for running, batch in ((running_mean, mean), (running_var, variance * (count / (count - 1)))):
-            if running is None:
+        for moving, batch in zip(running, (mean, variance * (count / (count - 1))), strict=True):
+            if moving is None:
                 continue
-            if running.dtype == batch.dtype:
-                running.lerp_(batch, momentum)
+            if moving.dtype == batch.dtype:
+                moving.lerp_(batch, momentum)
             else:
-                running.copy_(running.to(batch.dtype).lerp_(batch, momentum))
+                moving.copy_(moving.to(batch.dtype).lerp_(batch, momentum))

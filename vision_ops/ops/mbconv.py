@@ -40,7 +40,7 @@ from .batch_norm_act import (
     check_running,
     cpu_batch_norm,
     cuda_batch_norm,
-    measured,
+    measure,
     track,
     wide,
 )
@@ -135,9 +135,7 @@ def _cpu(x: Tensor) -> _Device:
 
 def _cuda(x: Tensor) -> _Device:
     compiled = convolves_cuda(x)
-    convolutions = (
-        (convolve_cuda, convolve_backward_cuda) if compiled else (_convolve_torch, _convolve_backward_torch)
-    )
+    convolutions = (convolve_cuda, convolve_backward_cuda) if compiled else (_convolve_torch, _convolve_backward_torch)
     return _Device(cuda_batch_norm(), *convolutions, cuda_gates().channel_sums, lambda t: torch.channels_last, None)
 
 
@@ -179,18 +177,19 @@ class _Block:
         self.dtype, self.form = product_type(a.x, a.expand_weight), device.form(a.x)
         self.x = operand(pixel_dense(a.x, self.form))
         # Of half types a constant that the next norm nearly cancels would be rounded, and the product with it.
-        self.folds = self.dtype == wide(a.x)
+        # A weight that is larger than x would take longer to change than x.
+        self.folds = self.dtype == wide(a.x) and a.x.numel() >= a.expand_weight.numel()
         self.expand_weight, self.shrink_weight = a.expand_weight.flatten(1), a.shrink_weight.flatten(1)
         self.dw_weight, self.conv = a.dw_weight.contiguous(), _geometry(a.stride, a.x)
 
     def norm(self, i: int) -> Norm:
         parameters = self.a.norms()[i]
         found = self.statistics[i] if self.a.measures() else parameters[2:]
-        return Norm.of(self.a.x, *parameters[:2], found[0], found[1], self.a.eps)
+        return Norm.of(self.a.x, (*parameters[:2], *found), self.a.eps)
 
     def measure(self, i: int, x: Tensor) -> None:
         if self.a.measures():
-            measured(self.device.norm, x, *self.statistics[i])
+            measure(self.device.norm, x, *self.statistics[i])
 
     def hidden(self, like: Tensor) -> Tensor:
         """A buffer."""
@@ -554,9 +553,9 @@ def fused_mbconv(
         training, momentum, eps: as those of `fused_batch_norm_act`, for all three norms.
         backend: as in `vision_ops.use_backend`.
 
-    One node of autograd: with gradients it keeps x and the inputs of expand_norm and depthwise_norm. pre_norm is part of
-    expand_weight in float32 and float64, and without gradients depthwise_norm is part of dw_weight. Under autocast x and
-    the norms stay as they are. Sums are float32 (float64 for float64). Without a kernel for the device,
+    One node of autograd: with gradients it keeps x and the inputs of expand_norm and depthwise_norm. pre_norm is part
+    of expand_weight in float32 and float64, and without gradients depthwise_norm is part of dw_weight. Under autocast x
+    and the norms stay as they are. Sums are float32 (float64 for float64). Without a kernel for the device,
     `reference.mbconv` runs.
 
     Raises:
@@ -595,7 +594,7 @@ def fused_mbconv(
         check_parameter("path_scale", path_scale, (x.shape[0],), "N", x)
         if path_scale.requires_grad:
             raise ValueError("path_scale must not require a gradient: it is a constant")
-    norms = [list(norm) for norm in (pre_norm, expand_norm, depthwise_norm)]
+    norms: list[list[Any]] = [list(norm) for norm in (pre_norm, expand_norm, depthwise_norm)]
     given = [t for norm in norms for t in norm[:2]] + [x, expand_weight, dw_weight, shrink_weight, shrink_bias]
     given += [*(se or ()), *(shortcut or ())]
     keep = training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
@@ -607,9 +606,9 @@ def fused_mbconv(
     options: dict[str, Any] = {"stride": stride, "pool_size": pool_size, "eps": float(eps)}
 
     def in_pytorch() -> Tensor:
-        weights = norms[0], expand_weight, norms[1], dw_weight, norms[2], shrink_weight, shrink_bias
-        rest = {"se": se, "shortcut": shortcut, "path_scale": path_scale}
-        return reference.mbconv(x, *weights, **rest, training=True, momentum=momentum, **options)
+        weights = expand_weight, norms[1], dw_weight, norms[2], shrink_weight, shrink_bias
+        constants: dict[str, Any] = {"path_scale": path_scale, "training": True, "momentum": momentum, **options}
+        return reference.mbconv(x, norms[0], *weights, se=se, shortcut=shortcut, **constants)
 
     y, *saved = _op.with_saved(
         *ordered, path_scale, *options.values(), keep, backend=backend, reference=in_pytorch if training else None
@@ -617,7 +616,7 @@ def fused_mbconv(
     if training and saved:
         pixels = x.shape[0] * x.shape[2] * x.shape[3], saved[1].shape[0] * saved[1].shape[2] * saved[1].shape[3]
         for norm, statistics, count in zip(norms, saved[2:5], (pixels[0], *pixels), strict=True):
-            track(norm[2], norm[3], statistics[0], statistics[1], count, momentum)
+            track(norm[2:], tuple(statistics), count, momentum)
     return y
 
 

@@ -66,12 +66,12 @@ def mbconv(
     y = norm(y, depthwise_norm, "gelu")
     if se:
         reduce_weight, reduce_bias, expand, expand_bias = se
-        pooled = F.silu(pointwise(y.mean(dim=(2, 3), keepdim=True), reduce_weight, reduce_bias))  # type: ignore[arg-type]
-        y = y * pointwise(pooled, expand, expand_bias).sigmoid()  # type: ignore[arg-type]
+        pooled = F.silu(pointwise(y.mean(dim=(2, 3), keepdim=True), reduce_weight, reduce_bias))
+        y = y * pointwise(pooled, expand, expand_bias).sigmoid()
     y = pointwise(y, shrink_weight, shrink_bias)
     if path_scale is not None:
         y = y * path_scale.to(y.dtype)[:, None, None, None]
     own = x if stride == 1 else pool_same(x, pool_size)
     if shortcut:
-        own = pointwise(own.to(dtype), *shortcut)  # type: ignore[arg-type]
+        own = pointwise(own.to(dtype), *shortcut)
     return own + y
