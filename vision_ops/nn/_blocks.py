@@ -107,10 +107,8 @@ def evaluated(block: nn.Module, kernel: Layers | None, x: Tensor, *, name: str) 
     """Scale and shift of the batch norm of this name, the only layer of `kernel`, where weights beside it can take them
     up: in evaluation, by kernels; autocast would round them."""
     norm = getattr(block, name)
-    if kernel is None or norm.training or resolve_backend(None) == "reference" or autocast_enabled(x):
-        return None
-    parameters = kernel.tensors(block, x)
-    if parameters is None:
+    parameters = None if kernel is None or norm.training else kernel.tensors(block, x)
+    if parameters is None or resolve_backend(None) == "reference" or autocast_enabled(x):
         return None
     c = Norm.of(x, parameters, norm.eps).coefficients()
     return c.scale, c.shift
