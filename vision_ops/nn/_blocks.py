@@ -10,9 +10,11 @@ from ..dispatch import resolve_backend
 from ..ops._checks import autocast_enabled
 from ..ops.batch_norm_act import Norm, fused_batch_norm_act
 from ..ops.dwconv import fused_dwconv
+from ..ops.mlp import fused_mlp
+from ..ops.scaled_residual import fused_scaled_residual
 from ..reference.dwconv import ACTIVATIONS
 from ._checkpointing import checkpointed
-from ._layers import Layers, computed
+from ._layers import Layer, Layers, computed, layer_norm, linear, module
 
 
 class Blocks(nn.Sequential):
@@ -38,11 +40,11 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.scale(x)
-        return x if scale is None else x * scale.view(-1, *(1,) * (x.ndim - 1))
+        kept = self.draw(x)
+        return x if kept is None else x * kept.view(-1, *(1,) * (x.ndim - 1))
 
-    def scale(self, x: Tensor) -> Tensor | None:
-        """(N,), by which samples are multiplied, drawn anew; None for nothing."""
+    def draw(self, x: Tensor) -> Tensor | None:
+        """A factor for every sample of x, (N,); None where none is dropped."""
         if self.drop_prob == 0 or not self.training:
             return None
         return x.new_empty(x.shape[:1]).bernoulli_(1 - self.drop_prob).div_(1 - self.drop_prob)
@@ -131,3 +133,61 @@ def convolve_normalize(
         return normalize(block, norm_kernel, convolve(block, kernel, x, stride), activation, name=name)
     scale, shift = affine
     return fused_dwconv(x, parameters[0] * scale[:, None, None, None], shift, stride=stride, activation=activation)
+
+
+def tail_layers(gamma: str | None = None) -> Layers:
+    """What `residual` takes of a block: layer scale, and its drop_path."""
+    return Layers("scaled_residual", {"drop_path": module(DropPath)}, own=(gamma,) if gamma else ())
+
+
+def residual(block: nn.Module, tail: Layers, x: Tensor, branch: Tensor) -> Tensor:
+    """x + drop_path(gamma * branch) of (N, C, H, W)."""
+    parameters = tail.tensors(block, branch)
+    if parameters is not None and x.shape == branch.shape:
+        gamma = parameters[0] if tail.own else None
+        return fused_scaled_residual(x, branch, gamma, block.drop_path.draw(branch))
+    if tail.own:
+        branch = getattr(block, tail.own[0])[:, None, None] * branch
+    return x + block.drop_path(branch)
+
+
+def mlp_layers(
+    channels: int,
+    hidden: int,
+    names: tuple[str, str] = ("pwconv1", "pwconv2"),
+    *,
+    norm: str | None = None,
+    gamma: str | None = None,
+    others: dict[str, Layer] | None = None,
+) -> Layers:
+    """What `mlp` takes of a block. others: layers that it computes, or leaves out, besides."""
+    layers = {names[0]: linear(channels, hidden), names[1]: linear(hidden, channels)}
+    if norm is not None:
+        layers[norm] = layer_norm(channels)
+    layers = {**layers, **(others or {}), "drop_path": module(DropPath)}
+    return Layers("mlp", layers, own=(gamma,) if gamma else ())
+
+
+def mlp(
+    block: nn.Module, kernel: Layers, x: Tensor, residual: Tensor, *, eps: float = 0.0, activation: str = "gelu"
+) -> Tensor | None:
+    """residual + drop_path(gamma * fc2(act(fc1(norm(x))))) of (N, H, W, C); None where the block is to call its layers.
+
+    residual may be x itself, which saves a pass.
+    """
+    parameters = kernel.tensors(block, x)
+    if parameters is None or residual.shape != x.shape:
+        return None
+    gamma = parameters.pop(0) if kernel.own else None
+    norm_weight, norm_bias = parameters[4:6] or (None, None)
+    return fused_mlp(
+        x,
+        *parameters[:4],
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        activation=activation,
+        gamma=gamma,
+        residual=residual,
+        path_scale=block.drop_path.draw(residual),
+    )

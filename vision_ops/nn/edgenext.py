@@ -18,7 +18,19 @@ from ..ops.split_cascade import check_cascade, fused_split_cascade
 from ..ops.xca import fused_xca
 from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
-from ._blocks import DropPath, convolve, convolve_normalize, fill_, inverted_bottleneck, layer_scale, normalize, scaled
+from ._blocks import (
+    DropPath,
+    convolve,
+    convolve_normalize,
+    fill_,
+    inverted_bottleneck,
+    layer_scale,
+    mlp,
+    mlp_layers,
+    normalize,
+    residual,
+    tail_layers,
+)
 from ._layers import Layers, batch_norm, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
@@ -92,6 +104,18 @@ class PositionalEncodingFourier(nn.Module):
         return self.token_projection(table).expand(B, -1, -1, -1)
 
 
+def _bottleneck(
+    block: Any, kernel: Layers, y: Tensor, x: Tensor, norm: nn.Module | None, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """x + gamma * pwconv2(act(pwconv1(norm(y)))) of y (N, H, W, C) and x (N, C, H, W)."""
+    eps = 0.0 if norm is None else norm.eps
+    found = mlp(block, kernel, y, x.permute(0, 2, 3, 1), eps=eps, activation=act.__name__)
+    if found is not None:
+        return found.permute(0, 3, 1, 2)
+    y = y if norm is None else norm(y)
+    return x + block.drop_path(inverted_bottleneck(y, block.pwconv1, act, block.pwconv2, block.gamma))
+
+
 class ConvEncoder(nn.Module):
     """x + gamma * pwconv2(GELU(pwconv1(norm(dwconv(x))))).
 
@@ -124,6 +148,7 @@ class ConvEncoder(nn.Module):
         self._kernel = Layers("dwconv_layer_norm", {"dwconv": depthwise(dim, kernel_size), "norm": layer_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+        self._mlp = mlp_layers(dim, expan_ratio * dim, gamma="gamma" if layer_scale_init_value > 0 else None)
 
     def reset_parameters(self) -> None:
         """Of gamma; the layers have their own."""
@@ -135,7 +160,7 @@ class ConvEncoder(nn.Module):
             y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         else:
             y = fused_dwconv_layer_norm(x, *parameters, eps=self.norm.eps)
-        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.gelu, self.pwconv2, self.gamma))
+        return _bottleneck(self, self._mlp, y, x, None, F.gelu)
 
 
 class ConvEncoderBNHS(nn.Module):
@@ -160,6 +185,7 @@ class ConvEncoderBNHS(nn.Module):
         self._norm = Layers("batch_norm_act", {"norm": batch_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+        self._mlp = mlp_layers(dim, expan_ratio * dim, gamma="gamma" if layer_scale_init_value > 0 else None)
 
     def reset_parameters(self) -> None:
         """Of gamma; the layers have their own."""
@@ -167,7 +193,7 @@ class ConvEncoderBNHS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = convolve_normalize(self, self._kernel, self._norm, x, name="norm").permute(0, 2, 3, 1)
-        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.hardswish, self.pwconv2, self.gamma))
+        return _bottleneck(self, self._mlp, y, x, None, F.hardswish)
 
 
 class XCA(nn.Module):
@@ -318,6 +344,10 @@ class _SDTA(nn.Module):
         )
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+        scaled, normed = layer_scale_init_value > 0, self.make_norm is not nn.BatchNorm2d
+        self._tail = tail_layers("gamma_xca" if scaled else None)
+        gamma = "gamma" if scaled else None
+        self._mlp = mlp_layers(dim, expan_ratio * dim, norm="norm" if normed else None, gamma=gamma)
 
     def reset_parameters(self) -> None:
         """Of gamma_xca and gamma; the layers have their own."""
@@ -341,10 +371,10 @@ class _SDTA(nn.Module):
         height, width = x.shape[1:3]
         return x + self.pos_embd(1, height, width, x.device).permute(0, 2, 3, 1)
 
-    def attention(self, x: Tensor) -> Tensor:
-        """gamma_xca * xca(x) of (N, H, W, C), with its drop path."""
+    def attend(self, t: Tensor, x: Tensor) -> Tensor:
+        """t + gamma_xca * xca(x) of (N, H, W, C), with its drop path."""
         y = self.xca(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
-        return self.drop_path(scaled(y, self.gamma_xca))
+        return residual(self, self._tail, t.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SDTAEncoder(_SDTA):
@@ -371,9 +401,8 @@ class SDTAEncoder(_SDTA):
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.with_position(self.cascade(x).permute(0, 2, 3, 1))
-        t = t + self.attention(self.norm_xca(t))
-        y = inverted_bottleneck(self.norm(t), self.pwconv1, F.gelu, self.pwconv2, self.gamma)
-        return x + self.drop_path(y)
+        t = self.attend(t, self.norm_xca(t))
+        return _bottleneck(self, self._mlp, t, x, self.norm, F.gelu)
 
 
 class SDTAEncoderBNHS(_SDTA):
@@ -387,6 +416,5 @@ class SDTAEncoderBNHS(_SDTA):
     def forward(self, x: Tensor) -> Tensor:
         normed = normalize(self, self._norm_xca, self.cascade(x), name="norm_xca")
         t = self.with_position(normed.permute(0, 2, 3, 1))
-        t = normalize(self, self._norm, (t + self.attention(t)).permute(0, 3, 1, 2), name="norm").permute(0, 2, 3, 1)
-        y = inverted_bottleneck(t, self.pwconv1, F.hardswish, self.pwconv2, self.gamma)
-        return x + self.drop_path(y)
+        t = normalize(self, self._norm, self.attend(t, t).permute(0, 3, 1, 2), name="norm").permute(0, 2, 3, 1)
+        return _bottleneck(self, self._mlp, t, x, None, F.hardswish)

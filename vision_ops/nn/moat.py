@@ -148,7 +148,7 @@ class MBConv(nn.Module):
             *(pre, expand[0], expand_norm, dw[0], dw_norm, *shrink),
             se=None if self.se is None else own[:4],
             shortcut=own[-2:] if self.shortcut_conv is not None else None,
-            path_scale=self.drop_path.scale(x),
+            path_scale=self.drop_path.draw(x),
             stride=self.stride,
             pool_size=self.pool_size,
             **of_call(self.depthwise_norm),

@@ -314,9 +314,9 @@ class MogaBlock(nn.Module):
         """mlp(norm2(x)): in evaluation norm2 is part of fc1, of maps that are larger than its weight. A half type would
         round the constant."""
         affine, parameters = evaluated(self, self._norm2, x, name="norm2"), None
-        if affine is not None and self._mlp is not None and not torch.compiler.is_compiling():
-            if x.dtype.itemsize > 2 and x.numel() > self.mlp.fc1.weight.numel():
-                parameters = self._mlp.tensors(self, x)
+        folds = affine is not None and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
+        if folds and self._mlp is not None and x.numel() > self.mlp.fc1.weight.numel():
+            parameters = self._mlp.tensors(self, x)
         if affine is None or parameters is None:
             return self.mlp(normalize(self, self._norm2, x, name="norm2"))
         (scale, shift), (weight, bias, *rest) = affine, parameters

@@ -1,6 +1,5 @@
 """Batch norm with the activation behind it, in the blocks of MOAT, MogaNet and bn_hs EdgeNeXt."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +7,11 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ..reference.dwconv import ACTIVATIONS
 from ._checks import check_eps, check_momentum, check_parameter, check_tensor
-from ._registration import FusedOp, allocate, device_reasons, empty, memory_format
+from ._maps import pixel_dense
+from ._registration import FusedOp, allocate, device_reasons, empty, memory_format, on_devices
 from .dwconv import ACTIVATION_CODES
-from .gated_recursion import pixel_dense
 
 
 class _Arguments(NamedTuple):
@@ -165,10 +163,7 @@ def _forward(on: Callable[[], BatchNorm], a: _Arguments) -> tuple[Tensor, Tensor
 def _backward(
     on: Callable[[], BatchNorm], grads: list[Any], grad: Tensor, a: _Arguments, mean: Tensor, variance: Tensor
 ) -> None:
-    dx, dweight, dbias, *constants = grads
-    for t in constants:
-        if t is not None:
-            t.zero_()
+    dx, dweight, dbias, *_ = grads
     device, wanted = on(), memory_format(a.x)
     x, grad = pixel_dense(a.x, wanted), pixel_dense(grad, wanted)
     norm = _norm(a, mean, variance)
@@ -186,10 +181,7 @@ def _backward(
         dx.copy_(found)
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, device), functools.partial(_backward, device))
-    for key, device in (("CPU", cpu_batch_norm), ("CUDA", cuda_batch_norm))
-}
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_batch_norm, cuda=cuda_batch_norm)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -206,28 +198,8 @@ _op = FusedOp(
     triton=True,
     autocast=False,
     saved=(Tensor.contiguous, Tensor.contiguous),
+    constants=("mean", "variance"),
 )
-
-
-def _explain(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    activation: str | None = None,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    statistics = (None, None) if training else (running_mean, running_var)
-    return _op.explain(x, weight, bias, *statistics, eps, activation, backend=backend)
-
-
-explainers["batch_norm_act"] = _explain
 
 
 def fused_batch_norm_act(
@@ -278,8 +250,7 @@ def fused_batch_norm_act(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     if not training:
-        constants = (t if t is None else t.detach() for t in (running_mean, running_var))
-        return _op(x, weight, bias, *constants, float(eps), activation, backend=backend)
+        return _op(x, weight, bias, running_mean, running_var, float(eps), activation, backend=backend)
     check_count(x)
     options: dict[str, Any] = {"momentum": float(momentum), "eps": float(eps), "activation": activation}
 

@@ -1,6 +1,5 @@
 """MOAT's MBConv, whole: an inverted bottleneck of three batch norms, squeeze and excitation, and its shortcut."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ..reference.mbconv import pad_same, pool_same, product_type, same_padding
 from ._checks import (
     check_eps,
@@ -20,16 +18,26 @@ from ._checks import (
     check_sequence,
     check_tensor,
 )
-from ._pointwise import crew_pays, linear, linear_to, operand, products, weight_gradient
+from ._maps import channels_last_dense, pixel_dense
+from ._pointwise import (
+    channel_sums,
+    crew_pays,
+    linear,
+    linear_activated,
+    linear_scaled,
+    linear_to,
+    operand,
+    products,
+    weight_gradient,
+)
 from ._registration import (
     FusedOp,
-    Kernels,
     allocate,
     allocate_channels_last,
     device_reasons,
     empty,
     memory_format,
-    with_crew,
+    on_devices,
     without_autocast,
 )
 from .batch_norm_act import (
@@ -54,7 +62,7 @@ from .dwconv import (
     convolve_torch,
     convolves_cuda,
 )
-from .gated_recursion import channel_sums, channels_last_dense, cuda_gates, pixel_dense
+from .gated_recursion import cuda_gates
 
 # Of the images that are evaluated at once, in hidden channels: they stay in a third-level cache between the passes.
 _CHUNK_BYTES = 8 * 2**20
@@ -239,15 +247,18 @@ class _Block:
 
     def shrink(self, h: Tensor, y: Tensor, own: Tensor, images: slice = slice(None)) -> None:
         """y = own + path_scale * (shrink_weight h + shrink_bias)."""
-        scale = self.a.path_scale
-        if scale is None and own.dtype == self.dtype:
-            return linear_to(h, self.shrink_weight, self.a.shrink_bias, y, plus=own)
+        scale = None if self.a.path_scale is None else self.a.path_scale[images]
+        given = h, self.shrink_weight, self.a.shrink_bias
+        if own.dtype == self.dtype:
+            if scale is None:
+                return linear_to(*given, y, plus=own)
+            if linear_scaled(*given, None, scale, own, y):
+                return
         product = allocate(y.shape, y, memory_format(y), self.dtype)
-        linear_to(h, self.shrink_weight, self.a.shrink_bias, product)
-        if scale is None:
-            torch.add(own, product, out=y)
-        else:
-            torch.add(own, product.mul_(scale[images, None, None, None].to(product.dtype)), out=y)
+        linear_to(*given, product)
+        if scale is not None:
+            product *= scale[:, None, None, None].to(product.dtype)
+        torch.add(own, product, out=y)
 
 
 # In between everything is channels_last, whatever x is.
@@ -292,6 +303,9 @@ def _evaluate(b: _Block, y: Tensor) -> None:
     expand_norm, dw_weight = b.norm(1).coefficients(), b.dw_weight * dw.scale[:, None, None, None]
     ones = torch.ones_like(dw.scale)
     as_it_is = Coefficients(ones, torch.zeros_like(ones), ones)
+    # With expand_norm in the product, which ends in GELU.
+    whole = matrix * expand_norm.scale[:, None] if b.folds else matrix
+    shift = expand_norm.shift if constant is None else constant * expand_norm.scale + expand_norm.shift
     own, h, u = b.add_shortcut(y), None, None
     for images in _chunks(b):
         x, to = b.x[images], y[images]
@@ -299,8 +313,9 @@ def _evaluate(b: _Block, y: Tensor) -> None:
             h = allocate((len(x), hidden, *x.shape[2:]), y, torch.channels_last, b.dtype)
             u = allocate((len(x), hidden, *y.shape[2:]), y, torch.channels_last, b.dtype)
         assert u is not None
-        linear(b.normed(x), matrix, constant, h)
-        norm.run(h, expand_norm, "gelu", h)
+        if not b.folds or not linear_activated(x, whole, shift, "gelu", h):
+            linear(b.normed(x), matrix, constant, h)
+            norm.run(h, expand_norm, "gelu", h)
         b.device.convolve(h, dw_weight, dw.shift, u, "gelu", conv=b.conv)
         if b.a.se:
             sums = allocate((len(x), hidden), y, dtype=wide(b.a.x))
@@ -336,7 +351,7 @@ def _backward(
 ) -> None:
     to, (*statistics, pooled) = _Grads(*grads), rest
     b = _Block(on(a.x), a, statistics)
-    for t in (*to.pre_norm[2:], *to.expand_norm[2:], *to.depthwise_norm[2:], to.path_scale):
+    for t in (*to.pre_norm[2:], *to.expand_norm[2:], *to.depthwise_norm[2:]):
         if t is not None:  # of a constant
             t.zero_()
     given = operand(pixel_dense(grad, b.form))
@@ -467,13 +482,7 @@ def _expand_backward(b: _Block, to: _Grads, du: Tensor, plus: Tensor | None) -> 
     torch.add(of_normed, plus, out=to.x)
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, _cpu), crew_pays),
-        with_crew(functools.partial(_backward, _cpu), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -495,23 +504,11 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
+    constants=("path_scale",),
     uncast=("x", "pre_norm", "expand_norm", "depthwise_norm", "path_scale"),
     saved=(channels_last_dense, channels_last_dense, *(Tensor.contiguous,) * 4),
     parts=_parts,
 )
-
-
-def _explain(x: Tensor, *parameters: Any, backend: str | None = None, **options: Any) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    pre, expand, expand_norm, dw, dw_norm, shrink, shrink_bias = (*parameters, *[None] * 7)[:7]
-    se, shortcut = options.get("se") or (), options.get("shortcut") or (None, None)
-    norms = [list((norm or ())[: 2 if options.get("training") else 4]) for norm in (pre, expand_norm, dw_norm)]
-    given = x, norms[0], expand, norms[1], dw, norms[2], list(se), shrink, shrink_bias, *shortcut
-    tail = options.get("path_scale"), options.get("stride", 1), options.get("pool_size", 2), options.get("eps", 1e-3)
-    return _op.explain(*given, *tail, False, backend=backend)
-
-
-explainers["mbconv"] = _explain
 
 
 def fused_mbconv(
