@@ -244,9 +244,7 @@ def backward_gate(grad: Tensor, x: Tensor, c: Any, activation: str | None, sums:
     _run(x, grad, c, activation, None, sums)
 
 
-def _run(
-    x: Tensor, grad: Tensor | None, c: Any, activation: str | None, y: Tensor | None, sums: Tensor | None
-) -> None:
+def _run(x: Tensor, grad: Tensor | None, c: Any, activation: str | None, y: Tensor | None, sums: Tensor | None) -> None:
     if x.numel() == 0:
         if sums is not None:
             sums.zero_()

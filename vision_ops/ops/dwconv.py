@@ -154,7 +154,7 @@ def convolve_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
@@ -162,7 +162,8 @@ def convolve_backward(
 ) -> None:
     """The gradients of `convolve`, into tensors of any strides; dweight may be weight."""
     kernels, conv, grad_view = _native.kernels(), conv or _same_size(weight), _native.view(grad)
-    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
+    if dx is not None:
+        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
     if dweight is not None or dbias is not None:
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
         kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv)
@@ -192,7 +193,7 @@ def convolve_backward_cuda(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
@@ -200,7 +201,8 @@ def convolve_backward_cuda(
 ) -> None:
     kernels, conv, target = _native.cuda_kernels(), conv or _same_size(weight), _native.target(x)
     grad_view = _native.view(grad)
-    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
+    if dx is not None:
+        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
@@ -238,7 +240,7 @@ def convolve_backward_torch(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
@@ -247,7 +249,7 @@ def convolve_backward_torch(
     dilation: int = 1,
 ) -> None:
     geometry = [stride] * 2, [_torch_padding(weight, padding, dilation)] * 2, [dilation] * 2, False, [0, 0], len(weight)
-    needs = [True, dweight is not None, dbias is not None]
+    needs = [dx is not None, dweight is not None, dbias is not None]
     found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), [len(weight)], *geometry, needs)
     for given, t in zip((dx, dweight, dbias), found, strict=True):
         if given is not None:

@@ -23,7 +23,6 @@ from ._pointwise import (
     channel_sums,
     crew_pays,
     linear,
-    linear_activated,
     linear_scaled,
     linear_to,
     operand,
@@ -164,17 +163,18 @@ def _convolve_backward_torch(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
     conv: tuple[int, ...],
 ) -> None:
     padded = F.pad(x, (1,) * 4) if conv[1] == 1 else pad_same(x)
-    dpadded = torch.empty_like(padded)
+    dpadded = None if dx is None else torch.empty_like(padded)
     convolve_backward_torch(grad, padded, weight, dpadded, dweight, dbias, padding=0, stride=conv[1])
     top, left = conv[3:]
-    dx.copy_(dpadded[:, :, top : top + dx.shape[2], left : left + dx.shape[3]])
+    if dx is not None and dpadded is not None:
+        dx.copy_(dpadded[:, :, top : top + dx.shape[2], left : left + dx.shape[3]])
 
 
 class _Block:
@@ -274,18 +274,21 @@ def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, ..
     matrix, constant = b.expand()
     linear(b.normed(b.x), matrix, constant, expanded)
     b.measure(1, expanded)
-    h = b.hidden(expanded)
-    norm.run(expanded, b.norm(1).coefficients(), "gelu", h)
-    b.device.convolve(h, b.dw_weight, None, convolved, conv=b.conv)
+    c = b.norm(1).coefficients()
+    for images in _chunks(b):
+        h = b.hidden(expanded[images])
+        norm.run(expanded[images], c, "gelu", h)
+        b.device.convolve(h, b.dw_weight, None, convolved[images], conv=b.conv)
     b.measure(2, convolved)
-    if a.stride != 1:
-        h = b.hidden(convolved)
-    c = b.norm(2).coefficients()
-    if a.se:
-        norm.run(convolved, c, "gelu", None, pooled)
-        c = c._replace(gate=b.gate(pooled)[0])
-    norm.run(convolved, c, "gelu", h)
-    b.shrink(h, y, b.add_shortcut(y))
+    c, own = b.norm(2).coefficients(), b.add_shortcut(y)
+    for images in _chunks(b):
+        u, h = convolved[images], b.hidden(convolved[images])
+        if a.se:
+            norm.run(u, c._replace(gate=None), "gelu", None, pooled[images])
+            c = c._replace(gate=b.gate(pooled[images])[0])
+        norm.run(u, c, "gelu", h)
+        to = y[images]
+        b.shrink(h, to, to if own is y else own[images], images)
     return result
 
 
@@ -297,30 +300,25 @@ def _chunks(b: _Block) -> Iterator[slice]:
 
 
 def _evaluate(b: _Block, y: Tensor) -> None:
-    """Some images at a time, and depthwise_norm in the weights of the convolution."""
-    norm, dw, hidden = b.device.norm, b.norm(2).coefficients(), len(b.dw_weight)
-    matrix, constant = b.expand()
-    expand_norm, dw_weight = b.norm(1).coefficients(), b.dw_weight * dw.scale[:, None, None, None]
-    ones = torch.ones_like(dw.scale)
-    as_it_is = Coefficients(ones, torch.zeros_like(ones), ones)
-    # With expand_norm in the product, which ends in GELU.
-    whole = matrix * expand_norm.scale[:, None] if b.folds else matrix
-    shift = expand_norm.shift if constant is None else constant * expand_norm.scale + expand_norm.shift
+    """Some images at a time."""
+    norm, hidden = b.device.norm, len(b.dw_weight)
+    (matrix, constant), expand_norm, dw_norm = b.expand(), b.norm(1).coefficients(), b.norm(2).coefficients()
+    ones = torch.ones_like(dw_norm.scale)
     own, h, u = b.add_shortcut(y), None, None
     for images in _chunks(b):
         x, to = b.x[images], y[images]
-        if h is None or len(h) != len(x):
+        if h is None or u is None or len(h) != len(x):
             h = allocate((len(x), hidden, *x.shape[2:]), y, torch.channels_last, b.dtype)
             u = allocate((len(x), hidden, *y.shape[2:]), y, torch.channels_last, b.dtype)
-        assert u is not None
-        if not b.folds or not linear_activated(x, whole, shift, "gelu", h):
-            linear(b.normed(x), matrix, constant, h)
-            norm.run(h, expand_norm, "gelu", h)
-        b.device.convolve(h, dw_weight, dw.shift, u, "gelu", conv=b.conv)
+        linear(b.normed(x), matrix, constant, h)
+        norm.run(h, expand_norm, "gelu", h)
+        b.device.convolve(h, b.dw_weight, None, u, conv=b.conv)
         if b.a.se:
             sums = allocate((len(x), hidden), y, dtype=wide(b.a.x))
-            norm.run(u, as_it_is, None, None, sums)
-            norm.run(u, as_it_is._replace(gate=b.gate(sums)[0]), None, u)
+            norm.run(u, dw_norm, "gelu", u, sums)
+            norm.run(u, Coefficients(ones, torch.zeros_like(ones), ones, b.gate(sums)[0]), None, u)
+        else:
+            norm.run(u, dw_norm, "gelu", u)
         b.shrink(u, to, to if own is y else own[images], images)
 
 
@@ -362,11 +360,11 @@ def _backward(
     linear(dy, b.shrink_weight.t(), None, dh)
     c = _shrink_backward(b, to, dy, dh, h, convolved, pooled)
     _norm_backward(b, 2, to.depthwise_norm, dh, convolved, c)
-    if a.stride != 1:
-        h = b.hidden(expanded)
-    c, du = b.norm(1).coefficients(), b.hidden(expanded)
-    b.device.norm.run(expanded, c, "gelu", h)
-    b.device.convolve_backward(dh, h, b.dw_weight, du, to.dw_weight, None, conv=b.conv)
+    du, c = h if a.stride == 1 else b.hidden(expanded), b.norm(1).coefficients()
+    if to.dw_weight is not None:
+        b.device.norm.run(expanded, c, "gelu", du)
+        b.device.convolve_backward(dh, du, b.dw_weight, None, to.dw_weight, None, conv=b.conv)
+    b.device.convolve_backward(dh, expanded, b.dw_weight, du, None, None, conv=b.conv)
     del dh, h
     _norm_backward(b, 1, to.expand_norm, du, expanded, c)
     _expand_backward(b, to, du, _shortcut_backward(b, to, given))
@@ -551,8 +549,8 @@ def fused_mbconv(
         backend: as in `vision_ops.use_backend`.
 
     One node of autograd: with gradients it keeps x and the inputs of expand_norm and depthwise_norm. pre_norm is part
-    of expand_weight in float32 and float64, and without gradients depthwise_norm is part of dw_weight. Under autocast x
-    and the norms stay as they are. Sums are float32 (float64 for float64). Without a kernel for the device,
+    of expand_weight in float32 and float64 where x is larger, the other norms of the passes of GELU; without gradients
+    some images are taken at a time. Under autocast x and the norms stay as they are. Sums are float32 (float64 for float64). Without a kernel for the device,
     `reference.mbconv` runs.
 
     Raises:
