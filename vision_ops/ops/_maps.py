@@ -1,9 +1,8 @@
-"""What ops on maps (N, C, H, W) share: the layouts that kernels take, and sums over pixels."""
+"""What ops on maps (N, C, H, W) share: the layouts that kernels take."""
 
 import torch
 from torch import Tensor
 
-from .. import _native
 from ._pointwise import multiplies_as_is, operand
 
 
@@ -23,9 +22,3 @@ def channels_last_dense(t: Tensor) -> Tensor:
 def product_dense(t: Tensor) -> Tensor:
     """The same for the products and sums of CPUs, without a copy of what ours take as it is."""
     return t if multiplies_as_is(t) else operand(channels_last_dense(t))
-
-
-def channel_sums(t: Tensor, sums: Tensor | None) -> None:
-    """sums = t.sum((0, 2, 3)): the gradient of a bias."""
-    if sums is not None:
-        _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))

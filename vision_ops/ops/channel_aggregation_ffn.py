@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
-from ._maps import channel_sums, channels_last_dense, product_dense
-from ._pointwise import crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
+from ._maps import channels_last_dense, product_dense
+from ._pointwise import channel_sums, crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
 from ._registration import FusedOp, allocate, device_reasons, empty, on_devices, without_autocast
 from .dwconv import (
     convolution_name,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
-from ._maps import channel_sums, pixel_dense
+from ._maps import pixel_dense
 from ._pointwise import (
     channel_sums,
     crew_pays,

@@ -18,7 +18,8 @@ from ._checks import (
     check_tensor,
     check_vector,
 )
-from ._maps import channel_sums, pixel_dense, product_dense
+from ._maps import pixel_dense, product_dense
+from ._pointwise import ACTIVATIONS as ACTIVATION_CODES
 from ._pointwise import (
     crew_pays,
     linear,
@@ -42,9 +43,6 @@ from ._registration import (
 )
 from .layer_norm_2d import MOST_CHANNELS
 from .scaled_residual import Tail, cpu_tail, cuda_tail, sum_dtype
-
-# As in csrc/include/activation.h.
-_CODES = {"gelu": 1, "silu": 2, "hardswish": 3}
 
 
 class _Arguments(NamedTuple):
@@ -116,18 +114,17 @@ class _Device(NamedTuple):
     norm_backward: Callable[..., None]
     activate: Callable[[Tensor, Tensor, str], None]
     activate_backward: Callable[..., None]
-    channel_sums: Callable[[Tensor, Tensor | None], None]
 
 
 def _cpu() -> _Device:
-    return _Device(cpu_tail(), _norm, _norm_backward, _activate, _activate_backward, channel_sums)
+    return _Device(cpu_tail(), _norm, _norm_backward, _activate, _activate_backward)
 
 
 def _cuda() -> _Device:
-    from ..kernels import gated_recursion, layer_norm_2d, mlp
+    from ..kernels import layer_norm_2d, mlp
 
     norm = layer_norm_2d.forward, layer_norm_2d.backward
-    return _Device(cuda_tail(), *norm, mlp.activate, mlp.activate_backward, gated_recursion.channel_sums)
+    return _Device(cuda_tail(), *norm, mlp.activate, mlp.activate_backward)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
@@ -142,14 +139,14 @@ def _norm_backward(
 
 def _activate(u: Tensor, a: Tensor, activation: str) -> None:
     """a = act(u); a may be u."""
-    _native.run("activate", u, a, _CODES[activation])
+    _native.run("activate", u, a, ACTIVATION_CODES[activation])
 
 
 def _activate_backward(
     da: Tensor, u: Tensor, du: Tensor, a: Tensor | None, dbias: Tensor | None, activation: str
 ) -> None:
     """du = da * act'(u), a = act(u), dbias = the sum of du over the pixels. du may be da."""
-    _native.run("activate_backward", da, u, du, a, dbias, _CODES[activation])
+    _native.run("activate_backward", da, u, du, a, dbias, ACTIVATION_CODES[activation])
 
 
 def _normed(device: _Device, a: _Arguments, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,8 +205,10 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
     folds = a.gamma is not None and dtype != torch.float16
     dbranch = _branch_gradient(passes, grad, None if folds else a.gamma, a.path_scale, dtype)
     weight = a.fc2_weight.to(dtype)
-    if folds and a.gamma is not None:
-        weight = (weight * a.gamma.to(dtype)[:, None]).to(dtype)
+    if folds:
+        given = _rows(weight.contiguous())
+        weight = allocate(weight.shape, weight)
+        passes.tail.run_backward(given, given, a.gamma, None, _rows(weight), None)
     du = allocate_channels_last(u.shape, u)
     act = None if dfc2 is None and dgamma is None else allocate_channels_last(u.shape, u)
     summed = not linear_activation_backward(dbranch, weight.t(), u, a.activation, du, act)
@@ -222,14 +221,15 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
     if dfc1 is not None:
         weight_gradient(du, _normed(passes, a, x, dtype), dfc1, None if summed else dfc1_bias)
     elif not summed:
-        passes.channel_sums(du, dfc1_bias)
+        weight_gradient(du, du, None, dfc1_bias)
     if dx is None and dnorm is None and dnorm_bias is None:
         return
     into = None
     if dx is not None:
         dx = as_map(dx)
         into = dx if pixel_dense(dx, memory_format(x)) is dx else empty(x.shape, x)
-    _input_gradients(passes, a, grad if a.adds_x else None, x, du, into, dnorm, dnorm_bias)
+    plus = pixel_dense(grad, memory_format(x)) if a.adds_x else None
+    _input_gradients(passes, a, plus, x, du, into, dnorm, dnorm_bias)
     if into is not dx:
         dx.copy_(into)
 
@@ -255,7 +255,10 @@ def _input_gradients(
         if dnormed is not dx:
             dx.copy_(dnormed)
     if plus is not None and dx is not None:
-        dx.add_(plus)
+        if plus.dtype == dx.dtype:
+            passes.tail.run(dx, plus, None, None, dx)
+        else:
+            dx.add_(plus)
 
 
 def _branch_gradient(
@@ -285,7 +288,7 @@ def _second_gradients(
     the gradient of gamma is the sum of that of a row of both, times the row."""
     if act is None:
         if dfc2_bias is not None:
-            passes.channel_sums(dbranch, dfc2_bias)
+            weight_gradient(dbranch, dbranch, None, dfc2_bias)
             if folds and a.gamma is not None:
                 dfc2_bias.mul_(a.gamma)
         return
@@ -293,7 +296,7 @@ def _second_gradients(
         if dfc2 is not None:
             weight_gradient(dbranch, act, dfc2, dfc2_bias)
         elif dfc2_bias is not None:
-            passes.channel_sums(dbranch, dfc2_bias)
+            weight_gradient(dbranch, dbranch, None, dfc2_bias)
         if dgamma is not None:
             form = memory_format(grad)
             branch = allocate(grad.shape, grad, form, act.dtype)
@@ -305,14 +308,25 @@ def _second_gradients(
     folded = allocate(a.fc2_weight.shape, a.fc2_weight, dtype=wide)
     folded_bias = None if a.fc2_bias is None else allocate((len(folded),), folded)
     weight_gradient(dbranch, act, folded, folded_bias)
+    given = a.fc2_weight.contiguous()
+    sums = None if dgamma is None else allocate((len(folded),), folded)
+    found = dfc2 if dfc2 is None or dfc2.is_contiguous() else torch.empty_like(given)
+    into = None if found is None else _rows(found)
+    passes.tail.run_backward(_rows(folded), _rows(given), a.gamma, None, into, sums)
+    if dfc2 is not None and found is not dfc2:
+        dfc2.copy_(found)
+    if folded_bias is not None and a.fc2_bias is not None:
+        if sums is not None:
+            sums.addcmul_(folded_bias, a.fc2_bias.to(wide))
+        if dfc2_bias is not None:
+            dfc2_bias.copy_(folded_bias * a.gamma)
     if dgamma is not None:
-        sums = (folded * a.fc2_weight).sum(1)
-        dgamma.copy_(sums if a.fc2_bias is None else sums.addcmul_(folded_bias, a.fc2_bias.to(wide)))
-    if dfc2 is not None:
-        torch.mul(folded, a.gamma.to(wide)[:, None], out=folded)
-        dfc2.copy_(folded)
-    if dfc2_bias is not None:
-        dfc2_bias.copy_(folded_bias * a.gamma)
+        dgamma.copy_(sums)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """A matrix as a map, whose channels are its rows."""
+    return weight[None, :, :, None]
 
 
 _KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
-from ._maps import channel_sums, channels_last_dense, product_dense
-from ._pointwise import crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
+from ._maps import channels_last_dense, product_dense
+from ._pointwise import channel_sums, crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
@@ -206,7 +206,8 @@ def fused_moga_aggregation(
     Args:
         x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
             dtype.
-        proj_1_weight, gate_weight, pw_weight, proj_2_weight: (C, C) or (C, C, 1, 1); their biases (C,) or None.
+        proj_1_weight, gate_weight, pw_weight, proj_2_weight: (C, C) or (C, C, 1, 1).
+        proj_1_bias, gate_bias, pw_bias, proj_2_bias: (C,) or None.
         dw_weights, dw_biases, dilations, split: as in `fused_multi_order_dwconv`.
         sigma: (C,) or (1, C, 1, 1); autocast leaves it as it is.
         double_gate_act: as in `fused_moga_gate`.
