@@ -548,10 +548,10 @@ def fused_mbconv(
         training, momentum, eps: as those of `fused_batch_norm_act`, for all three norms.
         backend: as in `vision_ops.use_backend`.
 
-    One node of autograd: with gradients it keeps x and the inputs of expand_norm and depthwise_norm. pre_norm is part
-    of expand_weight in float32 and float64 where x is larger, the other norms of the passes of GELU; without gradients
-    some images are taken at a time. Under autocast x and the norms stay as they are. Sums are float32 (float64 for float64). Without a kernel for the device,
-    `reference.mbconv` runs.
+    One node of autograd: with gradients it keeps x and the inputs of expand_norm and depthwise_norm; without them some
+    images are taken at a time. pre_norm is part of expand_weight in float32 and float64, where x is the larger; the
+    other norms are part of the passes of GELU. Under autocast x and the norms stay as they are. Sums are float32
+    (float64 for float64). Without a kernel for the device, `reference.mbconv` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or a batch has one value per channel in training.
