@@ -55,7 +55,7 @@ def _own(kind: type[nn.Module], name: str) -> Any:
     return method if owned and not hasattr(method, "__wrapped__") else object()
 
 
-for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU):
+for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.Dropout, nn.GELU):
     computed(_kind)
 
 
@@ -91,6 +91,10 @@ def pointwise(inputs: int, outputs: int) -> Layer:
     return _conv2d((outputs, inputs, 1, 1), 1, 0, 1, 1)
 
 
+def unbiased(convolution: Layer) -> Layer:
+    return convolution._replace(bias=False)
+
+
 def _conv2d(shape: tuple[int, ...], stride: int, padding: int, dilation: int, groups: int) -> Layer:
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     attributes = *((name, (n, n)) for name, n in pairs.items()), ("groups", groups), ("padding_mode", "zeros")
@@ -111,6 +115,14 @@ def layer_norm_2d(channels: int) -> Layer:
     """`LayerNorm2d`, of any eps."""
     attributes = (("normalized_shape", (channels,)),)
     return Layer("vision_ops.nn.layer_norm.LayerNorm2d", attributes, _WEIGHT_AND_BIAS, (channels,), True)
+
+
+def batch_norm(channels: int) -> Layer:
+    """nn.BatchNorm2d in training or evaluation, of any eps and momentum, which the block hands to the kernel."""
+    attributes = ("num_features", channels), ("affine", True), ("track_running_stats", True)
+    return Layer(
+        _key(nn.BatchNorm2d), attributes, (*_WEIGHT_AND_BIAS, "running_mean", "running_var"), (channels,), True
+    )
 
 
 def dropout() -> Layer:

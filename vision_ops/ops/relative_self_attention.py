@@ -11,7 +11,7 @@ from .. import _native, reference
 from ..reference.mlp import product_dtype
 from . import _relative
 from ._checks import check_beside, check_eps, check_integer, check_parameter, check_path_scale, check_tensor
-from ._maps import pixel_dense, product_dense
+from ._maps import as_map, as_tokens, pixel_dense, product_dense
 from ._pointwise import crew_pays, linear, linear_scaled, linear_to, products, weight_gradient
 from ._registration import (
     FusedOp,
@@ -24,8 +24,7 @@ from ._registration import (
     without_autocast,
 )
 from ._relative import Geometry
-from .layer_norm_2d import MOST_CHANNELS
-from .mlp import _norm, _norm_backward, as_map, as_tokens
+from .layer_norm_2d import MOST_CHANNELS, Norm, cpu_norm, cuda_norm
 from .relative_attention import (
     attend_backward,
     check_scale,
@@ -92,18 +91,17 @@ class _Device(NamedTuple):
 
     attention: ModuleType
     tail: Tail
-    norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
-    norm_backward: Callable[..., None]
+    norm: Norm
 
 
 def _cpu() -> _Device:
-    return _Device(_relative, cpu_tail(), _norm, _norm_backward)
+    return _Device(_relative, cpu_tail(), cpu_norm())
 
 
 def _cuda() -> _Device:
-    from ..kernels import layer_norm_2d, relative_attention
+    from ..kernels import relative_attention
 
-    return _Device(relative_attention, cuda_tail(), layer_norm_2d.forward, layer_norm_2d.backward)
+    return _Device(relative_attention, cuda_tail(), cuda_norm())
 
 
 def _of_qkv(a: _Arguments) -> list[tuple[Any, Any]]:
@@ -130,7 +128,7 @@ def _normed(device: _Device, a: _Arguments) -> Tensor:
     u = x = as_map(a.x)
     if a.norm_weight is not None and a.norm_bias is not None:
         u = empty(x.shape, x)
-        device.norm(x, a.norm_weight, a.norm_bias, u, a.eps)
+        device.norm.run(x, a.norm_weight, a.norm_bias, u, a.eps)
     return product_dense(u.to(product_dtype(a.x, a.q_weight)))
 
 
@@ -223,7 +221,7 @@ def _input_gradients(device: _Device, a: _Arguments, of: _Arguments, grad: Tenso
         into = dx
         if dx is not None and pixel_dense(dx, memory_format(x)) is not dx:
             into = empty(x.shape, x)
-        device.norm_backward(du.to(x.dtype), x, a.norm_weight, into, of.norm_weight, of.norm_bias, a.eps)
+        device.norm.run_backward(du.to(x.dtype), x, a.norm_weight, into, of.norm_weight, of.norm_bias, a.eps)
         du = du if into is None else into
     if dx is not None:
         if du is not dx:
