@@ -296,7 +296,7 @@ class MogaBlock(nn.Module):
 
 def shifted(x, first, second, clean):
     """Quarters of the channels moved by one pixel along `first`, back, along `second`, back; borders stay."""
-    source, y, quarter = x.clone() if clean else x, x, x.shape[-1] // 4
+    source, y, quarter = x, x.clone() if clean else x, x.shape[-1] // 4
     for i, (dim, step) in enumerate([(first, 1), (first, -1), (second, 1), (second, -1)]):
         channels = slice(i * quarter, (i + 1) * quarter if i < 3 else None)
         n = x.shape[dim] - 1
@@ -325,7 +325,8 @@ class S2Attention(nn.Module):
         self.split_attention, self.clean = SplitAttention(channels), clean
 
     def forward(self, x):
-        x1, x2, x3 = (t.clone() if self.clean else t for t in self.mlp1(x).chunk(3, -1))
+        x, c = self.mlp1(x), x.shape[-1]
+        x1, x2, x3 = x[..., :c], x[..., c : 2 * c], x[..., 2 * c :]
         x1, x2 = shifted(x1, 1, 2, self.clean), shifted(x2, 2, 1, self.clean)
         return self.mlp2(self.split_attention(torch.stack([x1, x2, x3], 1)))
 
