@@ -107,7 +107,7 @@ void multiply_block(const Tiles& tiles, int64_t rows, const float* panels, int64
       } else {
         out.add = target.column_bias + j;
       }
-      multiply_tile(tiles, i, height, panel, depth, {panel, 0, depth}, out);
+      multiply_tile(tiles, i, height, width, panel, depth, {panel, 0, depth}, out);
       if (!direct) end_tile(target.at(i, j), end, height, width, first, last, &sums);
     }
   }
@@ -259,7 +259,7 @@ Error forward_planes(const Tensor4& x, const Tensor4& w, const Tensor4& b, const
     for (int64_t i = 0; i < steps.count; i++) {
       const RowRange k = steps[i];
       pack_panels(by_pixel(x, n, first).from(0, k.begin), count, k.end - k.begin, packed);
-      const Tiles a = packed_tiles(matrix, height, weight + (i * tiles + tile) * kPackedTile, kPackedTile);
+      const Tiles a = packed_tiles(height, weight + (i * tiles + tile) * kPackedTile, kPackedTile);
       multiply_block(a, height, packed, count, k.end - k.begin, i == 0, i == steps.count - 1, end, to);
     }
   });
