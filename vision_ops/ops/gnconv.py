@@ -1,6 +1,5 @@
 """HorNet's recursive gated convolution, whole: two 1x1 convolutions around a depthwise one and the gated recursion."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._maps import channels_last_dense, product_dense
 from ._pointwise import crew_pays, linear, operand, weight_gradient
-from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
+from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
 from .dwconv import (
     convolution_name,
     convolve,
@@ -25,12 +24,10 @@ from .dwconv import (
 from .gated_recursion import (
     ChainAgain,
     Gates,
-    channels_last_dense,
     check_chain,
     cpu_gates,
     cuda_gates,
     gate_parts,
-    product_dense,
     run_chain,
 )
 
@@ -135,13 +132,7 @@ def _split(projected: Tensor, a: _Arguments) -> tuple[Tensor, Tensor]:
     return projected[:, : projected.shape[1] - total], projected[:, projected.shape[1] - total :]
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, _cpu), crew_pays),
-        with_crew(functools.partial(_backward, _cpu), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -164,16 +155,6 @@ _op = FusedOp(
     saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
-
-
-def _explain(x: Tensor, *parameters: Any, scale: float = 1.0, backend: str | None = None) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    proj_in_weight, proj_in_bias, dw_weight, dw_bias, weights, biases, *proj_out = (*parameters, *[None] * 8)[:8]
-    given = x, proj_in_weight, proj_in_bias, dw_weight, dw_bias, *proj_out, list(weights or ()), list(biases or ())
-    return _op.explain(*given, scale, backend=backend)
-
-
-explainers["gnconv"] = _explain
 
 
 def fused_gnconv(

@@ -1,7 +1,6 @@
 """MogaNet's spatial aggregation, whole: four 1x1 convolutions around the decomposition, the multi-order depthwise
 convolution and the gate."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
-from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
+from ._maps import channels_last_dense, product_dense
+from ._pointwise import channel_sums, crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
+from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
-from .gated_recursion import channel_sums, channels_last_dense, cuda_gates, product_dense
+from .gated_recursion import cuda_gates
 from .moga_gate import Gate, cpu_gate, cuda_gate
 from .multi_order_dwconv import (
     check_branches,
@@ -153,13 +152,7 @@ def _backward(
         linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx, plus=grad)
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, _cpu), crew_pays),
-        with_crew(functools.partial(_backward, _cpu), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -186,17 +179,6 @@ _op = FusedOp(
     saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
-
-
-def _explain(x: Tensor, *parameters: Any, backend: str | None = None, **options: Any) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    p1, p1_bias, gate, gate_bias, dws, dw_biases, *rest = (*parameters, *[None] * 11)[:11]
-    given = x, p1, p1_bias, gate, gate_bias, *rest, list(dws or ()), list(dw_biases or ())
-    dilations, doubled = options.get("dilations", (1, 2, 3)), options.get("double_gate_act", False)
-    return _op.explain(*given, list(dilations), doubled, backend=backend)
-
-
-explainers["moga_aggregation"] = _explain
 
 
 def fused_moga_aggregation(

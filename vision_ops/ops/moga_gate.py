@@ -1,6 +1,5 @@
 """MogaNet's gate: the product of two branches through SiLU."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,10 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, memory_format
-from .gated_recursion import pixel_dense
+from ._maps import pixel_dense
+from ._registration import FusedOp, device_reasons, empty, memory_format, on_devices
 
 
 class _Arguments(NamedTuple):
@@ -73,10 +71,7 @@ def _backward(device: Callable[[], Gate], grads: list[Any], grad: Tensor, a: _Ar
             given.copy_(t)
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, device), functools.partial(_backward, device))
-    for key, device in (("CPU", cpu_gate), ("CUDA", cuda_gate))
-}
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_gate, cuda=cuda_gate)
 
 
 def _torch_is_faster(a: _Arguments) -> bool:
@@ -106,16 +101,6 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
 )
-
-
-def _explain(
-    gate: Tensor, value: Tensor | None = None, *, double_gate_act: bool = False, backend: str | None = None
-) -> Explanation:
-    check_tensor("gate", gate, "N, C, H, W")
-    return _op.explain(gate, value, double_gate_act, backend=backend)
-
-
-explainers["moga_gate"] = _explain
 
 
 def fused_moga_gate(
