@@ -77,8 +77,9 @@ def test_planes_write_nothing_else():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_sums_do_not_depend_on_the_threads(layout):
-    x, y = (laid_out(torch.randn(2, c, 40, 41), layout) for c in (400, 70))
+@pytest.mark.parametrize("pixels", [(40, 41), (9, 10)], ids=str)
+def test_sums_do_not_depend_on_the_threads(layout, pixels):
+    x, y = (laid_out(torch.randn(2, c, *pixels), layout) for c in (400, 70))
     weight, bias, threads = torch.randn(70, 400), torch.randn(70), torch.get_num_threads()
     results = []
     try:
