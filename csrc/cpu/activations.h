@@ -100,6 +100,30 @@ VOPS_INLINE V activate_backward(V dy, V v) {
   return activate_backward<act>(dy, v, &unused);
 }
 
+// Of several vectors, whose polynomials go side by side: every multiply-add waits for the one before it.
+template <Activation act, int N>
+VOPS_INLINE void activate_all(Float (&v)[N]) {
+  Float cdf[N];
+  if constexpr (act == kGelu) fast_normal_cdf(v, cdf);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++) v[i] = act == kGelu ? v[i] * cdf[i] : activate<act>(v[i]);
+}
+// dy becomes dy * act'(v), and v act(v).
+template <Activation act, int N>
+VOPS_INLINE void activate_all_backward(Float (&dy)[N], Float (&v)[N]) {
+  Float cdf[N];
+  if constexpr (act == kGelu) fast_normal_cdf(v, cdf);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++) {
+    if constexpr (act == kGelu) {
+      dy[i] *= cdf[i] + v[i] * normal_density(v[i]);
+      v[i] *= cdf[i];
+    } else {
+      dy[i] = activate_backward<act>(dy[i], v[i], &v[i]);
+    }
+  }
+}
+
 template <Activation act>
 struct ActivationIs {
   static constexpr Activation value = act;

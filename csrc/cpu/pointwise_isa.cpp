@@ -37,22 +37,33 @@ struct Target {
 // Ends the tiles of y. Its sums wait apart where y may be what they are combined with at the end.
 bool sums_wait_apart(const Ending& end) { return end.combine == kScale || end.combine == kActivateBackward; }
 
-// Of `values`, to the place of the sums, and of the sums to `values`: y = act(sums) or sums * act'(values),
-// act(values).
-template <Activation act>
-void activate_tile(Combine combine, int64_t rows, int64_t columns, Sums* sums, Sums* values) {
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const Float total = load(sums->at[r] + c);
-      if (combine == kActivate) {
-        store(sums->at[r] + c, activate<act>(total));
-      } else {
-        Float activated;
-        store(sums->at[r] + c, activate_backward<act>(total, load(values->at[r] + c), &activated));
-        store(values->at[r] + c, activated);
-      }
+// sums = act(sums), or sums * act'(values) and values = act(values). Of the rows of a tile there are pairs.
+template <Activation act, int kVectors>
+void activate_rows(bool backward, int64_t rows, Sums* sums, Sums* values) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    Float v[2 * kVectors], u[2 * kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * kVectors; i++) v[i] = load(sums->at[r + i / kVectors] + i % kVectors * kLanes);
+    if (backward) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 2 * kVectors; i++) u[i] = load(values->at[r + i / kVectors] + i % kVectors * kLanes);
+      activate_all_backward<act>(v, u);
+#pragma GCC unroll 4
+      for (int i = 0; i < 2 * kVectors; i++) store(values->at[r + i / kVectors] + i % kVectors * kLanes, u[i]);
+    } else {
+      activate_all<act>(v);
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * kVectors; i++) store(sums->at[r + i / kVectors] + i % kVectors * kLanes, v[i]);
   }
+}
+void activate_tile(Activation act, bool backward, int64_t rows, int64_t columns, Sums* sums, Sums* values) {
+  static_assert(kTileRows % 2 == 0 && kShortRows % 2 == 0);
+  if (backward && rows % 2) memset(values->at[rows], 0, sizeof values->at[rows]);
+  with_activation(act, [&](auto of) {
+    constexpr Activation kAct = decltype(of)::value;
+    (columns > kLanes ? activate_rows<kAct, kTileVectors> : activate_rows<kAct, 1>)(backward, rows, sums, values);
+  });
 }
 
 // What comes of the sums of a tile after a step of the depth. The bias is added to the first ones: sums that begin with
@@ -80,8 +91,7 @@ void end_tile(const Target& to, const Ending& end, int64_t rows, int64_t columns
     if (combine == kActivate && to.kept) put(to.kept + r * to.kept_pitch + i, total);
   });
   if (!activates) return;
-  with_activation(end.act,
-                  [&](auto act) { activate_tile<decltype(act)::value>(combine, rows, columns, sums, &values); });
+  activate_tile(end.act, combine == kActivateBackward, rows, columns, sums, &values);
   for_each_sum(rows, columns, [&](int64_t r, int64_t i, const auto&, const auto& put) {
     put(c + r * pitch + i, load(sums->at[r] + i));
     if (combine == kActivateBackward && to.kept) put(to.kept + r * to.kept_pitch + i, load(values.at[r] + i));
