@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import Tile, gelu, gelu_and_slope, pixels_of_block, sum_type, walk
+from ._moves import moves
 from ._specialize import counted
 
 MOST_PROGRAMS = 1056  # along the pixels, each with a row of partial sums: eight on every multiprocessor of an H200
@@ -48,6 +49,7 @@ def _store_d(d, to, inside, columns, COLUMNS: tl.constexpr):
 
 
 @counted
+@moves("scores_ptr", partly=("h_ptr",))
 def scores_kernel(
     h_ptr,
     weight_ptr,
@@ -73,6 +75,7 @@ def scores_kernel(
 
 
 @counted
+@moves("dscores_ptr")
 def scores_bwd_kernel(
     grad_ptr,
     weight_ptr,
@@ -95,6 +98,7 @@ def scores_bwd_kernel(
 
 
 @counted
+@moves("sums_ptr", updated=("u_ptr", "dh_ptr"))
 def gelu_bwd_kernel(
     u_ptr,  # becomes h
     dh_ptr,  # becomes du

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._moves import moves
 from ._specialize import ByLayout, counted
 
 MOST_CHUNKS, LEAST_TOKENS = 16, 256  # of a sum over the tokens
@@ -47,6 +48,7 @@ def _channels(group, first, heads, d, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @ByLayout
+@moves("sums_ptr", "norms_ptr", multiply_adds=lambda a_ptr, d, **_: a_ptr.numel() * d)
 def gram_kernel(
     a_ptr,
     b_ptr,
@@ -121,6 +123,7 @@ def gram_kernel(
 
 
 @counted
+@moves("out_ptr")
 def sum_chunks_kernel(sums_ptr, out_ptr, elements, chunks, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """[sample][chunk][element] -> [sample][element]."""
     sample = tl.program_id(0).to(tl.int64)
@@ -140,6 +143,7 @@ def _norms(norms_ptr, sample, side, head, heads, d, i, there):
 
 
 @triton.jit
+@moves("weights_ptr")
 def cosine_softmax_kernel(
     gram_ptr, norms_ptr, temperature_ptr, weights_ptr, heads, d, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
@@ -157,6 +161,7 @@ def cosine_softmax_kernel(
 
 
 @triton.jit
+@moves("scales_ptr", "dtemperature_ptr", updated=("grad_ptr",))
 def cosine_softmax_bwd_kernel(
     grad_ptr,  # in place
     weights_ptr,
@@ -199,6 +204,7 @@ def cosine_softmax_bwd_kernel(
 
 
 @ByLayout
+@moves("y_ptr", multiply_adds=lambda x_ptr, d, **_: x_ptr.numel() * d)
 def apply_kernel(
     matrix_ptr,
     x_ptr,

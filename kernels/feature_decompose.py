@@ -23,6 +23,7 @@ from ._maps import (
     strides_of,
     sum_type,
 )
+from ._moves import moves
 from ._specialize import ByLayout, counted
 
 SHARE_PIXELS = 256  # at least, of an image that several programs sum
@@ -58,6 +59,7 @@ def _share(pixels, shares, BLOCK_P: tl.constexpr):
 
 
 @ByLayout
+@moves("partial_ptr")
 def image_sums_kernel(
     x_ptr,
     partial_ptr,  # [image][share][channels]
@@ -84,6 +86,7 @@ def image_sums_kernel(
 
 
 @counted
+@moves("sums_ptr")
 def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, count, BLOCK: tl.constexpr):
     """[image][share][length] -> [image][length], divided by count: rounded, not approximated as by Triton's float32
     division, so that a constant image is its mean."""
@@ -101,6 +104,7 @@ def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, count, BLOCK: tl.co
 
 
 @ByLayout
+@moves("y_ptr")
 def decompose_kernel(
     x_ptr,
     means_ptr,
@@ -130,6 +134,7 @@ def decompose_kernel(
 
 
 @ByLayout
+@moves("partial_ptr")
 def decompose_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -172,6 +177,7 @@ def decompose_sums_kernel(
 
 
 @ByLayout
+@moves("dx_ptr")
 def decompose_bwd_kernel(
     grad_ptr,
     x_ptr,

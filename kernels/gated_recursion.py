@@ -4,6 +4,7 @@ Sums over pixels take two stages of fixed order.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import map_tile, pixel_count, pixels_of_block, strides_of, sum_type
+from ._moves import moves
 from ._specialize import ByLayout
 
 MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums: four on every multiprocessor of an H200
@@ -45,7 +47,13 @@ def _padded(width: int) -> int:
     return max(16, power_of_two(width))  # a side of tl.dot is at least 16
 
 
+def _products(widths: Sequence[int]) -> int:
+    """Multiply-adds of the convolutions, of a pixel."""
+    return sum(i * o for i, o in pairwise(widths))
+
+
 @ByLayout
+@moves("p_ptr")
 def gate_kernel(
     u_ptr,
     bias_ptr,  # may be None
@@ -78,6 +86,7 @@ def gate_kernel(
 
 
 @ByLayout
+@moves("du_ptr", "dq_ptr", "sums_ptr")
 def gate_bwd_kernel(
     dp_ptr,
     u_ptr,
@@ -142,6 +151,7 @@ def gate_bwd_kernel(
 
 
 @ByLayout
+@moves("out_ptr", multiply_adds=lambda pwa_ptr, WIDTHS, **_: _products(WIDTHS) * pwa_ptr[:, :1].numel())
 def chain_kernel(
     pwa_ptr,
     dw_ptr,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import Tile, sum_type, walk
+from ._moves import moves
 from ._specialize import ByLayout, counted
 
 MOST_PROGRAMS = 528  # of the backward pass, each with a row of partial sums: four on every multiprocessor of an H200
@@ -67,6 +68,7 @@ def _distance_from_mean(x, inside, channels):
 
 
 @ByLayout
+@moves("y_ptr")
 def layer_norm_2d_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -96,6 +98,7 @@ def layer_norm_2d_fwd_kernel(
 
 
 @ByLayout
+@moves("dx_ptr", "sums_ptr")
 def layer_norm_2d_bwd_kernel(
     grad_ptr,
     x_ptr,
@@ -151,6 +154,7 @@ def layer_norm_2d_bwd_kernel(
 
 
 @counted
+@moves("dweight_ptr", "dbias_ptr")
 def layer_norm_2d_sum_kernel(
     sums_ptr,
     dweight_ptr,  # may be None

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._maps import Tile, map_tile, pixels_of_block, silu_and_slope, sum_type, walk
+from ._moves import moves
 from ._specialize import ByLayout
 
 LINE_TILE = Tile(1024, 1, num_warps=4)  # a thread has a vector of each half tensor
@@ -25,6 +26,7 @@ def _activated(x, DOUBLED: tl.constexpr):
 
 
 @ByLayout
+@moves("y_ptr")
 def moga_gate_kernel(
     gate_ptr,
     value_ptr,
@@ -57,6 +59,7 @@ def moga_gate_kernel(
 
 
 @ByLayout
+@moves("dgate_ptr", "dvalue_ptr")
 def moga_gate_bwd_kernel(
     grad_ptr,
     gate_ptr,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._moves import moves
 from ._specialize import counted
 
 SHARE_PIXELS = 128  # at least, of a share
@@ -76,6 +77,7 @@ def _source(i, j, height, width, step, vertical, stride_h, stride_w):
 
 
 @counted
+@moves("partial_ptr")
 def edge_sums_kernel(
     map_ptr,
     partial_ptr,  # [image][share][3][channels]
@@ -113,6 +115,7 @@ def edge_sums_kernel(
 
 
 @counted
+@moves("sums_ptr")
 def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, BLOCK_R: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -123,6 +126,7 @@ def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, BLOCK_R: tl.constex
 
 
 @triton.jit
+@moves("pooled_ptr")
 def pool_kernel(sums_ptr, pooled_ptr, channels, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     first, step, c, there = _quarter(tl.program_id(1), channels, BLOCK_C, ALIGN)
@@ -136,6 +140,7 @@ def pool_kernel(sums_ptr, pooled_ptr, channels, BLOCK_C: tl.constexpr, ALIGN: tl
 
 
 @counted
+@moves("y_ptr")
 def weigh_kernel(
     x_ptr,
     weights_ptr,
@@ -173,6 +178,7 @@ def weigh_kernel(
 
 
 @counted
+@moves("partial_ptr", "y_ptr")
 def weigh_backward_weights_kernel(
     dy_ptr,
     x_ptr,
@@ -248,6 +254,7 @@ def _taken(g, own, i, j, height, width, step, vertical, stride_h, stride_w, insi
 
 
 @counted
+@moves("dx_ptr")
 def weigh_backward_input_kernel(
     dy_ptr,
     weights_ptr,

@@ -216,6 +216,11 @@ Error launch_march(const March& m, cudaStream_t stream) {
   g.segments = int(min(max(kFillBlocks / blocks, int64_t(1)), ceil_div(columns, int64_t(K))));
   g.segment_columns = int(ceil_div(columns, int64_t(g.segments)));
   if (blocks * g.segments > INT32_MAX) return "the convolution has more than 2**31 blocks of work";
+  const int64_t in = m.images * m.channels * m.rows.in * m.columns.in;
+  const int64_t out = m.images * m.channels * m.rows.out * m.columns.out;
+  const int64_t reads = (UP == 2 ? out : in) + (m.dy.data ? out : 0), steps = blocks * g.segments * g.segment_columns;
+  VOPS_COST(reads * size + m.channels * K * K * 4, (UP == 2 ? in : out) * size,
+            steps * kThreads * V * R * K * K / (UP * UP));
   VOPS_LAUNCH((march_kernel<T, K, DOWN, UP, V, R, EPILOGUE, BLOCKS>), dim3(unsigned(blocks * g.segments)), kThreads,
               kShared, stream, m, g);
   return error_text(cudaGetLastError());

@@ -200,6 +200,10 @@ Error launch_wgrad(const MarchWgrad& m, cudaStream_t stream) {
   const int size = sizeof(T), most = V * size << g.lane_bits;
   g.x_piece = piece_bytes(m.x.data, m.x.image, m.x.row, m.x.column, m.channels, size, most);
   g.dy_piece = piece_bytes(m.dy.data, m.dy.image, m.dy.row, m.dy.column, m.channels, size, most);
+  const int64_t in = m.images * m.channels * m.rows.in * m.columns.in;
+  const int64_t out = m.images * m.channels * m.rows.out * m.columns.out, columns = m.columns.out / m.columns.dilation;
+  VOPS_COST((in + out) * size, g.splits * m.channels * (K * K + 1) * 4,
+            g.groups * g.channel_blocks * columns * kThreads * V * R * K * K);
   VOPS_LAUNCH((march_wgrad_kernel<T, K, DOWN, V, R, Shape::kBlocks>), dim3(unsigned(g.splits * g.channel_blocks)),
               kThreads, kShared, stream, m, g);
   if (const Error error = error_text(cudaGetLastError())) return error;

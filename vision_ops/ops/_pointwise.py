@@ -69,7 +69,7 @@ def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor,
 def operand(t: Tensor) -> Tensor:
     """What a caller gave, as PyTorch's products of half types on CPUs may read it: a copy where there is memory between
     its numbers. With AMX they multiply by zero what lies between the rows, which may be NaN."""
-    if t.dtype.itemsize != 2 or t.device.type != "cpu" or _solid(t):
+    if t.dtype.itemsize != 2 or _native.device_kind(t) != "cpu" or _solid(t):
         return t
     return t.contiguous(memory_format=memory_format(t) if t.ndim == 4 else torch.contiguous_format)
 
@@ -143,7 +143,7 @@ def _multiplies(x: Tensor, out: Tensor, other: Tensor | None) -> bool:
 
 def _has_kernel(x: Tensor) -> bool:
     # The baseline has none of the instructions that PyTorch's GEMMs choose.
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _native.kernels().isa != "baseline"
+    return x.dtype == torch.float32 and _native.device_kind(x) == "cpu" and _native.kernels().isa != "baseline"
 
 
 def _gapless(t: Tensor) -> bool:
@@ -228,7 +228,7 @@ def _summed(left: Tensor, right: Tensor) -> Tensor:
 def _sums_in_parts(t: Tensor) -> bool:
     """Whether PyTorch may cut a long sum into parts and add these in t's half type: it does on GPUs, unless it is asked
     for another dtype."""
-    return t.device.type != "cpu" and t.dtype in (torch.bfloat16, torch.float16)
+    return _native.device_kind(t) != "cpu" and t.dtype in (torch.bfloat16, torch.float16)
 
 
 def _pixels(t: Tensor) -> Tensor:

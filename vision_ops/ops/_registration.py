@@ -212,7 +212,7 @@ class FusedOp:
         thread looks at ops."""
         if dispatch_modes() or not _internals.calls_directly or function_modes() or profiler_enabled():
             return None
-        kind = tensors[0].device.type  # type: ignore[union-attr]
+        kind = _native.device_kind(tensors[0])
         plain = _plain_keys(kind)
         for t in tensors:
             if t is None:
@@ -270,7 +270,7 @@ class FusedOp:
         backend, arguments = resolve_backend(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
-        device = arguments[0].device.type
+        device = _native.device_kind(arguments[0])
         if fused and self._parts is not None:
             return Explanation(self.name, backend, self._parts(arguments), cannot, slower)
         if not fused:
@@ -286,7 +286,7 @@ class FusedOp:
     def _autocast(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self._autocasts or not autocast_enabled(given[0]):
             return given
-        dtype = torch.get_autocast_dtype(given[0].device.type)
+        dtype = torch.get_autocast_dtype(_native.device_kind(given[0]))
 
         def cast(t: Any) -> Any:
             if isinstance(t, (list, tuple)):
@@ -312,7 +312,7 @@ def _plain_keys(device: str) -> frozenset[int]:
 
 def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:
     """Why the kernels cannot run on the device of x. triton: its kernels serve CUDA."""
-    kind = x.device.type
+    kind = _native.device_kind(x)
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
     if kind == "cuda":

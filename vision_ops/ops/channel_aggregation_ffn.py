@@ -67,7 +67,7 @@ def _hidden_channels(a: _Arguments) -> int:
 
 def _fc1_channels(a: _Arguments) -> int:
     """No room on a GPU, whose GEMM adds the bias on its way only if its result has no gaps."""
-    return a.dw_weight.shape[0] if a.x.device.type == "cuda" else _hidden_channels(a)
+    return a.dw_weight.shape[0] if _native.device_kind(a.x) == "cuda" else _hidden_channels(a)
 
 
 class _Device(NamedTuple):
@@ -441,8 +441,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     gemms = {"1x1 convolutions": products(a.x)}
-    if a.x.device.type != "cuda":
-        return {"depthwise convolution, GELU and aggregation": _native.kernel_name(a.x.device.type), **gemms}
+    if _native.device_kind(a.x) != "cuda":
+        return {"depthwise convolution, GELU and aggregation": _native.kernel_name(_native.device_kind(a.x)), **gemms}
     return {"depthwise convolution and GELU": convolution_name(a.x), "aggregation": "Triton kernels", **gemms}
 
 

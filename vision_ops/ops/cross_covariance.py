@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from ..dispatch import Explanation, explainers
 from . import _heads
 from ._checks import autocast_enabled, check_parameter, check_tensor
@@ -150,7 +150,7 @@ _MOST_CHANNELS = 96  # of a head, of whose matrix a Triton program holds some ro
 
 def triton_reasons(x: Tensor, channels: int) -> list[str]:
     """Why the Triton kernels cannot take x with so many channels in a head."""
-    if x.device.type != "cuda":
+    if _native.device_kind(x) != "cuda":
         return []
     reasons = ["the Triton kernels do not take float64"] if x.dtype == torch.float64 else []
     if channels > _MOST_CHANNELS:

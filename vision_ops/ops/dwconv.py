@@ -55,7 +55,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
         return False
     if a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype):
         return False
-    if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
+    if _native.device_kind(x) != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
     wide = x.shape[2] * x.shape[3] >= 56 * 56
     if x.dtype == torch.float32:
@@ -177,12 +177,12 @@ def convolve_backward_cuda(
 
 def convolves_cuda(x: Tensor) -> bool:
     """Whether the compiled CUDA kernels run on the device of x; else PyTorch convolves there."""
-    return x.device.type == "cuda" and not device_reasons(x, _KERNELS)
+    return _native.device_kind(x) == "cuda" and not device_reasons(x, _KERNELS)
 
 
 def convolution_name(x: Tensor) -> str:
     """What convolves x in the ops whose own kernels are Triton's on a GPU."""
-    device = x.device.type
+    device = _native.device_kind(x)
     return "PyTorch" if device == "cuda" and not convolves_cuda(x) else _native.kernel_name(device)
 
 
@@ -227,7 +227,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     # A compiled graph must not depend on the size. In training without activation our backward pass makes up for it.
     if a.weight is None or torch.compiler.is_compiling() or cannot:
         return cannot, []
-    if a.x.device.type == "cuda":
+    if _native.device_kind(a.x) == "cuda":
         return [], [] if _marches(a) else ["only an untuned kernel takes this dtype, kernel size, stride and dilation"]
     trains = torch.is_grad_enabled() and (a.x.requires_grad or a.weight.requires_grad)
     if (a.activation is None and trains) or not _torch_is_faster(a):
@@ -236,8 +236,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    if a.x.device.type != "cpu" and a.weight is not None:
+    kernel = _native.kernel_name(_native.device_kind(a.x))
+    if _native.device_kind(a.x) != "cpu" and a.weight is not None:
         if not _marches(a):
             kernel += " (untuned)"
         elif not channels_dense(a.x):

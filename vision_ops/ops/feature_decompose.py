@@ -116,7 +116,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     if cannot or torch.compiler.is_compiling() or x.dtype == torch.float64:
         return cannot, []
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:2])
-    small = x.device.type == "cpu" and x.dtype == torch.float32 and trains and x.numel() < 150_000
+    small = _native.device_kind(x) == "cpu" and x.dtype == torch.float32 and trains and x.numel() < 150_000
     return cannot, ["PyTorch is faster to train on few elements"] if small else []  # measured, AVX-512
 
 

@@ -213,7 +213,7 @@ _KERNELS: dict[str, Kernels] = {
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.pwa, _KERNELS, triton=True)
-    if cannot or a.pwa.device.type != "cpu" or multiplies(a.pwa):
+    if cannot or _native.device_kind(a.pwa) != "cpu" or multiplies(a.pwa):
         return cannot, []
     if torch.is_grad_enabled() and _any_requires_grad(a):
         return [], ["on CPUs PyTorch trains faster, keeping every p_k where the kernels compute them again"]
@@ -228,8 +228,8 @@ def _parts(a: _Arguments) -> dict[str, str]:
 
 def gate_parts(x: Tensor, widths: list[int]) -> dict[str, str]:
     """What runs the chain for tensors like x."""
-    if x.device.type != "cuda":
-        return {"gates": _native.kernel_name(x.device.type), "1x1 convolutions": products(x)}
+    if _native.device_kind(x) != "cuda":
+        return {"gates": _native.kernel_name(_native.device_kind(x)), "1x1 convolutions": products(x)}
     from ..kernels.gated_recursion import chain_tile
 
     if chain_tile(widths, x.dtype) is None:

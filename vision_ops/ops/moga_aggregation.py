@@ -91,7 +91,7 @@ def _means(device: _Device, x: Tensor, a: _Arguments) -> Tensor:
     """Of proj_1's output, from those of x."""
     means = image_means(device.decomposition, x)
     # What rounds the means does not round the pixels that they are taken from.
-    exact = torch.float64 if x.device.type != "cpu" and tf32_allowed() else means.dtype
+    exact = torch.float64 if _native.device_kind(x) != "cpu" and tf32_allowed() else means.dtype
     projected = torch.empty_like(means, dtype=exact)
     bias = None if a.proj_1_bias is None else a.proj_1_bias.to(exact)
     linear(means.to(exact), a.proj_1_weight.flatten(1).to(exact), bias, projected)
@@ -168,8 +168,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     gemms = {"1x1 convolutions": products(a.x)}
-    if a.x.device.type != "cuda":
-        kernel = _native.kernel_name(a.x.device.type)
+    if _native.device_kind(a.x) != "cuda":
+        kernel = _native.kernel_name(_native.device_kind(a.x))
         return {"decomposition, depthwise convolutions and gate": kernel, **gemms}
     return {"depthwise convolutions": convolution_name(a.x), "decomposition and gate": "Triton kernels", **gemms}
 

@@ -82,7 +82,7 @@ _KERNELS = {
 def _torch_is_faster(a: _Arguments) -> bool:
     """Lines of less than some vectors and small tensors cost more around the kernel than in it (measured, AVX-512)."""
     gate = a.gate
-    if gate.device.type != "cpu" or gate.dtype == torch.float64:
+    if _native.device_kind(gate) != "cpu" or gate.dtype == torch.float64:
         return False
     short = memory_format(gate) == torch.contiguous_format and gate.shape[2] * gate.shape[3] < 100
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:2])

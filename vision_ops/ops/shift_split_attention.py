@@ -215,7 +215,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def parts(x: Tensor) -> dict[str, str]:
-    device = x.device.type
+    device = _native.device_kind(x)
     kernel = "Triton kernel" if device == "cuda" else _native.kernel_name(device)
     return {
         "shifts and weights": kernel,

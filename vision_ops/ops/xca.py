@@ -52,9 +52,9 @@ def _takes_gram(x: Tensor) -> bool:
     GPUs where products may round to TF32, which would show where the form's terms cancel, and their graphs, as the user
     may allow it later."""
     n, c = x.shape[1:]
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
-    compiling = torch.compiler.is_compiling()
-    if x.device.type == "cuda" and dtype == torch.float32 and (compiling or tf32_allowed()):
+    kind, compiling = _native.device_kind(x), torch.compiler.is_compiling()
+    dtype = torch.get_autocast_dtype(kind) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
+    if kind == "cuda" and dtype == torch.float32 and (compiling or tf32_allowed()):
         return False
     holds = statically_known_true if compiling else bool
     return dtype in (torch.float32, torch.float64) and holds(n >= 4 * c) and holds(n * c >= 32768)
@@ -209,7 +209,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
+    kernel = "Triton kernels" if _native.device_kind(a.x) == "cuda" else _native.kernel_name(_native.device_kind(a.x))
     form = "the Gram form" if a.gram else "q, k and v"
     return {"attention": kernel, "products over all channels": f"{products_of_tokens(a.x)}, of {form}"}
 
