@@ -15,6 +15,7 @@ from . import power_of_two, scratch
 from ._maps import Tile, gelu, gelu_and_slope, pixels_of_block, sum_type, walk
 from ._moves import moves
 from ._specialize import counted
+from .sums import sum_parts
 
 MOST_PROGRAMS = 1056  # along the pixels, each with a row of partial sums: eight on every multiprocessor of an H200
 
@@ -222,4 +223,4 @@ def gelu_backward(
             SUM_TYPE=sum_type(u),
             **chosen._asdict(),
         )
-    dweight.copy_(sums.sum(0))
+    sum_parts(sums[None], [dweight])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._moves import moves
-from ._specialize import ByLayout, counted
+from ._specialize import ByLayout
+from .sums import sum_parts
 
 MOST_CHUNKS, LEAST_TOKENS = 16, 256  # of a sum over the tokens
 
@@ -120,18 +121,6 @@ def gram_kernel(
         tl.store(norms_ptr + head_i * d + i, of_a, mask=there_i)
         if tl.program_id(2) == 0:
             tl.store(norms_ptr + heads * d + head_j * d + j, of_b, mask=there_j)
-
-
-@counted
-@moves("out_ptr")
-def sum_chunks_kernel(sums_ptr, out_ptr, elements, chunks, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """[sample][chunk][element] -> [sample][element]."""
-    sample = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), SUM_TYPE)
-    for chunk in range(chunks):
-        total += tl.load(sums_ptr + (sample * chunks + chunk) * elements + i, mask=i < elements, other=0.0)
-    tl.store(out_ptr + sample * elements + i, total, mask=i < elements)
 
 
 @triton.jit
@@ -271,7 +260,7 @@ def apply_kernel(
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_y)
 
 
-KERNELS = (gram_kernel, sum_chunks_kernel, cosine_softmax_kernel, cosine_softmax_bwd_kernel, apply_kernel)
+KERNELS = (gram_kernel, cosine_softmax_kernel, cosine_softmax_bwd_kernel, apply_kernel)
 
 
 def _grid(first: int, heads: int, d: int, t: Tile) -> tuple[int, int, int]:
@@ -315,11 +304,8 @@ def gram(
             **t._asdict(),
         )
         for parts, total in ((sums, out), (sums_of_norms, norms)):
-            if parts is not total:
-                elements = total.numel() // batch
-                sum_chunks_kernel[(batch, triton.cdiv(elements, SUM_BLOCK))](
-                    parts, total, elements, chunks, SUM_TYPE=_SUM_TYPES[out.dtype], BLOCK=SUM_BLOCK
-                )
+            if parts is not None and parts is not total:
+                sum_parts(parts.flatten(2), [total])
 
 
 def softmax(gram: Tensor, norms: Tensor, temperature: Tensor, weights: Tensor) -> None:
@@ -390,7 +376,6 @@ def apply(
         )
 
 
-SUM_BLOCK = 256
 _SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _DOT_TYPES = {**_SUM_TYPES, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -6,8 +6,6 @@ have two stages of fixed order: a program's share of an image, then the shares, 
 Means, and all sums, are contiguous and float32 at least.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,18 +22,11 @@ from ._maps import (
     sum_type,
 )
 from ._moves import moves
-from ._specialize import ByLayout, counted
+from ._specialize import ByLayout
+from .sums import sum_parts
 
 SHARE_PIXELS = 256  # at least, of an image that several programs sum
 PROGRAMS = 2112  # that share the sums of a batch: sixteen for every multiprocessor of an H200
-
-
-class SumTile(NamedTuple):
-    BLOCK: int
-    num_warps: int
-
-
-SUM_TILE = SumTile(BLOCK=128, num_warps=4)
 
 
 @triton.jit
@@ -83,24 +74,6 @@ def image_sums_kernel(
         total += tl.load(x_ptr + n * stride_n + p * stride_p + c * stride_c, mask=inside, other=0.0).to(SUM_TYPE)
     to = partial_ptr + tl.program_id(0).to(tl.int64) * channels + channel
     tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
-
-
-@counted
-@moves("sums_ptr")
-def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, count, BLOCK: tl.constexpr):
-    """[image][share][length] -> [image][length], divided by count: rounded, not approximated as by Triton's float32
-    division, so that a constant image is its mean."""
-    n = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), sums_ptr.dtype.element_ty)
-    for share in range(shares):
-        total += tl.load(partial_ptr + (n * shares + share) * length + i, mask=i < length, other=0.0)
-    counts = tl.zeros_like(total) + count
-    if total.dtype == tl.float32:
-        mean = tl.div_rn(total, counts)
-    else:
-        mean = total / counts
-    tl.store(sums_ptr + n * length + i, mean, mask=i < length)
 
 
 @ByLayout
@@ -216,7 +189,7 @@ def decompose_bwd_kernel(
     tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-KERNELS = (image_sums_kernel, sum_shares_kernel, decompose_kernel, decompose_sums_kernel, decompose_bwd_kernel)
+KERNELS = (image_sums_kernel, decompose_kernel, decompose_sums_kernel, decompose_bwd_kernel)
 
 
 def image_means(x: Tensor, means: Tensor) -> None:
@@ -231,7 +204,7 @@ def image_means(x: Tensor, means: Tensor) -> None:
         image_sums_kernel.of(x.stride(1) == 1)[(n * shares, columns)](
             x, partial, shares, pixels, channels, *strides_of(x), SUM_TYPE=sum_type(x), **tile._asdict()
         )
-        _sum_shares(partial, means, pixels)
+        sum_parts(partial, [means], pixels=pixels)
 
 
 def decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
@@ -271,19 +244,13 @@ def decompose_backward(
         decompose_sums_kernel.of(x.stride(1) == 1)[(n * shares, columns)](
             grad, x, means, sigma, partial, shares, pixels, channels, *strides, **constants
         )
-        _sum_shares(partial, sums, 1)
+        sum_parts(partial.flatten(2), [sums])
         if dx is not None:
             decompose_bwd_kernel.of(x.stride(1) == 1)[(n * triton.cdiv(pixels, tile.BLOCK_P), columns)](
                 grad, x, means, sigma, sums, dx, pixels, channels, *strides, *strides_of(dx), **constants
             )
     if dsigma is not None:
         dsigma.copy_(sums[:, 1].sum(0))
-
-
-def _sum_shares(partial: Tensor, sums: Tensor, count: int) -> None:
-    n, shares, length = len(partial), partial.shape[1], sums[0].numel()
-    grid = n, triton.cdiv(length, SUM_TILE.BLOCK)
-    sum_shares_kernel[grid](partial, sums, shares, length, count, **SUM_TILE._asdict())
 
 
 def _shares(x: Tensor, columns: int) -> int:

@@ -16,6 +16,7 @@ from . import power_of_two, scratch
 from ._maps import map_tile, pixel_count, pixels_of_block, strides_of, sum_type
 from ._moves import moves
 from ._specialize import ByLayout
+from .sums import sum_parts
 
 MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums: four on every multiprocessor of an H200
 
@@ -235,7 +236,7 @@ def gate_backward(
             dp, u, bias, q, du, dq, sums, blocks, pixels, channels, *strides, SUM_TYPE=sum_type(u), **tile._asdict()
         )
     if sums is not None:
-        dbias.copy_(sums.sum(0))
+        sum_parts(sums[None], [dbias])
 
 
 def channel_sums(t: Tensor, sums: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import power_of_two, scratch
 from ._moves import moves
 from ._specialize import counted
+from .sums import sum_parts
 
 SHARE_PIXELS = 128  # at least, of a share
 PROGRAMS = 2112  # that share the sums of a batch: sixteen for every multiprocessor of an H200
@@ -28,14 +29,6 @@ class Tile(NamedTuple):
     BLOCK_C: int
     ALIGN: int  # elements: where quarters begin and end
     num_warps: int
-
-
-class SumTile(NamedTuple):
-    BLOCK_R: int
-    num_warps: int
-
-
-SUM_TILE = SumTile(BLOCK_R=128, num_warps=4)
 
 
 def tile(channels: int, element_size: int) -> Tile:
@@ -112,17 +105,6 @@ def edge_sums_kernel(
     tl.store(to, tl.sum(total, axis=0), mask=c < channels)
     tl.store(to + channels, tl.sum(vertical, axis=0), mask=c < channels)
     tl.store(to + 2 * channels, tl.sum(horizontal, axis=0), mask=c < channels)
-
-
-@counted
-@moves("sums_ptr")
-def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, BLOCK_R: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R,), sums_ptr.dtype.element_ty)
-    for share in range(shares):
-        total += tl.load(partial_ptr + (n * shares + share) * length + r, mask=r < length, other=0.0)
-    tl.store(sums_ptr + n * length + r, total, mask=r < length)
 
 
 @triton.jit
@@ -297,7 +279,6 @@ def weigh_backward_input_kernel(
 
 KERNELS = (
     edge_sums_kernel,
-    sum_shares_kernel,
     pool_kernel,
     weigh_kernel,
     weigh_backward_weights_kernel,
@@ -316,7 +297,7 @@ def edge_sums(t: Tensor, sums: Tensor) -> None:
     constants = {"SUM_TYPE": _sum_type(t), **chosen._asdict()}
     with torch.cuda.device_of(t):
         edge_sums_kernel[(b * shares, columns)](t, partial, shares, h, w, channels, *t.stride()[:3], **constants)
-        _sum_shares(partial, sums)
+        sum_parts(partial.flatten(2), [sums])
 
 
 def pool(sums: Tensor, pooled: Tensor) -> None:
@@ -384,7 +365,7 @@ def weigh_backward_weights(
         weigh_backward_weights_kernel[(b * shares, columns)](
             dy, x, weights, offset, partial, y, shares, h, w, channels, *strides, **constants
         )
-        _sum_shares(partial, sums)
+        sum_parts(partial.flatten(2), [sums])
 
 
 def weigh_backward_input(dy: Tensor, weights: Tensor, dpooled: Tensor, dx: Tensor) -> None:
@@ -396,12 +377,6 @@ def weigh_backward_input(dy: Tensor, weights: Tensor, dpooled: Tensor, dx: Tenso
     constants = {"SUM_TYPE": _sum_type(dy), **chosen._asdict()}
     with torch.cuda.device_of(dy):
         weigh_backward_input_kernel[grid](dy, weights, dpooled, dx, h, w, channels, *strides, **constants)
-
-
-def _sum_shares(partial: Tensor, sums: Tensor) -> None:
-    b, shares, length = len(partial), partial.shape[1], sums[0].numel()
-    grid = b, triton.cdiv(length, SUM_TILE.BLOCK_R)
-    sum_shares_kernel[grid](partial, sums, shares, length, **SUM_TILE._asdict())
 
 
 def _columns(channels: int, chosen: Tile) -> int:
