@@ -2,8 +2,9 @@
 
 import sys
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from ._version import __version__
+from ._version import __version__ as __version__
 
 
 def _is_main() -> bool:
@@ -13,50 +14,15 @@ def _is_main() -> bool:
 
 
 if find_spec("torch") is not None:
-    from . import models, nn, reference
-    from .dispatch import explain, use_backend
-    from .ops import (
-        fused_channel_aggregation_ffn,
-        fused_cross_covariance,
-        fused_dwconv,
-        fused_dwconv_layer_norm,
-        fused_feature_decompose,
-        fused_gated_recursion,
-        fused_global_filter,
-        fused_gnconv,
-        fused_layer_norm_2d,
-        fused_moga_aggregation,
-        fused_moga_gate,
-        fused_multi_order_dwconv,
-        fused_s2_attention,
-        fused_shift_split_attention,
-        fused_split_cascade,
-        fused_xca,
-    )
+    from . import models as models
+    from . import nn as nn
+    from . import ops as ops
+    from . import reference as reference
+    from ._explain import explain as explain
+    from .dispatch import use_backend as use_backend
+    from .ops import *  # noqa: F403
 
-    __all__ = [
-        "__version__",
-        "explain",
-        "fused_channel_aggregation_ffn",
-        "fused_cross_covariance",
-        "fused_dwconv",
-        "fused_dwconv_layer_norm",
-        "fused_feature_decompose",
-        "fused_gated_recursion",
-        "fused_global_filter",
-        "fused_gnconv",
-        "fused_layer_norm_2d",
-        "fused_moga_aggregation",
-        "fused_moga_gate",
-        "fused_multi_order_dwconv",
-        "fused_s2_attention",
-        "fused_shift_split_attention",
-        "fused_split_cascade",
-        "fused_xca",
-        "models",
-        "nn",
-        "reference",
-        "use_backend",
-    ]
+    if not TYPE_CHECKING:  # which see the imports
+        __all__ = ["__version__", "explain", "models", "nn", "reference", "use_backend", *ops.__all__]
 elif not _is_main():
     raise ImportError("vision_ops needs PyTorch 2.11 or later: pip install 'torch>=2.11'")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _internals
-from .info import gpu_code, read_build_info
+from ._build_info import gpu_code, read_build_info
 
 _ROOT = Path(__file__).parent
 _INSTRUCTION_SETS = ("baseline", "avx2", "avx512")

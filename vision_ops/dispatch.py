@@ -1,14 +1,9 @@
 """Which implementation of an op runs, and why."""
 
-import inspect
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
-
-from torch import nn
 
 BACKENDS = ("auto", "fused", "reference")
 
@@ -22,6 +17,12 @@ def _backend_of_environment() -> str:
 
 
 _current = _backend_of_environment()
+
+
+class Question(str):
+    """A backend for which an op says what would run, in place of its result."""
+
+    __slots__ = ()
 
 
 def resolve_backend(backend: str | None) -> str:
@@ -96,44 +97,3 @@ class Explanation:
         lines += [f"  the fused kernel cannot run: {reason}" for reason in self.cannot]
         lines += [f"  the fused kernel would be slower: {reason}" for reason in self.slower]
         return "\n".join(lines)
-
-
-explainers: dict[str, Callable[..., Explanation]] = {}
-
-
-def explain(op: str | nn.Module, *args: Any, **kwargs: Any) -> Explanation:
-    """What `fused_<op>(*args, **kwargs)` would run, part by part, and every reason against the fused kernels.
-
-    Takes what the op takes, `backend=` included; trailing arguments may be missing. Nothing is computed.
-
-    Or what a module of `nn` or `models` runs: `explain(module, x)` says of all blocks in it which layers an op stands
-    for, and which layer is the reason where they are called instead: one of another type or with other attributes than
-    the kernel's, with hooks, or with weights that are no plain tensors on the device of x. What the op then runs, which
-    depends on its input, the op's own explanation says.
-
-    >>> print(explain("multi_order_dwconv", torch.randn(1, 64, 56, 56)))
-    >>> print(explain(model, images))
-    """
-    if isinstance(op, nn.Module):
-        from .nn._layers import explain_module  # which imports this module
-
-        return explain_module(op, *args, **kwargs)
-    op = op.removeprefix("fused_") if isinstance(op, str) else op
-    if op not in explainers:
-        raise ValueError(f"op must be one of {sorted(explainers)}, got {op!r}")
-    from . import ops  # which import this module
-
-    signature = inspect.signature(getattr(ops, f"fused_{op}"))
-    given = signature.bind_partial(*args, **kwargs).arguments
-    first = next(iter(signature.parameters))
-    if first not in given:
-        raise TypeError(f"explain({op!r}) takes what fused_{op} takes, at least {first}")
-    positional, keywords = [], {}
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            positional.append((name in given, given.get(name)))
-        elif name in given:
-            keywords[name] = given[name]
-    while positional and not positional[-1][0]:
-        positional.pop()
-    return explainers[op](*(value for _, value in positional), **keywords)

@@ -1,12 +1,12 @@
 """`python -m vision_ops`: what was built, what this machine has, and what each op would run and why."""
 
 import importlib.metadata
-import json
 import platform
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ._build_info import gpu_code, read_build_info
 from ._version import __version__
 
 
@@ -75,26 +75,29 @@ def _print_build(build: dict[str, Any]) -> None:
             print(f"  {flag}: {build[flag]}")
 
 
-# What most ops take is an image (N, C, H, W).
+# Of the first argument, by its dimensions; and the options that have no default.
 _SHAPES = {
-    "cross_covariance": (1, 4, 16, 56 * 56),
-    "s2_attention": (1, 56, 56, 64),
-    "shift_split_attention": (1, 56, 56, 3 * 64),
-    "xca": (1, 56 * 56, 64),
+    "N, C, H, W": (1, 64, 56, 56),
+    "B, H, W, C": (1, 56, 56, 64),
+    "B, H, W, 3C": (1, 56, 56, 3 * 64),
+    "B, N, C": (1, 56 * 56, 64),
+    "B, heads, d, N": (1, 4, 16, 56 * 56),
 }
+_OPTIONS = {"xca": {"num_heads": 4}}
 
 
 def _print_ops(gpus: list[int]) -> None:
     import torch
 
-    from .dispatch import explain, explainers
+    from ._explain import explain
+    from .ops._registration import fused_ops
 
     print("\nOps, for a float32 image:")
     for device in ["cpu", *(f"cuda:{i}" for i in gpus)]:
-        for op in sorted(explainers):
-            choice = explain(op, torch.empty(_SHAPES.get(op, (1, 64, 56, 56)), device=device))
+        for name, op in sorted(fused_ops.items()):
+            choice = explain(name, torch.empty(_SHAPES[op.dims], device=device), **_OPTIONS.get(name, {}))
             runs = ", ".join(f"{part} by {what}" for part, what in choice.parts.items())
-            print(f"  {device:7} {op:24} {runs}")
+            print(f"  {device:7} {name:24} {runs}")
             for reason in (*choice.cannot, *choice.slower):
                 print(f"  {'':32} {reason}")
 
@@ -104,14 +107,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def read_build_info() -> dict[str, Any]:
-    """What setup.py wrote down; needs no torch."""
-    try:
-        return json.loads((Path(__file__).parent / "_build_info.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def processor_name() -> str:
@@ -142,14 +137,3 @@ def _gpu_kernels(index: int, capability: int) -> str:
     if _native.cuda is None:
         return "no compiled kernels"
     return _native.gpu_missing(index) or gpu_code(_native.build_info["cuda"]["archs"], capability) or ""
-
-
-def gpu_code(archs: list[str], capability: int) -> str | None:
-    """Which code of a binary a GPU runs: cubins are for their own major version, PTX for everything newer."""
-    cubins = [int("".join(filter(str.isdigit, a))) for a in archs if "PTX" not in a]
-    ptx = [int("".join(filter(str.isdigit, a))) for a in archs if "PTX" in a]
-    if any(a // 10 == capability // 10 and a <= capability for a in cubins):
-        return "compiled for it"
-    if any(a <= capability for a in ptx):
-        return "PTX, compiled by the driver at the first call"
-    return None

@@ -1,11 +1,10 @@
 // The depthwise engine: y[n, c, i, j] = act(b[c] + sum_{k, l} w[c, k, l] * x[n, c, i*stride - pad_top + k*dilation,
 // ...]). A channel slice is a Tensor4 whose data and strides select it; nothing is copied.
 #pragma once
+#include "activation.h"
 #include "tensor.h"
 
 namespace vops {
-
-enum Activation : int { kNoActivation = 0, kGelu = 1, kSilu = 2 };
 
 struct DwConv {
   int64_t kernel, stride, dilation, pad_top, pad_left;

@@ -11,13 +11,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vision_ops import _native
-from vision_ops.dispatch import explainers
 from vision_ops.models import create_model
 from vision_ops.ops import xca
 from vision_ops.ops._pointwise import weight_gradient
+from vision_ops.ops._registration import fused_ops
 
 pytestmark = pytest.mark.gpu
-OPS = tuple(explainers)
+OPS = tuple(fused_ops)
 each_op = pytest.mark.parametrize("name", OPS)
 
 

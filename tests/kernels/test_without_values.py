@@ -9,11 +9,11 @@ pytest.importorskip("triton")
 
 import recording
 
-from vision_ops.dispatch import explainers
 from vision_ops.models import create_model
 from vision_ops.ops import xca
+from vision_ops.ops._registration import fused_ops
 
-OPS = tuple(explainers)
+OPS = tuple(fused_ops)
 
 
 @pytest.fixture(params=["ours", "PyTorch's"])

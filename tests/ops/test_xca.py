@@ -295,7 +295,7 @@ def test_export_and_functorch():
 def test_rule_of_the_forms(tokens, channels, dtype, gram):
     x = torch.empty(1, tokens, channels, dtype=dtype)
     assert TAKES_GRAM(x) == gram
-    found = explain("xca", x)
+    found = explain("xca", x, num_heads=4)
     assert "C++ kernel" in found.parts["attention"] and ("Gram form" in str(found)) == gram
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert TAKES_GRAM(x) == (gram and dtype == torch.float64)

@@ -29,7 +29,7 @@ def _any_requires_grad(arguments: Sequence[Any]) -> bool:
 
 def function_of(op: "FusedOp") -> type[torch.autograd.Function]:
     def forward(ctx: Any, kernels: "Kernels | None", lengths: tuple[int | None, ...] | None, *given: Any) -> Any:
-        count = len(given) - op._options
+        count = len(given) - len(op.options)
         tensors, options = given[:count], given[count:]
         arguments = op.arguments(*op.nested(tensors, lengths), *options)
         if kernels is None:

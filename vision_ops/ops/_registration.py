@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _internals, _native
 from .._internals import dispatch_keys, dispatch_modes, function_modes, is_transformed, key_bits, profiler_enabled
-from ..dispatch import Explanation, resolve_backend
+from ..dispatch import Explanation, Question, resolve_backend
 from ._autograd import _any_requires_grad, _flat, function_of
 from ._checks import autocast_enabled
 from ._definitions import define, implement
@@ -128,6 +128,9 @@ def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool]) -> Cal
     return run
 
 
+fused_ops: dict[str, "FusedOp"] = {}  # by name
+
+
 class FusedOp:
     """One op: `vision_ops::<name>`, `vision_ops::<name>_backward`, their fakes and their gradient.
 
@@ -156,14 +159,15 @@ class FusedOp:
         uncast: Sequence[str] = (),
         saved: Sequence[Callable[[Tensor], Tensor]] = (),
         parts: Callable[[Any], dict[str, str]] | None = None,
+        dims: str = "N, C, H, W",
     ) -> None:
         self.name, self.arguments, self.reference, self.output = name, arguments, reference, output
         self.predicate, self.kernels, self._triton = predicate, kernels, triton
         self._autocasts, self._uncast = autocast, uncast
-        self._layouts, self._saved, self._parts = saved, len(saved), parts
-        types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
+        self._layouts, self._saved, self._parts, self.dims = saved, len(saved), parts, dims
+        types = self._types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
-        self._options = len(types) - count
+        self.options = [*types][count:]
         self._lists = any(kind.startswith("Tensor") and kind.endswith("[]") for kind in types.values())
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
         results = f"({', '.join(['Tensor'] * (1 + len(saved)))})" if saved else "Tensor"
@@ -176,9 +180,12 @@ class FusedOp:
         if is_new:
             implement(definition)
             count_flops(definition)
+        fused_ops[name] = self
 
-    def __call__(self, *given: Any, backend: str | None = None) -> Tensor:
+    def __call__(self, *given: Any, backend: str | None = None) -> Any:
         """Runs the op on checked arguments."""
+        if type(backend) is Question:
+            return self.explain(*given, backend=backend)
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
         in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -266,8 +273,19 @@ class FusedOp:
         rest = iter(tensors)
         return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
 
-    def explain(self, *given: Any, backend: str | None = None) -> Explanation:
-        backend, arguments = resolve_backend(backend), self.arguments(*self._autocast(given))
+    def partial(self, given: Mapping[str, Any]) -> list[Any]:
+        """The arguments, of which some are missing, for `explain`."""
+
+        def value(name: str, kind: str) -> Any:
+            found = given.get(name)
+            if kind.endswith("[]"):
+                return list(found) if isinstance(found, (list, tuple)) else []
+            return False if found is None and kind == "bool" else found
+
+        return [value(name, kind) for name, kind in self._types.items()]
+
+    def explain(self, *given: Any, backend: str) -> Explanation:
+        backend, arguments = str(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
         device = _native.device_kind(arguments[0])

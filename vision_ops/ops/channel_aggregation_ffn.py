@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
 from ._pointwise import crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
 from ._registration import FusedOp, Kernels, allocate, device_reasons, empty, with_crew, without_autocast
@@ -458,14 +457,6 @@ _op = FusedOp(
     saved=(Tensor.contiguous, channels_last_dense),
     parts=_parts,
 )
-
-
-def _explain(x: Tensor, *parameters: Tensor | None, backend: str | None = None) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, *(*parameters, *[None] * 9)[:9], False, backend=backend)
-
-
-explainers["channel_aggregation_ffn"] = _explain
 
 
 def fused_channel_aggregation_ffn(

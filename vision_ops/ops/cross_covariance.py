@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from . import _heads
 from ._checks import autocast_enabled, check_parameter, check_tensor
 from ._heads import wide
@@ -171,22 +170,8 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("temperature",),
+    dims="B, heads, d, N",
 )
-
-
-def _explain(
-    q: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    temperature: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("q", q, "B, heads, d, N")
-    return _op.explain(q, k, v, temperature, backend=backend)
-
-
-explainers["cross_covariance"] = _explain
 
 
 def check_temperature(temperature: Any, heads: int, x: Tensor, of: str) -> None:

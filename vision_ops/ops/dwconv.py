@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ..reference.dwconv import ACTIVATIONS, four_paddings
 from ._checks import check_integer, check_kernel, check_parameter, check_tensor
 from ._registration import (
@@ -254,25 +253,6 @@ _op = FusedOp(
     predicate=_predicate,
     parts=_parts,
 )
-
-
-def _explain(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: int | Sequence[int] | None = None,
-    dilation: int = 1,
-    activation: str | None = None,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    four = [] if weight is None else _checked_padding(padding, check_kernel("weight", weight), dilation)
-    return _op.explain(x, weight, bias, stride, four, dilation, activation, backend=backend)
-
-
-explainers["dwconv"] = _explain
 
 
 def fused_dwconv(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_eps, check_kernel, check_parameter, check_tensor
 from ._registration import (
     FusedOp,
@@ -137,23 +136,6 @@ _op = FusedOp(
     parts=_parts,
     uncast=("ln_weight", "ln_bias"),
 )
-
-
-def _explain(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    ln_weight: Tensor | None = None,
-    ln_bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, weight, bias, ln_weight, ln_bias, eps, True, backend=backend)
-
-
-explainers["dwconv_layer_norm"] = _explain
 
 
 def fused_dwconv_layer_norm(

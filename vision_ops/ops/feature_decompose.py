@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ..reference.dwconv import ACTIVATIONS
 from ._checks import check_sigma, check_tensor
 from ._pointwise import crew_pays
@@ -130,16 +129,6 @@ _op = FusedOp(
     triton=True,
     uncast=("sigma",),
 )
-
-
-def _explain(
-    x: Tensor, sigma: Tensor | None = None, *, activation: str | None = "silu", backend: str | None = None
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, sigma, activation, backend=backend)
-
-
-explainers["feature_decompose"] = _explain
 
 
 def fused_feature_decompose(

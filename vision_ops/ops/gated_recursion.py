@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._pointwise import (
     crew_pays,
@@ -247,21 +246,6 @@ _op = FusedOp(
     triton=True,
     parts=_parts,
 )
-
-
-def _explain(
-    pwa: Tensor,
-    dw: Tensor | None = None,
-    pw_weights: Sequence[Tensor] | None = None,
-    pw_biases: Sequence[Tensor | None] | None = None,
-    *,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("pwa", pwa, "N, C, H, W")
-    return _op.explain(pwa, dw, list(pw_weights or ()), list(pw_biases or ()), backend=backend)
-
-
-explainers["gated_recursion"] = _explain
 
 
 def fused_gated_recursion(

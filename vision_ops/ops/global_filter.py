@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ..reference._resize import resize_backward
 from ..reference.global_filter import resize_filter
 from ._checks import check_parameter, check_tensor
@@ -145,14 +144,6 @@ _op = FusedOp(
     autocast=False,
     parts=_parts,
 )
-
-
-def _explain(x: Tensor, complex_weight: Tensor | None = None, *, backend: str | None = None) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, complex_weight, backend=backend)
-
-
-explainers["global_filter"] = _explain
 
 
 def fused_global_filter(x: Tensor, complex_weight: Tensor, *, backend: str | None = None) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._pointwise import crew_pays, linear, operand, weight_gradient
 from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
@@ -164,16 +163,6 @@ _op = FusedOp(
     saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
-
-
-def _explain(x: Tensor, *parameters: Any, scale: float = 1.0, backend: str | None = None) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    proj_in_weight, proj_in_bias, dw_weight, dw_bias, weights, biases, *proj_out = (*parameters, *[None] * 8)[:8]
-    given = x, proj_in_weight, proj_in_bias, dw_weight, dw_bias, *proj_out, list(weights or ()), list(biases or ())
-    return _op.explain(*given, scale, backend=backend)
-
-
-explainers["gnconv"] = _explain
 
 
 def fused_gnconv(

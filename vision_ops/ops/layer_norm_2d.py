@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_eps, check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, memory_format
 
@@ -96,21 +95,6 @@ _op = FusedOp(
     triton=True,
     autocast=False,
 )
-
-
-def _explain(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, weight, bias, eps, backend=backend)
-
-
-explainers["layer_norm_2d"] = _explain
 
 
 def fused_layer_norm_2d(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
 from ._pointwise import crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
 from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
@@ -186,17 +185,6 @@ _op = FusedOp(
     saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
-
-
-def _explain(x: Tensor, *parameters: Any, backend: str | None = None, **options: Any) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    p1, p1_bias, gate, gate_bias, dws, dw_biases, *rest = (*parameters, *[None] * 11)[:11]
-    given = x, p1, p1_bias, gate, gate_bias, *rest, list(dws or ()), list(dw_biases or ())
-    dilations, doubled = options.get("dilations", (1, 2, 3)), options.get("double_gate_act", False)
-    return _op.explain(*given, list(dilations), doubled, backend=backend)
-
-
-explainers["moga_aggregation"] = _explain
 
 
 def fused_moga_aggregation(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import autocast_enabled, check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, memory_format
 from .gated_recursion import pixel_dense
@@ -106,16 +105,6 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
 )
-
-
-def _explain(
-    gate: Tensor, value: Tensor | None = None, *, double_gate_act: bool = False, backend: str | None = None
-) -> Explanation:
-    check_tensor("gate", gate, "N, C, H, W")
-    return _op.explain(gate, value, double_gate_act, backend=backend)
-
-
-explainers["moga_gate"] = _explain
 
 
 def fused_moga_gate(

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ..reference.multi_order_dwconv import split_channels
 from ._checks import check_integer, check_kernel, check_parameter, check_sequence, check_tensor
 from ._registration import (
@@ -225,27 +224,6 @@ _op = FusedOp(
     predicate=_predicate,
     parts=_parts,
 )
-
-
-def _explain(
-    x: Tensor,
-    weights: Sequence[Tensor] | None = None,
-    biases: Sequence[Tensor | None] | None = None,
-    *,
-    dilations: Sequence[int] = (1, 2, 3),
-    split: Sequence[int] = (1, 3, 4),
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    given: list[Tensor | None] = []
-    for name, tensors in (("weights", weights), ("biases", biases)):
-        parts: Sequence[Tensor | None] = (None,) * 3 if tensors is None else tensors
-        check_sequence(name, parts, 3)
-        given += parts
-    return _op.explain(x, *given, list(dilations), backend=backend)
-
-
-explainers["multi_order_dwconv"] = _explain
 
 
 def fused_multi_order_dwconv(

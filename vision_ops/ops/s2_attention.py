@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_tensor
 from ._pointwise import (
     crew_pays_for_tokens,
@@ -174,15 +173,8 @@ _op = FusedOp(
     triton=True,
     saved=(Tensor.contiguous,) * 4,
     parts=lambda a: parts(a.x) | {"mlp1 and mlp2": products_of_tokens(a.x)},
+    dims="B, H, W, C",
 )
-
-
-def _explain(x: Tensor, *parameters: Tensor | None, backend: str | None = None) -> Explanation:
-    check_tensor("x", x, "B, H, W, C")
-    return _op.explain(x, *(*parameters, *[None] * 6)[:6], False, backend=backend)
-
-
-explainers["s2_attention"] = _explain
 
 
 def fused_s2_attention(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ._checks import check_parameter, check_tensor
 from ._registration import FusedOp, Kernels, allocate, device_reasons, with_crew, without_autocast
 
@@ -233,21 +232,8 @@ _op = FusedOp(
     triton=True,
     saved=(Tensor.contiguous,) * 3,
     parts=lambda a: parts(a.x),
+    dims="B, H, W, 3C",
 )
-
-
-def _explain(
-    x: Tensor,
-    split_mlp1_weight: Tensor | None = None,
-    split_mlp2_weight: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "B, H, W, 3C")
-    return _op.explain(x, split_mlp1_weight, split_mlp2_weight, backend=backend)
-
-
-explainers["shift_split_attention"] = _explain
 
 
 def fused_shift_split_attention(

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..dispatch import Explanation, explainers
 from ..reference.split_cascade import cascade_widths
 from ._checks import check_parameter, check_sequence, check_tensor
 from ._registration import (
@@ -127,20 +126,6 @@ _op = FusedOp(
     predicate=_predicate,
     parts=_parts,
 )
-
-
-def _explain(
-    x: Tensor,
-    weights: Sequence[Tensor] | None = None,
-    biases: Sequence[Tensor | None] | None = None,
-    *,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "N, C, H, W")
-    return _op.explain(x, list(weights or ()), list(biases or ()), backend=backend)
-
-
-explainers["split_cascade"] = _explain
 
 
 def fused_split_cascade(

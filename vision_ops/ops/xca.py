@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._internals import statically_known_true
-from ..dispatch import Explanation, explainers
 from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
 from ._heads import by_head
@@ -210,7 +209,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     kernel = "Triton kernels" if _native.device_kind(a.x) == "cuda" else _native.kernel_name(_native.device_kind(a.x))
-    form = "the Gram form" if a.gram else "q, k and v"
+    form = "the Gram form" if _takes_gram(a.x) else "q, k and v"
     return {"attention": kernel, "products over all channels": f"{products_of_tokens(a.x)}, of {form}"}
 
 
@@ -225,27 +224,8 @@ _op = FusedOp(
     uncast=("temperature",),
     saved=(Tensor.contiguous,),
     parts=_parts,
+    dims="B, N, C",
 )
-
-
-def _explain(
-    x: Tensor,
-    qkv_weight: Tensor | None = None,
-    qkv_bias: Tensor | None = None,
-    temperature: Tensor | None = None,
-    proj_weight: Tensor | None = None,
-    proj_bias: Tensor | None = None,
-    *,
-    num_heads: int = 8,
-    backend: str | None = None,
-) -> Explanation:
-    check_tensor("x", x, "B, N, C")
-    check_integer("num_heads", num_heads, 1)
-    given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
-    return _op.explain(*given, num_heads, _takes_gram(x), backend=backend)
-
-
-explainers["xca"] = _explain
 
 
 def fused_xca(
