@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, 8) add_splits_kernel(SplitSums<A> s)
   __syncthreads();
   if (part || c >= s.channels) return;
   for (int i = 1; i < kParts; i++) sum += parts[i * 32 + lane];
+  sum *= static_cast<A>(s.scale);
   if (tap < s.taps) {
     if (s.dw) store_scalar(s.dw, s.dw_dtype, c * s.taps + tap, sum);
   } else if (s.db) {
@@ -126,7 +127,8 @@ Error launch_wgrad(const PlainWgrad& p, cudaStream_t stream) {
   VOPS_LAUNCH((plain_wgrad_kernel<T, A>), dim3(blocks_for(p.splits * (taps + 1) * channels)), kThreads, 0, stream, p);
   if (const Error error = error_text(cudaGetLastError())) return error;
   const A* partial = static_cast<const A*>(p.partial);
-  return add_splits<A>({partial, p.splits, channels, int(taps), p.dw.dtype, p.db.dtype, p.dw.data, p.db.data}, stream);
+  return add_splits<A>({p.scale, partial, p.splits, channels, int(taps), p.dw.dtype, p.db.dtype, p.dw.data, p.db.data},
+                       stream);
 }
 
 }  // namespace

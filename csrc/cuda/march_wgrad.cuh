@@ -207,7 +207,8 @@ Error launch_wgrad(const MarchWgrad& m, cudaStream_t stream) {
   VOPS_LAUNCH((march_wgrad_kernel<T, K, DOWN, V, R, Shape::kBlocks>), dim3(unsigned(g.splits * g.channel_blocks)),
               kThreads, kShared, stream, m, g);
   if (const Error error = error_text(cudaGetLastError())) return error;
-  return add_splits<float>({m.partial, g.splits, m.channels, K * K, m.dw_dtype, m.db_dtype, m.dw, m.db}, stream);
+  return add_splits<float>({m.scale, m.partial, g.splits, m.channels, K * K, m.dw_dtype, m.db_dtype, m.dw, m.db},
+                           stream);
 }
 
 template <class T, int K>

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.dwconv import ACTIVATIONS, four_paddings
-from ._checks import check_integer, check_kernel, check_parameter, check_tensor
+from ._checks import autocast_enabled, check_integer, check_kernel, check_parameter, check_tensor
 from ._registration import (
     FusedOp,
     allocate_channels_last,
@@ -52,7 +52,8 @@ def _torch_is_faster(a: _Arguments) -> bool:
     x = a.x
     if a.weight.shape[-1] != 3 or a.stride != 1 or a.dilation != 1:
         return False
-    if a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype):
+    mixed = a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype)
+    if mixed and not autocast_enabled(x):
         return False
     if _native.device_kind(x) != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
@@ -132,7 +133,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
-        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, room.data_ptr(), *target)
+        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, 1.0, room.data_ptr(), *target)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -164,14 +165,22 @@ def convolve_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, act
 
 
 def convolve_backward_cuda(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    scale: float = 1.0,
 ) -> None:
+    """scale: of dweight and dbias, where weight has it already."""
     kernels, conv, target, grad_view = _native.cuda_kernels(), _same_size(weight), _native.target(x), _native.view(grad)
     kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
-        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, room.data_ptr(), *target)
+        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, scale, room.data_ptr(), *target)
 
 
 def convolves_cuda(x: Tensor) -> bool:
@@ -251,6 +260,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("weight", "bias"),
     parts=_parts,
 )
 

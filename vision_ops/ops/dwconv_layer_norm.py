@@ -132,6 +132,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("weight", "bias"),
     saved=(Tensor.contiguous,),
     parts=_parts,
     uncast=("ln_weight", "ln_bias"),

@@ -73,22 +73,26 @@ def product_dense(t: Tensor) -> Tensor:
 
 
 class Gates(NamedTuple):
-    """The kernels of a device. chain computes all in one, or returns False where it does not take the widths."""
+    """The kernels of a device. chain and chain_backward compute all in one, where has_chain, of widths and dtype;
+    elsewhere chain returns False."""
 
     gate: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
     gate_backward: Callable[..., None]
     channel_sums: Callable[[Tensor, Tensor | None], None]
     chain: Callable[..., bool]
+    chain_backward: Callable[..., None]
+    has_chain: Callable[[Sequence[int], torch.dtype], bool]
 
 
 def cpu_gates() -> Gates:
-    return Gates(_gate, _gate_backward, channel_sums, lambda *_: False)
+    return Gates(_gate, _gate_backward, channel_sums, lambda *_: False, lambda *_: None, lambda *_: False)
 
 
 def cuda_gates() -> Gates:
     from ..kernels import gated_recursion as triton
 
-    return Gates(triton.gate, triton.gate_backward, triton.channel_sums, triton.chain)
+    gates = triton.gate, triton.gate_backward, triton.channel_sums
+    return Gates(*gates, triton.chain, triton.chain_backward, triton.has_chain)
 
 
 def run_chain(
@@ -154,6 +158,35 @@ class ChainAgain:
         self.gates.gate_backward(dp, self.u[0], None, self.q[0], dpwa, dq[0], sums)
 
 
+def backward_chain(
+    gates: Gates,
+    pwa: Tensor,
+    dw: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dp: Tensor,
+    grads: Sequence[Any],
+    sums: Tensor | None = None,
+    use_last: Callable[[Tensor], None] | None = None,
+) -> None:
+    """grads: of pwa, dw, weights and biases. sums: of a bias of pwa. use_last is given p_order."""
+    dpwa, ddw, dweights, dbiases = grads
+    widths, weights = chain_widths(pwa, weights), [w.flatten(1) for w in weights]
+    if not gates.has_chain(widths, pwa.dtype):
+        chain = ChainAgain(gates, pwa, dw, weights, biases, last=use_last is not None)
+        if use_last is not None:
+            use_last(chain.p.pop())
+        return chain.backward(dp, dpwa, ddw, dweights, dbiases, sums)
+    p, du = empty(ddw.shape, ddw), empty((len(dp), sum(widths[1:]), *dp.shape[2:]), ddw)
+    given = pwa, dw, weights, biases, dp
+    gates.chain_backward(*given, p, use_last is not None, dpwa, ddw, du, [sums, *dbiases])
+    each = p.split(widths, dim=1)
+    if use_last is not None:
+        use_last(each[-1])
+    for of_u, before, dweight in zip(du.split(widths[1:], dim=1), each, dweights, strict=False):
+        weight_gradient(of_u, before, dweight)
+
+
 def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     """p = (u + bias) * q; p may be u."""
     bias = None if bias is None else bias.contiguous()
@@ -194,8 +227,8 @@ def _backward(gates: Callable[[], Gates], grads: list[Any], grad: Tensor, a: _Ar
         empty(t.shape, pwa) if given is None or pixel_dense(given, wanted) is not given else given
         for t, given in ((pwa, dpwa), (dw, ddw))
     )
-    chain = ChainAgain(gates(), pwa, dw, a.pw_weights, a.pw_biases, last=False)
-    chain.backward(dp, into_pwa, into_dw, dweights, dbiases)
+    of_chain = into_pwa, into_dw, dweights, dbiases
+    backward_chain(gates(), pwa, dw, a.pw_weights, a.pw_biases, dp, of_chain)
     for given, found in ((dpwa, into_pwa), (ddw, into_dw)):
         if given is not None and given is not found:
             given.copy_(found)
@@ -244,6 +277,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
+    wide=("pw_weights", "pw_biases"),
     parts=_parts,
 )
 

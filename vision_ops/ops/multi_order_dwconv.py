@@ -222,6 +222,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("w0", "w1", "w2", "b0", "b1", "b2"),
     parts=_parts,
 )
 

@@ -124,6 +124,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("weights", "biases"),
     parts=_parts,
 )
 
