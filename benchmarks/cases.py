@@ -1,4 +1,4 @@
-"""What is measured: every op's cases, and how a case becomes tensors.
+"""What is measured: every op's cases, and how a case becomes tensors (problem.py).
 
 To register an op: its shapes go into shapes.py, a function here turns one of them into a Problem, and OPS names both.
 """
@@ -6,10 +6,8 @@ To register an op: its shapes go into shapes.py, a function here turns one of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,100 +15,9 @@ from torch import Tensor
 
 import vision_ops
 from benchmarks import shapes
+from benchmarks.problem import Op, Problem, Setting
 from vision_ops import reference
 from vision_ops.reference.xca import merge_heads, split_heads
-
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-# An argument of an op that takes a gradient, or several that go together, or none.
-Argument = Tensor | tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where a case runs and in what form; the same for all its providers but for the layout."""
-
-    device: str
-    dtype: torch.dtype
-    layout: str
-    batch: int
-
-    def normal(self, *size: int) -> Tensor:
-        """Four-dimensional weights take the layout too, as a model's do under .to(memory_format=...)."""
-        values = torch.randn(size, device=self.device, dtype=self.dtype)
-        return values.to(memory_format=MEMORY_FORMATS[self.layout]) if values.dim() == 4 else values
-
-    def pixels(self, batch: int, height: int, width: int, channels: int) -> Tensor:
-        """(N, H, W, C), the same memory as (N, C, H, W) in this layout."""
-        return self.normal(batch, channels, height, width).permute(0, 2, 3, 1)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call of an op. `flops` are those of its forward pass."""
-
-    args: tuple[Argument, ...]
-    flops: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """x and all parameters: the tensors that take a gradient."""
-        return tuple(_tensors(self.args))
-
-    def require_grad(self) -> Problem:
-        for tensor in self.inputs:
-            tensor.requires_grad_()
-        return self
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        return Problem(_converted(self.args, dtype), self.flops, self.options).require_grad()
-
-
-def _tensors(args: tuple[Argument, ...]) -> Iterator[Tensor]:
-    for arg in args:
-        if isinstance(arg, tuple):
-            yield from _tensors(arg)
-        elif arg is not None:
-            yield arg
-
-
-def _converted(args: tuple[Argument, ...], dtype: torch.dtype) -> tuple[Argument, ...]:
-    return tuple(
-        None if arg is None else _converted(arg, dtype) if isinstance(arg, tuple) else arg.detach().to(dtype)
-        for arg in args
-    )
-
-
-@dataclass(frozen=True)
-class Op:
-    """`fused` and `reference` take the same arguments. `quick` names the cases of a quick run; `devices` have kernels.
-
-    pixels: x and y are (N, H, W, C). others: more ways to write it in PyTorch, peers of their names.
-    """
-
-    name: str
-    fused: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    cases: Mapping[str, Any]
-    build: Callable[[Any, Setting], Problem]
-    quick: tuple[str, ...]
-    compile_in_quick: bool = False
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    pixels: bool = False
-    others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
-
-    def laid_out(self, values: Tensor, layout: str) -> Tensor:
-        """An x or y in this layout."""
-        form = MEMORY_FORMATS[layout]
-        if self.pixels:
-            return values.permute(0, 3, 1, 2).contiguous(memory_format=form).permute(0, 2, 3, 1)
-        return values.contiguous(memory_format=form) if values.dim() == 4 else values
-
-    def problem(self, case: str, setting: Setting) -> Problem:
-        """The same values for every layout, so that one exact result judges them all."""
-        torch.manual_seed(0)
-        return self.build(self.cases[case], setting).require_grad()
 
 
 def live_taps(size: int, kernel: int, *, dilation: int = 1, stride: int = 1, before: int, after: int) -> int:
@@ -327,7 +234,7 @@ OPS = {
             shapes.multi_order_cases(),
             build_multi_order,
             quick=("MogaNet-S.1", "MogaNet-S.2", "MogaNet-S.3"),
-            compile_in_quick=True,
+            compile_in_short=True,
         ),
         Op(
             "dwconv",
@@ -336,13 +243,14 @@ OPS = {
             shapes.dwconv_cases(),
             build_dwconv,
             quick=(
+                "MOAT-tiny0.2 entry",
                 "MogaNet-S.2 dw7d3",
                 "MogaNet-S.3 ffn",
                 "HorNet-T.2",
                 "EdgeNeXt-S.2",
                 "EdgeNeXt-S.4",
-                "MOAT-tiny0.2 entry",
             ),
+            compile_in_short=True,
         ),
         Op(
             "layer_norm_2d",
@@ -391,6 +299,7 @@ OPS = {
             shapes.gnconv_cases(),
             build_gnconv,
             quick=("HorNet-T.1", "HorNet-T.3"),
+            compile_in_short=True,
         ),
         Op(
             "gated_recursion",
@@ -415,6 +324,7 @@ OPS = {
             shapes.dwconv_layer_norm_cases(),
             build_dwconv_layer_norm,
             quick=("EdgeNeXt-S.3", "ConvNeXt-T.2"),
+            compile_in_short=True,
         ),
         Op(
             "split_cascade",
@@ -458,6 +368,7 @@ OPS = {
             shapes.s2_cases(),
             build_s2_attention,
             quick=("S2-MLPv2-S.2",),
+            compile_in_short=True,
             pixels=True,
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,8 +133,11 @@ def first_call(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def saved_bytes(train: Step) -> int:
-    """What autograd keeps for the backward pass, inputs and parameters included, every storage once."""
+def saved_bytes(train: Step, apart: Iterable[torch.Tensor] = ()) -> int:
+    """What autograd keeps for the backward pass, inputs and parameters included, every storage once.
+
+    apart: tensors that are there anyway and do not count.
+    """
     # The storages are held until all are seen, or one could be freed and its address taken by the next.
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -145,7 +148,8 @@ def saved_bytes(train: Step) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         train()
-    return sum(storage.nbytes() for storage in storages.values())
+    there = {tensor.untyped_storage().data_ptr() for tensor in apart}
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in there)
 
 
 def peak_bytes(step: Step, device: str) -> int:

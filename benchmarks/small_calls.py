@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from benchmarks import LAYOUTS
-from benchmarks.cases import Op, Problem, Setting
+from benchmarks.problem import Op, Problem, Setting
 from benchmarks.providers import make_step
 from benchmarks.verify import complaints
 from vision_ops import explain, use_backend

@@ -9,10 +9,12 @@
 #include "global_filter.h"
 #include "instruction_sets.h"
 #include "layer_norm_2d.h"
+#include "mlp.h"
 #include "moga_gate.h"
 #include "multi_order_dwconv.h"
 #include "pointwise.h"
 #include "runtime.h"
+#include "scaled_residual.h"
 #include "shift_split_attention.h"
 #include "split_cascade.h"
 
@@ -45,11 +47,22 @@ VOPS_CPU_OP(FeatureDecomposeOps, feature_decompose)
 VOPS_CPU_OP(GatedRecursionOps, gated_recursion)
 VOPS_CPU_OP(GlobalFilterOps, global_filter)
 VOPS_CPU_OP(LayerNorm2dOps, layer_norm_2d)
+VOPS_CPU_OP(MlpOps, mlp)
 VOPS_CPU_OP(MogaGateOps, moga_gate)
 VOPS_CPU_OP(MultiOrderDwConvOps, multi_order_dwconv)
 VOPS_CPU_OP(PointwiseOps, pointwise)
+VOPS_CPU_OP(ScaledResidualOps, scaled_residual)
 VOPS_CPU_OP(ShiftSplitAttentionOps, shift_split_attention)
 VOPS_CPU_OP(SplitCascadeOps, split_cascade)
+
+// (combine, activation, z, kept, gamma, path_scale)
+static void read(Arguments& given, Ending* end) {
+  Arguments each = items(given.next());
+  read(each, &end->combine);
+  read(each, &end->act);
+  for (Tensor4* t : {&end->z, &end->kept, &end->gamma, &end->path_scale}) read(each, t);
+  each.end();
+}
 
 namespace {
 
@@ -196,6 +209,10 @@ void fill(PyObject* m) {
   add_function(m, &with_crew_method, nullptr);
   define(m, "pointwise", cpu_pointwise().forward);
   define(m, "pointwise_backward_weight", cpu_pointwise().backward_weight);
+  define(m, "activate", cpu_mlp().activate);
+  define(m, "activate_backward", cpu_mlp().activate_backward);
+  define(m, "scaled_residual", cpu_scaled_residual().forward);
+  define(m, "scaled_residual_backward", cpu_scaled_residual().backward);
   define_depthwise(m);
   define_moganet(m);
   define_hornet(m);

@@ -30,6 +30,9 @@ def every_op(
     def maybe(*shape: int) -> Tensor | None:
         return draw(*shape) if bias else None
 
+    def draws(count: int) -> list[Tensor]:
+        return [draw(32) for _ in range(count)]
+
     def pointwise(outputs: int, inputs: int) -> list[Tensor | None]:
         return [draw(outputs, inputs), maybe(outputs)]
 
@@ -50,6 +53,7 @@ def every_op(
     pixels = [torch.randn(batch, size, size, c, device=device).to(dtype) for c in (32, 96)]
     flat = torch.randn(batch, size * size, 32, device=device).to(dtype)
     mlps, temperature = [draw(32, 32), draw(96, 32)], torch.rand(4, 1, 1, device=device).to(dtype) + 0.5
+    drops = torch.where(torch.arange(batch, device=device) % 2 == 0, 1.25, 0.0).to(dtype)
     linears = [*pointwise(96, 32), *pointwise(32, 32)]
     return {
         "dwconv": Case(lambda t, b: ops.fused_dwconv(*t, activation="gelu", backend=b), [maps(), *depthwise(32, 7)]),
@@ -91,6 +95,23 @@ def every_op(
         ),
         "shift_split_attention": Case(lambda t, b: ops.fused_shift_split_attention(*t, backend=b), [pixels[1], *mlps]),
         "s2_attention": Case(lambda t, b: ops.fused_s2_attention(*t, backend=b), [pixels[0], *linears, *mlps]),
+        "scaled_residual": Case(
+            lambda t, b: ops.fused_scaled_residual(*t, backend=b), [maps(), maps(), draw(32), drops], constants=(3,)
+        ),
+        "mlp": Case(
+            lambda t, b: ops.fused_mlp(
+                t[0].permute(0, 2, 3, 1),
+                *t[1:5],
+                norm_weight=t[5],
+                norm_bias=t[6],
+                gamma=t[7],
+                residual=t[8].permute(0, 2, 3, 1),
+                path_scale=t[9],
+                backend=b,
+            ),
+            [maps(), *pointwise(96, 32), *pointwise(32, 96), *draws(3), maps(), drops],
+            constants=(9,),
+        ),
     }
 
 

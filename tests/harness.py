@@ -24,20 +24,31 @@ def moved(t: Tensor, device: str) -> Tensor:
 
 @dataclass
 class Case:
-    """tensors: x first, None for absent ones. run(tensors, backend) calls the op."""
+    """tensors: x first, None for absent ones. run(tensors, backend) calls the op. constants: the places of tensors that
+    take no gradient."""
 
     run: Callable[[Sequence[Tensor | None], str], Tensor]
     tensors: list[Tensor | None]
+    constants: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if DEVICE is not None:
             self.tensors = [t if t is None else moved(t, DEVICE) for t in self.tensors]
 
     def to(self, dtype: torch.dtype) -> "Case":
-        return Case(self.run, [t if t is None else t.detach().to(dtype) for t in self.tensors])
+        return self.of([t if t is None else t.detach().to(dtype) for t in self.tensors])
 
     def on(self, device: str) -> "Case":
-        return Case(self.run, [t if t is None else moved(t, device) for t in self.tensors])
+        return self.of([t if t is None else moved(t, device) for t in self.tensors])
+
+    def of(self, tensors: Sequence[Tensor | None]) -> "Case":
+        return Case(self.run, list(tensors), self.constants)
+
+    def leaves(self) -> list[Tensor | None]:
+        """The tensors, those that take a gradient ready for it."""
+        return [
+            t if t is None else t.detach().requires_grad_(i not in self.constants) for i, t in enumerate(self.tensors)
+        ]
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -67,10 +78,10 @@ LAYOUTS = ("contiguous", "channels_last", "channel_slice", "cropped", "transpose
 
 def outputs(case: Case, backend: str, grad: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
     """[y, the gradients of all tensors], and the grad_output that was used."""
-    leaves = [t if t is None else t.detach().requires_grad_() for t in case.tensors]
+    leaves = case.leaves()
     y = case.run(leaves, backend)
     grad = torch.randn_like(y) if grad is None else grad
-    present = [t for t in leaves if t is not None]
+    present = [t for t in leaves if t is not None and t.requires_grad]
     return [y.detach(), *torch.autograd.grad(y, present, grad.to(y.dtype))], grad
 
 
@@ -116,22 +127,33 @@ def sensitivity(case: Case, grad: Tensor, which: int, exact: Tensor, draws: int 
     def rounded(t: Tensor | None) -> Tensor | None:
         return t if t is None else t.detach() * (1 + eps * (2 * torch.rand_like(t) - 1))
 
-    nudged = (Case(case.run, [rounded(t) for t in case.tensors]) for _ in range(draws))
+    nudged = (case.of([rounded(t) for t in case.tensors]) for _ in range(draws))
     return max(relative_error(outputs(one, "reference", grad)[0][which], exact) for one in nudged)
 
 
-def check_gradients(case: Case, second: bool = True) -> None:
-    """Numerical gradients in float64, first and second order."""
-    leaves = [t if t is None else t.double().detach().requires_grad_() for t in case.tensors]
-    present = [t for t in leaves if t is not None]
+def check_gradients(case: Case, second: bool = True, fast: bool = False) -> None:
+    """Numerical gradients in float64, first and second order. fast: of a random projection."""
+    leaves = case.to(torch.float64).leaves()
+    present = [t for t in leaves if t is not None and t.requires_grad]
 
     def run(*given: Tensor) -> Tensor:
         rest = iter(given)
-        return case.run([t if t is None else next(rest) for t in leaves], "fused")
+        return case.run([t if t is None or not t.requires_grad else next(rest) for t in leaves], "fused")
 
-    assert torch.autograd.gradcheck(run, present)
+    assert torch.autograd.gradcheck(run, present, fast_mode=fast)
     if second:
-        assert torch.autograd.gradgradcheck(run, present)
+        assert torch.autograd.gradgradcheck(run, present, fast_mode=fast)
+
+
+def check_bits_of_needs(case: Case) -> None:
+    """What a gradient is does not depend on which others are asked for."""
+    together, grad = outputs(case, "fused")
+    graded = [i for i, t in enumerate(case.leaves()) if t is not None and t.requires_grad]
+    for which, expected in zip(graded, together[1:], strict=True):
+        leaves = [t if t is None else t.detach().requires_grad_(i == which) for i, t in enumerate(case.tensors)]
+        y = case.run(leaves, "fused")
+        (found,) = torch.autograd.grad(y, [leaves[which]], grad)
+        assert torch.equal(y, together[0]) and torch.equal(found, expected), which
 
 
 def check_bitwise_repeatable(case: Case, other_threads: Sequence[int] = (1, 3)) -> None:
@@ -154,7 +176,7 @@ def check_compiles(cases: Sequence[Case], dynamic: bool | None = None) -> None:
         run = torch.compile(cases[0].run, fullgraph=True, dynamic=dynamic)
         for case in cases:
             eager, grad = outputs(case, "fused")
-            compiled, _ = outputs(Case(run, case.tensors), "fused", grad)
+            compiled, _ = outputs(Case(run, case.tensors, case.constants), "fused", grad)
             for a, b in zip(eager, compiled, strict=True):
                 assert a.stride() == b.stride()
                 torch.testing.assert_close(a, b)
@@ -191,7 +213,7 @@ def check_half_types_among_nan(case: Case) -> None:
     """A caller's slices, with NaN in what lies between: PyTorch's products of half types may read it (`unwritten`)."""
     for dtype in HALF:
         plain = case.to(dtype)
-        spaced = Case(case.run, [t if t is None else among_nan(t.detach()) for t in plain.tensors])
+        spaced = case.of([t if t is None else among_nan(t.detach()) for t in plain.tensors])
         _, grad = outputs(plain, "reference")
         found, _ = outputs(spaced, "fused", among_nan(grad))
         exact, _ = outputs(case.to(torch.float64), "reference", grad)
@@ -208,7 +230,7 @@ def saved_bytes(case: Case, backend: str) -> int:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    leaves = [t if t is None else t.detach().requires_grad_() for t in case.tensors]
+    leaves = case.leaves()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         case.run(leaves, backend)
     return sum(kept.values())

@@ -9,6 +9,7 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Before our binaries: they then share the OpenMP threads of torch, whatever the file name of its libgomp.
 import torch
@@ -118,6 +119,11 @@ def _triton_missing(index: int) -> str | None:
     return None
 
 
+def run(kernel: str, *given: Any) -> None:
+    """Calls a kernel of the CPU: maps (N, C, H, W) and vectors (C,) go as their views, all else as it is."""
+    getattr(kernels(), kernel)(*(_view_of(a) if isinstance(a, Tensor) else a for a in given))
+
+
 def target(t: Tensor) -> tuple[int, int]:
     """Where the CUDA kernels run: the device of t and torch's current stream there."""
     return t.device.index, _internals.current_stream(t.device.index)
@@ -129,6 +135,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 def view(t: Tensor | None) -> tuple[int, ...] | None:
     """A (N, C, H, W) tensor as the bindings take it. The caller keeps the tensor alive."""
     return None if t is None else (t.data_ptr(), DTYPES[t.dtype], *t.shape, *t.stride())
+
+
+def _view_of(t: Tensor) -> tuple[int, ...] | None:
+    return view(t) if t.ndim == 4 else vectors_view(t)
 
 
 def weight_view(w: Tensor | None) -> tuple[int, ...] | None:

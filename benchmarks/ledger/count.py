@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import MEMORY_FORMATS, OPS, Op, Setting
+from benchmarks.cases import OPS
 from benchmarks.gpu_check.parts import CASES
 from benchmarks.ledger.launches import KINDS, PARTS, Launch
 from benchmarks.ledger.pytorch import numbers_bytes, tensors_in
 from benchmarks.ledger.recorder import recording
 from benchmarks.networks import NETWORKS, Network
+from benchmarks.problem import MEMORY_FORMATS, Op, Setting
 from vision_ops import models
 
 RESULTS = Path(__file__).parents[1] / "results" / "ledger.json"

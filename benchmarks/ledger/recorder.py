@@ -172,9 +172,9 @@ def recording(cuda: ModuleType, autocast: bool = True) -> Iterator[Recorder]:
 
         return call
 
-    def cast(op: Any, given: Any) -> Any:
+    def cast(op: Any, given: Any, **options: Any) -> Any:
         with recorder.within("casts"):
-            return autocast_of_ops(op, given)
+            return autocast_of_ops(op, given, **options)
 
     autocast_of_ops = _registration.FusedOp._autocast
     patches = [

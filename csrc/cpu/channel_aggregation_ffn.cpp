@@ -70,7 +70,7 @@ Error for_each_chunk(const Tensor4& x, ChannelAggregationFfnChunks size, const F
 }
 
 Error multiply(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& y) {
-  return cpu_pointwise().forward(x, w, b, {}, kNothing, y);
+  return cpu_pointwise().forward(x, w, b, {}, y);
 }
 
 int64_t kernel_of(const ChannelAggregationFfn& a) {
@@ -159,9 +159,9 @@ Error channel_aggregation_ffn_backward(const ChannelAggregationFfn& a, ChannelAg
                                                      chunk.rows.begin - near.rows.begin, conv);
     }
     if (!error && parts.fc2.data) {
-      error = cpu_pointwise().backward_weight(chunk.of(dy), channels(h, {0, hidden + 1}), parts.fc2);
+      error = cpu_pointwise().backward_weight(chunk.of(dy), channels(h, {0, hidden + 1}), parts.fc2, {});
     }
-    if (!error && parts.fc1.data) error = cpu_pointwise().backward_weight(df, chunk.of(a.x), parts.fc1);
+    if (!error && parts.fc1.data) error = cpu_pointwise().backward_weight(df, chunk.of(a.x), parts.fc1, {});
     if (!error && dx.data) error = multiply(df, transposed(a.fc1), {}, chunk.of(dx));
     if (error || is_first) {
       is_first = false;

@@ -59,7 +59,7 @@ def _patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
 class _OnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: _registration.FusedOp, lengths: Any, *given: Any) -> Tensor:
-        count = len(given) - op._options
+        count = len(given) - len(op.options)
         ctx.op, ctx.lengths, ctx.options = op, lengths, given[count:]
         result = op.kernels["CUDA"][0](op.arguments(*op.nested(given[:count], lengths), *ctx.options))
         y, *saved = result if op._saved else (result,)
@@ -71,10 +71,11 @@ class _OnCPU(torch.autograd.Function):
         op, kept = ctx.op, ctx.saved_tensors
         count = len(kept) - op._saved
         needs = ctx.needs_input_grad[2 : 2 + count]
-        flat = [_registration.gradient_like(t) if n else None for t, n in zip(kept[:count], needs, strict=True)]
-        arguments = op.arguments(*op.nested(kept[:count], ctx.lengths), *ctx.options)
-        op.kernels["CUDA"][1](op.nested(flat, ctx.lengths), grad, arguments, *kept[count:])
-        return (None, None, *flat, *(None for _ in ctx.options))
+        given = *op.nested(kept[:count], ctx.lengths), *ctx.options
+        found = op.gradients(op.kernels["CUDA"][1], grad, given, kept[count:], needs)
+        if op.passes is not None and needs[place := op.places(ctx.lengths)[op.passes]]:
+            found[place] = grad.to(kept[place].dtype)
+        return (None, None, *found, *(None for _ in ctx.options))
 
 
 def run(op: _registration.FusedOp, *given: Any) -> Tensor:

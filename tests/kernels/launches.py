@@ -22,7 +22,9 @@ from vision_ops.kernels import (
     feature_decompose,
     gated_recursion,
     layer_norm_2d,
+    mlp,
     moga_gate,
+    scaled_residual,
     shift_split_attention,
 )
 
@@ -262,4 +264,36 @@ def moganet() -> Iterator[Launch]:
                     yield Launch("moga_gate", form, run, usual if sliced != first else ())
 
 
-LAUNCHES = (*norms(), *recursions(), *s2(), *attentions(), *moganet())
+def tail(channels: int, size: int, dtype: torch.dtype, last: bool, mixed: bool) -> None:
+    form = {"dtype": dtype, "channels_last": last}
+    x, y = (absent(128, channels, size, size, **form) for _ in range(2))
+    branch = absent(128, channels, size, size, dtype=torch.bfloat16 if mixed else dtype, channels_last=last)
+    gamma, dgamma, drops = absent(channels, dtype=dtype), absent(channels, dtype=dtype), absent(128, dtype=dtype)
+    scaled_residual.forward(x, branch, gamma, drops, y)
+    scaled_residual.backward(y, branch, gamma, None if mixed else drops, branch, None if mixed else dgamma)
+
+
+def activations(hidden: int, size: int, dtype: torch.dtype, activation: str) -> None:
+    u, a, du = (absent(128, hidden, size, size, dtype=dtype, channels_last=True) for _ in range(3))
+    mlp.activate(u, a, activation)
+    mlp.activate_backward(du, u, du, a, absent(hidden, dtype=dtype), activation)
+
+
+def mlps() -> Iterator[Launch]:
+    shapes = ((64, 56), (128, 28), (256, 14), (512, 7), (96, 32), (160, 16), (304, 8), (192, 28), (384, 14))
+    for channels, size in shapes:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            first = channels == 64 and dtype in (torch.bfloat16, torch.float64)
+            for last in (True, False):
+                named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
+                for mixed in (False, True)[: 2 if dtype == torch.float32 else 1]:
+                    run = functools.partial(tail, channels, size, dtype, last, mixed)
+                    archs = ARCHS if first and last else (90,) if first or (mixed and channels == 64) else ()
+                    yield Launch("scaled_residual", f"{named}{', bfloat16 branch' if mixed else ''}", run, archs)
+            for activation in ("gelu", "silu", "hardswish"):
+                run = functools.partial(activations, 4 * channels, size, dtype, activation)
+                named = f"{activation} {4 * channels}x{size}x{size} {str(dtype)[6:]}"
+                yield Launch("mlp", named, run, ARCHS if first and activation == "gelu" else (90,) if first else ())
+
+
+LAUNCHES = (*norms(), *recursions(), *s2(), *attentions(), *moganet(), *mlps())

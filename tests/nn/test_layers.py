@@ -20,7 +20,9 @@ IMAGE = 2, 16, 12, 12
 BLOCKS = {
     "ConvEncoder": lambda: vnn.ConvEncoder(16, layer_scale_init_value=1.0, kernel_size=5),
     "ConvEncoderBNHS": lambda: vnn.ConvEncoderBNHS(16, layer_scale_init_value=1.0, kernel_size=5),
+    "SDTAEncoderBNHS": lambda: vnn.SDTAEncoderBNHS(16, layer_scale_init_value=1.0, scales=3, num_heads=4),
     "SDTAEncoder": lambda: vnn.SDTAEncoder(16, layer_scale_init_value=1.0, scales=3, num_heads=4),
+    "HorBlock": lambda: vnn.HorBlock(16, layer_scale_init_value=1.0),
     "GnConv": lambda: vnn.GnConv(16, order=3),
     "GlobalLocalFilter": lambda: vnn.GlobalLocalFilter(16, h=12, w=7),
     "MultiOrderGatedAggregation": lambda: vnn.MultiOrderGatedAggregation(16),
@@ -463,13 +465,13 @@ def test_compiled_once(name, hooked):
     assert bool(ops) == (not hooked or name in parts)
 
 
-@pytest.mark.parametrize("name", ["ConvEncoder", "MultiOrderGatedAggregation"])
-def test_exported_graphs_hold_the_ops(name):
+@pytest.mark.parametrize(("name", "count"), [("ConvEncoder", 2), ("MultiOrderGatedAggregation", 1)])
+def test_exported_graphs_hold_the_ops(name, count):
     """Their tensors are fake ones, which stand for plain tensors."""
     block, x = randomized(BLOCKS[name]()), torch.randn(IMAGE)
     for strict in (False, True):
         exported = torch.export.export(block, (x,), strict=strict)
-        assert sum("vision_ops" in str(node.target) for node in exported.graph.nodes) == 1
+        assert sum("vision_ops" in str(node.target) for node in exported.graph.nodes) == count
     for layer in leaves(block, nn.Conv2d):
         block.get_submodule(layer).register_forward_hook(lambda m, x, y: 2 * y)
     exported = torch.export.export(block, (x,))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from harness import laid_out
+from torch.nn import functional
 
 from vision_ops import _native
 from vision_ops.ops import _pointwise
@@ -194,7 +195,7 @@ def test_long_sums_round_no_more_than_pytorchs(layout):
     y = torch.empty_like(x[:, :96])
     _pointwise.linear(x, weight, None, y)
     expected = exact(x, weight, None)
-    eager = torch.nn.functional.conv2d(x, weight[:, :, None, None])
+    eager = functional.conv2d(x, weight[:, :, None, None])
     assert (y - expected).abs().max() <= 2 * (eager - expected).abs().max()
 
 
@@ -221,6 +222,156 @@ def test_weight_gradients_do_not_depend_on_the_threads(outputs, inputs, size):
         torch.set_num_threads(threads)
     if _native.kernels().isa != "baseline":
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+ACTIVATIONS = {"gelu": functional.gelu, "silu": functional.silu, "hardswish": functional.hardswish}
+# Of one and of several steps of the depth, in tiles that lack rows and columns, of images that are cut.
+ENDED = [((1, 1, 1, 1), 1), ((3, 33, 7, 9), 70), ((2, 400, 9, 5), 20), ((4, 32, 31, 1), 129)]
+
+
+activated_cases = pytest.mark.parametrize(
+    "size, outputs, layout, activation",
+    [(*sizes, layout, "gelu") for sizes in ENDED for layout in LAYOUTS]
+    + [(*ENDED[2], "slice", activation) for activation in ("silu", "hardswish")],
+    ids=str,
+)
+
+
+def ended(size, outputs, *layouts):
+    """x, weight, bias, and tensors like their product."""
+    n, c, h, w = size
+    given = place(torch.randn(n, c, h, w), layouts[0]), torch.randn(outputs, c) / c**0.5, torch.randn(outputs)
+    return *given, *(place(torch.randn(n, outputs, h, w), layout) for layout in layouts[1:])
+
+
+def slope(activation, v):
+    v = v.detach().requires_grad_()
+    return torch.autograd.grad(ACTIVATIONS[activation](v).sum(), v)[0]
+
+
+def refused():
+    return _native.kernels().isa == "baseline"
+
+
+@activated_cases
+def test_linear_activated(size, outputs, layout, activation):
+    x, weight, bias, out, before = ended(size, outputs, "channels_last", layout, layout)
+    out.fill_(torch.nan), before.fill_(torch.nan)
+    if not _pointwise.linear_activated(x, weight, bias, activation, out, before):
+        assert refused()
+        return
+    expected = exact(x, weight, bias)
+    torch.testing.assert_close(before.double(), expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), ACTIVATIONS[activation](expected), rtol=2e-6, atol=4e-6)
+    alone = torch.full_like(out, torch.nan)
+    assert _pointwise.linear_activated(x, weight, bias, activation, alone) and torch.equal(alone, out)
+    assert _pointwise.linear_activated(x, weight, None, activation, out)
+    torch.testing.assert_close(out.double(), ACTIVATIONS[activation](exact(x, weight, None)), rtol=2e-6, atol=4e-6)
+
+
+@activated_cases
+def test_linear_activation_backward(size, outputs, layout, activation):
+    grad, weight, _, out, before, activated = ended(size, outputs, "channels_last", layout, layout, layout)
+    out.fill_(torch.nan), activated.fill_(torch.nan)
+    if not _pointwise.linear_activation_backward(grad, weight, before, activation, out, activated):
+        assert refused()
+        return
+    expected = exact(grad, weight, None) * slope(activation, before.double())
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(activated.double(), ACTIVATIONS[activation](before.double()), rtol=2e-6, atol=2e-6)
+    assert _pointwise.linear_activation_backward(grad, weight, before, activation, before)
+    assert torch.equal(before, out)
+
+
+@pytest.mark.parametrize("size, outputs", ENDED, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_linear_scaled(size, outputs, layout):
+    x, weight, bias, out, residual = ended(size, outputs, "channels_last", layout, layout)
+    for gamma, path_scale, given in [
+        (torch.randn(2 * outputs)[::2], torch.randn(len(x)), bias),
+        (torch.randn(outputs), None, None),
+        (None, torch.randn(2 * len(x), 1)[::2, 0], bias),
+        (None, None, bias),
+    ]:
+        if not _pointwise.linear_scaled(x, weight, given, gamma, path_scale, residual, out.fill_(torch.nan)):
+            assert refused()
+            return
+        factors = [1 if t is None else t.double() for t in (gamma, path_scale)]
+        factor = torch.ones(len(x), outputs).double() * factors[0]
+        factor = factor if path_scale is None else factor * factors[1][:, None]
+        expected = residual + factor[:, :, None, None] * exact(x, weight, given)
+        torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=4e-6)
+        own = residual.clone()
+        assert _pointwise.linear_scaled(x, weight, given, gamma, path_scale, own, own) and torch.equal(own, out)
+
+
+def test_small_scales_round_once():
+    """What is added to a residual is whole before: sums of a deep product would each round it."""
+    x, weight, bias, out, residual = ended((1, 1600, 8, 9), 64, *["channels_last"] * 3)
+    gamma = torch.full((64,), 1e-6)
+    expected = residual + gamma.double()[:, None, None] * exact(x, weight, bias)
+    if _pointwise.linear_scaled(x, weight, bias, gamma, None, residual, out):
+        eager = residual + gamma[:, None, None] * functional.conv2d(x, weight[:, :, None, None], bias)
+        assert (out - expected).norm() <= 1.1 * (eager - expected).norm()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_endings_write_nothing_else(layout):
+    whole = laid_out(torch.full((4, 2, 40, 6, 7), 7.0).flatten(0, 1), layout).unflatten(0, (4, 2))
+    x, weight, bias = ended((2, 300, 6, 7), 21, layout)
+    out, before, residual, inside = (t[:, 8:29] for t in whole)
+    done = [
+        _pointwise.linear_activated(x, weight, bias, "gelu", out, before),
+        _pointwise.linear_activation_backward(x, weight, before, "silu", inside, out),
+        _pointwise.linear_scaled(x, weight, bias, bias, None, residual, residual),
+    ]
+    assert (whole[:, :, :8] == 7).all() and (whole[:, :, 29:] == 7).all() and done == [not refused()] * 3
+
+
+def test_endings_want_one_layout_and_dtype():
+    x, weight, bias, out, other = ended((2, 5, 3, 4), 7, "contiguous", "contiguous", "channels_last")
+    assert not _pointwise.linear_activated(x, weight, bias, "gelu", out, other)
+    assert not _pointwise.linear_activation_backward(x, weight, other, "gelu", out)
+    assert not _pointwise.linear_scaled(x, weight, bias, None, None, other, out)
+    assert not _pointwise.linear_scaled(x, weight, bias, bias.double(), None, out, out)
+    assert not _pointwise.linear_activated(x.double(), weight.double(), bias.double(), "gelu", out.double())
+
+
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("outputs, inputs", [(20, 37), (97, 10), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(2, 3, 5), (2, 57, 61)], ids=str)
+def test_bias_gradient(grad_layout, outputs, inputs, size):
+    n, *pixels = size
+    grad, x = sized(n, outputs, pixels, grad_layout), sized(n, inputs, pixels, "channels_last")
+    bias, (weight, alone) = torch.full((outputs,), torch.nan), torch.full((2, outputs, inputs), torch.nan)
+    _pointwise.weight_gradient(grad, x, weight, bias)
+    torch.testing.assert_close(
+        bias.double(), grad.double().sum((0, 2, 3)), rtol=0, atol=1e-6 * n * pixels[0] * pixels[1]
+    )
+    _pointwise.weight_gradient(grad, x, alone)
+    assert refused() or torch.equal(alone, weight)
+    again, threads = torch.full((outputs,), torch.nan), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        _pointwise.weight_gradient(grad, x, None, again)
+    finally:
+        torch.set_num_threads(threads)
+    assert refused() or torch.equal(bias, again)
+
+
+def test_bias_gradient_of_nothing():
+    grad, bias = sized(0, 6, (5, 5), "channels_last"), torch.full((6,), torch.nan)
+    _pointwise.weight_gradient(grad, sized(0, 7, (5, 5), "channels_last"), torch.empty(6, 7), bias)
+    assert (bias == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_bias_gradient_of_other_dtypes(dtype):
+    grad, x = (laid_out(torch.randn(2, c, 9, 7, dtype=dtype), "channels_last") for c in (6, 5))
+    weight, bias = torch.empty(6, 5, dtype=dtype), torch.empty(6)
+    for t in grad, grad[:, :, :, 1:4]:
+        _pointwise.weight_gradient(t, x[..., : t.shape[3]], weight, bias)
+        torch.testing.assert_close(bias.double(), t.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
 
 
 def test_explains():

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dwconv import fused_dwconv
+from ..ops.mlp import fused_mlp
+from ..ops.scaled_residual import fused_scaled_residual
 from ._checkpointing import checkpointed
-from ._layers import Layers
+from ._layers import Layer, Layers, computed, layer_norm, linear, module
 
 
 class Blocks(nn.Sequential):
@@ -22,6 +24,7 @@ class Blocks(nn.Sequential):
         return x
 
 
+@computed
 class DropPath(nn.Module):
     """Stochastic depth: drops whole samples of a residual branch in training and scales up what stays."""
 
@@ -32,10 +35,14 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
+        kept = self.draw(x)
+        return x if kept is None else x * kept.view(-1, *(1,) * (x.ndim - 1))
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """A factor for every sample of x, (N,); None where none is dropped."""
         if self.drop_prob == 0 or not self.training:
-            return x
-        kept = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
-        return x * kept.div_(1 - self.drop_prob)
+            return None
+        return x.new_empty(x.shape[:1]).bernoulli_(1 - self.drop_prob).div_(1 - self.drop_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"
@@ -70,3 +77,61 @@ def convolve(block: nn.Module, kernel: Layers, x: Tensor, stride: int = 1) -> Te
         (name,) = kernel.layers
         return getattr(block, name)(x)
     return fused_dwconv(x, *parameters, stride=stride)
+
+
+def tail_layers(gamma: str | None = None) -> Layers:
+    """What `residual` takes of a block: layer scale, and its drop_path."""
+    return Layers("scaled_residual", {"drop_path": module(DropPath)}, own=(gamma,) if gamma else ())
+
+
+def residual(block: nn.Module, tail: Layers, x: Tensor, branch: Tensor) -> Tensor:
+    """x + drop_path(gamma * branch) of (N, C, H, W)."""
+    parameters = tail.tensors(block, branch)
+    if parameters is not None and x.shape == branch.shape:
+        gamma = parameters[0] if tail.own else None
+        return fused_scaled_residual(x, branch, gamma, block.drop_path.draw(branch))
+    if tail.own:
+        branch = getattr(block, tail.own[0])[:, None, None] * branch
+    return x + block.drop_path(branch)
+
+
+def mlp_layers(
+    channels: int,
+    hidden: int,
+    names: tuple[str, str] = ("pwconv1", "pwconv2"),
+    *,
+    norm: str | None = None,
+    gamma: str | None = None,
+    others: dict[str, Layer] | None = None,
+) -> Layers:
+    """What `mlp` takes of a block. others: layers that it computes, or leaves out, besides."""
+    layers = {names[0]: linear(channels, hidden), names[1]: linear(hidden, channels)}
+    if norm is not None:
+        layers[norm] = layer_norm(channels)
+    layers = {**layers, **(others or {}), "drop_path": module(DropPath)}
+    return Layers("mlp", layers, own=(gamma,) if gamma else ())
+
+
+def mlp(
+    block: nn.Module, kernel: Layers, x: Tensor, residual: Tensor, *, eps: float = 0.0, activation: str = "gelu"
+) -> Tensor | None:
+    """residual + drop_path(gamma * fc2(act(fc1(norm(x))))) of (N, H, W, C); None where the block is to call its layers.
+
+    residual may be x itself, which saves a pass.
+    """
+    parameters = kernel.tensors(block, x)
+    if parameters is None or residual.shape != x.shape:
+        return None
+    gamma = parameters.pop(0) if kernel.own else None
+    norm_weight, norm_bias = parameters[4:6] or (None, None)
+    return fused_mlp(
+        x,
+        *parameters[:4],
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        activation=activation,
+        gamma=gamma,
+        residual=residual,
+        path_scale=block.drop_path.draw(residual),
+    )

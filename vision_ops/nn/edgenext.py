@@ -18,7 +18,17 @@ from ..ops.split_cascade import check_cascade, fused_split_cascade
 from ..ops.xca import fused_xca
 from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
-from ._blocks import DropPath, convolve, fill_, inverted_bottleneck, layer_scale, scaled
+from ._blocks import (
+    DropPath,
+    convolve,
+    fill_,
+    inverted_bottleneck,
+    layer_scale,
+    mlp,
+    mlp_layers,
+    residual,
+    tail_layers,
+)
 from ._layers import Layers, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
@@ -92,6 +102,18 @@ class PositionalEncodingFourier(nn.Module):
         return self.token_projection(table).expand(B, -1, -1, -1)
 
 
+def _bottleneck(
+    block: Any, kernel: Layers, y: Tensor, x: Tensor, norm: nn.Module | None, act: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """x + gamma * pwconv2(act(pwconv1(norm(y)))) of y (N, H, W, C) and x (N, C, H, W)."""
+    eps = 0.0 if norm is None else norm.eps
+    found = mlp(block, kernel, y, x.permute(0, 2, 3, 1), eps=eps, activation=act.__name__)
+    if found is not None:
+        return found.permute(0, 3, 1, 2)
+    y = y if norm is None else norm(y)
+    return x + block.drop_path(inverted_bottleneck(y, block.pwconv1, act, block.pwconv2, block.gamma))
+
+
 class ConvEncoder(nn.Module):
     """x + gamma * pwconv2(GELU(pwconv1(norm(dwconv(x))))).
 
@@ -124,6 +146,7 @@ class ConvEncoder(nn.Module):
         self._kernel = Layers("dwconv_layer_norm", {"dwconv": depthwise(dim, kernel_size), "norm": layer_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+        self._mlp = mlp_layers(dim, expan_ratio * dim, gamma="gamma" if layer_scale_init_value > 0 else None)
 
     def reset_parameters(self) -> None:
         """Of gamma; the layers have their own."""
@@ -135,7 +158,7 @@ class ConvEncoder(nn.Module):
             y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         else:
             y = fused_dwconv_layer_norm(x, *parameters, eps=self.norm.eps)
-        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.gelu, self.pwconv2, self.gamma))
+        return _bottleneck(self, self._mlp, y, x, None, F.gelu)
 
 
 class ConvEncoderBNHS(nn.Module):
@@ -159,6 +182,7 @@ class ConvEncoderBNHS(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+        self._mlp = mlp_layers(dim, expan_ratio * dim, gamma="gamma" if layer_scale_init_value > 0 else None)
 
     def reset_parameters(self) -> None:
         """Of gamma; the layers have their own."""
@@ -166,7 +190,7 @@ class ConvEncoderBNHS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(convolve(self, self._kernel, x)).permute(0, 2, 3, 1)
-        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.hardswish, self.pwconv2, self.gamma))
+        return _bottleneck(self, self._mlp, y, x, None, F.hardswish)
 
 
 class XCA(nn.Module):
@@ -313,6 +337,10 @@ class _SDTA(nn.Module):
         self.norm = self.make_norm(dim)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
+        scaled, normed = layer_scale_init_value > 0, self.make_norm is not nn.BatchNorm2d
+        self._tail = tail_layers("gamma_xca" if scaled else None)
+        gamma = "gamma" if scaled else None
+        self._mlp = mlp_layers(dim, expan_ratio * dim, norm="norm" if normed else None, gamma=gamma)
 
     def reset_parameters(self) -> None:
         """Of gamma_xca and gamma; the layers have their own."""
@@ -336,10 +364,10 @@ class _SDTA(nn.Module):
         height, width = x.shape[1:3]
         return x + self.pos_embd(1, height, width, x.device).permute(0, 2, 3, 1)
 
-    def attention(self, x: Tensor) -> Tensor:
-        """gamma_xca * xca(x) of (N, H, W, C), with its drop path."""
+    def attend(self, t: Tensor, x: Tensor) -> Tensor:
+        """t + gamma_xca * xca(x) of (N, H, W, C), with its drop path."""
         y = self.xca(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
-        return self.drop_path(scaled(y, self.gamma_xca))
+        return residual(self, self._tail, t.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SDTAEncoder(_SDTA):
@@ -366,9 +394,8 @@ class SDTAEncoder(_SDTA):
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.with_position(self.cascade(x).permute(0, 2, 3, 1))
-        t = t + self.attention(self.norm_xca(t))
-        y = inverted_bottleneck(self.norm(t), self.pwconv1, F.gelu, self.pwconv2, self.gamma)
-        return x + self.drop_path(y)
+        t = self.attend(t, self.norm_xca(t))
+        return _bottleneck(self, self._mlp, t, x, self.norm, F.gelu)
 
 
 class SDTAEncoderBNHS(_SDTA):
@@ -381,6 +408,5 @@ class SDTAEncoderBNHS(_SDTA):
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.with_position(self.norm_xca(self.cascade(x)).permute(0, 2, 3, 1))
-        t = self.norm((t + self.attention(t)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = inverted_bottleneck(t, self.pwconv1, F.hardswish, self.pwconv2, self.gamma)
-        return x + self.drop_path(y)
+        t = self.norm(self.attend(t, t).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return _bottleneck(self, self._mlp, t, x, None, F.hardswish)

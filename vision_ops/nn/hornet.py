@@ -11,7 +11,7 @@ from ..ops.gated_recursion import fused_gated_recursion
 from ..ops.global_filter import fused_global_filter
 from ..ops.gnconv import fused_gnconv
 from ..reference.global_filter import global_filter
-from ._blocks import DropPath, convolve, fill_, inverted_bottleneck, layer_scale
+from ._blocks import DropPath, convolve, fill_, inverted_bottleneck, layer_scale, mlp, mlp_layers, residual, tail_layers
 from ._layers import Layers, depthwise, pointwise
 from .layer_norm import LayerNorm2d
 
@@ -156,13 +156,16 @@ class HorBlock(nn.Module):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        self.layer_scale_init_value = layer_scale_init_value
+        self.fused, self.layer_scale_init_value = fused, layer_scale_init_value
         self.gamma1, self.gamma2 = layer_scale(dim, layer_scale_init_value), layer_scale(dim, layer_scale_init_value)
         self.norm1 = LayerNorm2d(dim, fused=fused)
         self.gnconv = gnconv(dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
+        scaled = layer_scale_init_value > 0
+        self._tail = tail_layers("gamma1" if scaled else None)
+        self._mlp = mlp_layers(dim, 4 * dim, norm="norm2", gamma="gamma2" if scaled else None)
 
     def reset_parameters(self) -> None:
         """Of gamma1 and gamma2; the layers have their own."""
@@ -170,7 +173,10 @@ class HorBlock(nn.Module):
             fill_(gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.gnconv(self.norm1(x))
-        x = x + self.drop_path(y if self.gamma1 is None else self.gamma1[:, None, None] * y)
-        y = self.norm2(x.permute(0, 2, 3, 1))
-        return x + self.drop_path(inverted_bottleneck(y, self.pwconv1, F.gelu, self.pwconv2, self.gamma2))
+        x = residual(self, self._tail, x, self.gnconv(self.norm1(x)))
+        pixels = x.permute(0, 2, 3, 1)
+        y = mlp(self, self._mlp, pixels, pixels, eps=self.norm2.eps)
+        if y is not None:
+            return y.permute(0, 3, 1, 2)
+        y = inverted_bottleneck(self.norm2(pixels), self.pwconv1, F.gelu, self.pwconv2, self.gamma2)
+        return x + self.drop_path(y)

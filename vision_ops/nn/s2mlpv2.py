@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..ops import fused_s2_attention, fused_shift_split_attention
 from ..ops._checks import check_integer
 from ..reference.shift_split_attention import spatial_shift, weigh_branches
-from ._blocks import Blocks, DropPath
-from ._layers import Layers, computed, linear, module
+from ._blocks import Blocks, DropPath, mlp, mlp_layers
+from ._layers import Layers, computed, dropout, linear, module
 
 
 @computed
@@ -79,14 +79,26 @@ class S2Attention(nn.Module):
 
 
 class PreNormResidual(nn.Module):
-    """x + fn(norm(x)). Keys: norm, fn."""
+    """x + fn(norm(x)) of (N, H, W, C). Keys: norm, fn.
 
-    def __init__(self, dim: int, fn: nn.Module, drop_path: float = 0.0) -> None:
+    Args:
+        dim: channels.
+        fn: what is called; linear layer, GELU, dropout, linear layer and dropout are one op.
+        drop_path: stochastic depth.
+        fused: False runs plain PyTorch.
+    """
+
+    def __init__(self, dim: int, fn: nn.Module, drop_path: float = 0.0, *, fused: bool = True) -> None:
         super().__init__()
         self.norm, self.fn, self.drop_path = nn.LayerNorm(dim), fn, DropPath(drop_path)
+        self.fused, self._mlp = fused, None
+        if isinstance(fn, nn.Sequential):
+            others = {"fn.1": module(nn.GELU, approximate="none"), "fn.2": dropout(), "fn.4": dropout()}
+            self._mlp = mlp_layers(dim, fn[0].out_features, ("fn.0", "fn.3"), norm="norm", others=others)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.fn(self.norm(x)))
+        y = None if self._mlp is None else mlp(self, self._mlp, x, x, eps=self.norm.eps)
+        return x + self.drop_path(self.fn(self.norm(x))) if y is None else y
 
 
 class S2Block(nn.Module):
@@ -122,7 +134,7 @@ class S2Block(nn.Module):
             raise ValueError(f"drop_path must be one number or {depth} of them, got {len(rates)}")
 
         def layer(rate: float) -> nn.Sequential:
-            mlp = nn.Sequential(
+            bottleneck = nn.Sequential(
                 nn.Linear(d_model, hidden),
                 nn.GELU(),
                 nn.Dropout(dropout),
@@ -130,7 +142,7 @@ class S2Block(nn.Module):
                 nn.Dropout(dropout),
             )
             attention = S2Attention(d_model, reduction=reduction, fused=fused)
-            return nn.Sequential(PreNormResidual(d_model, attention, rate), PreNormResidual(d_model, mlp, rate))
+            return nn.Sequential(*(PreNormResidual(d_model, fn, rate, fused=fused) for fn in (attention, bottleneck)))
 
         self.model = Blocks(*(layer(rate) for rate in rates))
 

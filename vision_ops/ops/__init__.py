@@ -11,10 +11,12 @@ from .gated_recursion import fused_gated_recursion as fused_gated_recursion
 from .global_filter import fused_global_filter as fused_global_filter
 from .gnconv import fused_gnconv as fused_gnconv
 from .layer_norm_2d import fused_layer_norm_2d as fused_layer_norm_2d
+from .mlp import fused_mlp as fused_mlp
 from .moga_aggregation import fused_moga_aggregation as fused_moga_aggregation
 from .moga_gate import fused_moga_gate as fused_moga_gate
 from .multi_order_dwconv import fused_multi_order_dwconv as fused_multi_order_dwconv
 from .s2_attention import fused_s2_attention as fused_s2_attention
+from .scaled_residual import fused_scaled_residual as fused_scaled_residual
 from .shift_split_attention import fused_shift_split_attention as fused_shift_split_attention
 from .split_cascade import fused_split_cascade as fused_split_cascade
 from .xca import fused_xca as fused_xca

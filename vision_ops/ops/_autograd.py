@@ -37,7 +37,7 @@ def function_of(op: "FusedOp") -> type[torch.autograd.Function]:
         else:
             with _internals.BelowAutograd():
                 result = kernels[0](arguments)
-        keep(op, ctx, tensors, lengths, options, result)
+        keep(op, ctx, tensors, ctx.needs_input_grad[2 : 2 + count], lengths, options, result)
         return result
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -52,12 +52,15 @@ def keep(
     op: "FusedOp",
     ctx: Any,
     tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
     lengths: tuple[int | None, ...] | None,
     options: Sequence[Any],
     result: Any,
 ) -> None:
     """For `gradients`."""
     ctx.options, ctx.lengths = options, lengths
+    if op.unread is not None:
+        tensors = op.without_unread(tensors, needs, lengths, options)
     if op._saved:
         ctx.mark_non_differentiable(*result[1:])
         ctx.set_materialize_grads(False)
@@ -70,6 +73,25 @@ def gradients(op: "FusedOp", ctx: Any, grad: Tensor | None, needs: Sequence[bool
     """Of all tensor arguments, flat."""
     if grad is None:
         return (None,) * len(needs)
+    if op.ungraded:
+        return _graded(op, ctx, grad, list(needs))
+    return _computed(op, ctx, grad, needs)
+
+
+def _graded(op: "FusedOp", ctx: Any, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """Without those that no kernel computes: none of a constant, and dy itself."""
+    places = op.places(ctx.lengths)
+    asked = list(needs)
+    for name in op.ungraded:
+        needs[places[name]] = False
+    found = list(_computed(op, ctx, grad, needs)) if any(needs) else [None] * len(needs)
+    if op.passes is not None and asked[places[op.passes]]:
+        place = places[op.passes]
+        found[place] = grad.to(ctx.saved_tensors[place].dtype)
+    return found
+
+
+def _computed(op: "FusedOp", ctx: Any, grad: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     kept = ctx.saved_tensors
     tensors, saved = kept[: len(needs)], kept[len(needs) :]
     compiling = torch.compiler.is_compiling()

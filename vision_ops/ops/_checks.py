@@ -16,14 +16,15 @@ def autocast_enabled(x: Tensor) -> bool:
 
 
 def check_tensor(name: str, t: Any, dims: str) -> None:
-    """A dense floating-point tensor with the dimensions that `dims` names, e.g. "N, C, H, W"."""
+    """A dense floating-point tensor with the dimensions that `dims` names, e.g. "N, C, H, W", or "..., C" for two and
+    more."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.layout != torch.strided or t.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-    if t.ndim != dims.count(",") + 1:
+    if t.ndim < 2 if dims.startswith("...") else t.ndim != dims.count(",") + 1:
         raise ValueError(f"{name} must have the dimensions ({dims}), got shape {tuple(t.shape)}")
     if 0 in t.shape[1:]:
         raise ValueError(f"{name} may be empty in N only, got shape {tuple(t.shape)}")
@@ -97,3 +98,30 @@ def check_sequence(name: str, value: Any, length: int | None = None) -> None:
         raise ValueError(f"{name} must be a sequence{size}, got {type(value).__name__}")
     if length is not None and len(value) != length:
         raise ValueError(f"{name} must be a sequence of {length}, got {len(value)}")
+
+
+def check_vector(name: str, t: Any, length: int, why: str, x: Tensor) -> None:
+    """(length,), in any floating-point dtype, on the device of x; may be None."""
+    if t is None:
+        return
+    check_tensor(name, t, why)
+    if t.shape[0] != length:
+        raise ValueError(f"{name} must have shape {(length,)} ({why}), got {tuple(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+
+
+def check_path_scale(t: Any, x: Tensor) -> None:
+    """A factor for every sample, which has no gradient."""
+    check_vector("path_scale", t, x.shape[0], "N", x)
+    if t is not None and t.requires_grad:
+        raise ValueError("path_scale has no gradient here: pass path_scale.detach()")
+
+
+def check_beside(name: str, t: Any, x: Tensor, dims: str) -> None:
+    """A tensor of the shape of x, in a dtype of its own."""
+    check_tensor(name, t, dims)
+    if t.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(t.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")

@@ -97,8 +97,9 @@ def _differentiate_publicly(d: Definition) -> None:
     """The same by PyTorch's means, with which only the public functions, not the ops, refuse forward-mode AD."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        op, tensors = d.op, d.op.tensors(inputs)
-        keep(op, ctx, tensors, op.lengths(inputs), inputs[op._tensors :], output)
+        op, count = d.op, d.op._tensors
+        needs = _flat(ctx.needs_input_grad[:count])
+        keep(op, ctx, op.tensors(inputs), needs, op.lengths(inputs), inputs[count:], output)
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         found = gradients(d.op, ctx, grad, _flat(ctx.needs_input_grad[: d.op._tensors]))

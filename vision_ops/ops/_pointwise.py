@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus:
     Where x and out differ in layout, the product changes it.
     """
     if _multiplies(x, out, plus):
-        _multiply(x, weight, bias, out, plus, _PLUS)
+        _multiply(x, weight, bias, out, _NOTHING if plus is None else _PLUS, other=plus)
     elif plus is None:
         _torch_linear(x, weight, bias, out)
     elif plus is out and bias is None and (pair := _matrices(x, out)):
@@ -33,8 +33,8 @@ def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *
     (O,) or (B, O); plus, if given, is out."""
     if multiplies_tokens(x):
         given = _native.tokens_view(x), _native.matrix_view(weight), _native.vectors_view(bias)
-        combined = _native.tokens_view(plus), _NOTHING if plus is None else _PLUS
-        _native.kernels().pointwise(*given, *combined, _native.tokens_view(out))
+        end = _NOTHING if plus is None else _PLUS, 0, _native.tokens_view(plus), None, None, None
+        _native.kernels().pointwise(*given, end, _native.tokens_view(out))
     elif weight.ndim == 2 and plus is None:
         _torch_linear(x.transpose(1, 2)[..., None], weight, bias, out.transpose(1, 2)[..., None])
     elif plus is not None:
@@ -60,10 +60,47 @@ def linear_to(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, pl
 
 def linear_times(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, out: Tensor) -> bool:
     """out = (weight x + bias) * factor, where that is one kernel; else False."""
-    if not _multiplies(x, out, factor):
+    return _multiplies(x, out, factor) and _multiply(x, weight, bias, out, _TIMES, other=factor)
+
+
+def linear_activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor, before: Tensor | None = None
+) -> bool:
+    """out = act(weight x + bias), and before = weight x + bias, where that is one kernel; else False."""
+    if not _multiplies(x, out, before):
         return False
-    _multiply(x, weight, bias, out, factor, _TIMES)
-    return True
+    return _multiply(x, weight, bias, out, _ACTIVATE, activation=ACTIVATIONS[activation], kept=before)
+
+
+def linear_activation_backward(
+    grad: Tensor, weight: Tensor, before: Tensor, activation: str, out: Tensor, activated: Tensor | None = None
+) -> bool:
+    """out = (weight grad) * act'(before), and activated = act(before), where that is one kernel; else False.
+
+    out may be before; activated is memory of its own.
+    """
+    if not _multiplies(grad, out, before, activated):
+        return False
+    act = ACTIVATIONS[activation]
+    return _multiply(grad, weight, None, out, _ACTIVATE_BACKWARD, other=before, activation=act, kept=activated)
+
+
+def linear_scaled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    path_scale: Tensor | None,
+    residual: Tensor,
+    out: Tensor,
+) -> bool:
+    """out = residual + path_scale[n] * gamma[c] * (weight x + bias), where that is one kernel; else False.
+
+    residual may be out.
+    """
+    if not _multiplies(x, out, residual) or any(t is not None and t.dtype != x.dtype for t in (gamma, path_scale)):
+        return False
+    return _multiply(x, weight, bias, out, _SCALE, other=residual, gamma=gamma, path_scale=path_scale)
 
 
 def operand(t: Tensor) -> Tensor:
@@ -125,20 +162,40 @@ def crew_pays_for_tokens(x: Tensor) -> bool:
 
 _TORCH = "PyTorch's GEMMs"
 _CREW_ELEMENTS, _LEAST_TOKENS = 2**12, 16
-_NOTHING, _PLUS, _TIMES = range(3)  # Combine in csrc/include/pointwise.h
+# Combine in csrc/include/pointwise.h, and Activation in activation.h.
+_NOTHING, _PLUS, _TIMES, _ACTIVATE, _ACTIVATE_BACKWARD, _SCALE = range(6)
+ACTIVATIONS = {"gelu": 1, "silu": 2, "hardswish": 3}
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, other: Tensor | None, combine: int) -> None:
-    bias = None if bias is None else bias.contiguous()
-    given = _native.view(x), _native.matrix_view(weight), _native.weight_view(bias), _native.view(other)
-    _native.kernels().pointwise(*given, _NOTHING if other is None else combine, _native.view(out))
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    combine: int,
+    *,
+    other: Tensor | None = None,
+    kept: Tensor | None = None,
+    activation: int = 0,
+    gamma: Tensor | None = None,
+    path_scale: Tensor | None = None,
+) -> bool:
+    bias, gamma = (None if t is None else t.contiguous() for t in (bias, gamma))
+    scales = _native.weight_view(gamma), _native.vectors_view(None if path_scale is None else path_scale.view(-1, 1))
+    end = combine, activation, _native.view(other), _native.view(kept), *scales
+    given = _native.view(x), _native.matrix_view(weight), _native.weight_view(bias)
+    _native.kernels().pointwise(*given, end, _native.view(out))
+    return True
 
 
-def _multiplies(x: Tensor, out: Tensor, other: Tensor | None) -> bool:
+def _multiplies(x: Tensor, out: Tensor, *others: Tensor | None) -> bool:
     """Whether our kernel takes these."""
     if not _has_kernel(x):
         return False
-    return _gapless(x) and _lined(out) and (other is None or (_lined(other) and _by_channel(other) == _by_channel(out)))
+    like = [t for t in others if t is not None]
+    if any(t.dtype != x.dtype or not _lined(t) or _by_channel(t) != _by_channel(out) for t in like):
+        return False
+    return _gapless(x) and _lined(out)
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -183,13 +240,19 @@ def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
         torch.baddbmm(column, left, right, out=to)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
-    """out = the gradient of the weight (O, I) or (O, I, 1, 1) of linear(x), given that of its result."""
-    if out is None:
+def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None, bias_out: Tensor | None = None) -> None:
+    """out = the gradient of the weight (O, I) or (O, I, 1, 1) of linear(x), given that of its result, and bias_out =
+    that of its bias. The numbers of each do not depend on whether the other is asked for."""
+    if out is not None:
+        out = out.flatten(1)
+    if _has_kernel(x) and _lined(grad) and _lined(x) and _takes(out, x) and _takes(bias_out, x):
+        if out is not None or bias_out is not None:
+            gradients = None if out is None else _native.matrix_view(out), _native.weight_view(bias_out)
+            _native.kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), *gradients)
         return
-    out = out.flatten(1)
-    if _has_kernel(x) and out.dtype == x.dtype and _by_channel(out) and _lined(grad) and _lined(x):
-        _native.kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), _native.matrix_view(out))
+    if bias_out is not None:
+        channel_sums(grad, bias_out)
+    if out is None:
         return
     if pair := _matrices(grad, x):
         return _sum_products(pair[0].t(), pair[1], out)
@@ -200,11 +263,27 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> None:
     out.copy_(total)
 
 
+def _takes(out: Tensor | None, x: Tensor) -> bool:
+    """Whether our kernel writes a gradient there."""
+    return out is None or (out.dtype == x.dtype and (out.stride(-1) == 1 or out.shape[-1] == 1))
+
+
+def channel_sums(t: Tensor, sums: Tensor | None) -> None:
+    """sums = t.sum((0, 2, 3)): the gradient of a bias."""
+    if sums is None:
+        return
+    double = [tensor.dtype == torch.float64 for tensor in (t, sums)]
+    if _native.device_kind(t) == "cpu" and _native.cpu is not None and _lined(t) and double[0] == double[1]:
+        _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))
+    else:
+        torch.sum(t, (0, 2, 3), dtype=sums.dtype, out=sums)
+
+
 def weight_gradient_tokens(grad: Tensor, x: Tensor, out: Tensor) -> None:
     """`weight_gradient` of `linear_tokens`."""
     if multiplies_tokens(x) and out.dtype == x.dtype:
         views = _native.tokens_view(grad), _native.tokens_view(x), _native.matrix_view(out)
-        _native.kernels().pointwise_backward_weight(*views)
+        _native.kernels().pointwise_backward_weight(*views, None)
     elif out.ndim == 3:
         torch.bmm(grad.transpose(1, 2), x, out=out)
     else:

@@ -8,6 +8,7 @@ wrong jvp.
 """
 
 import functools
+import itertools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ _SCHEMA_TYPES = {
     float: "float",
     bool: "bool",
     list[int]: "int[]",
+    str: "str",
     str | None: "str?",
 }
 
@@ -86,9 +88,12 @@ def workspace(size: int, like: Tensor) -> Tensor:
     return allocate((size // like.element_size(),), like)
 
 
-def gradient_like(t: Tensor) -> Tensor:
+def gradient_like(t: Tensor, grad: Tensor) -> Tensor:
+    """An empty gradient of t, in the layout of `grad`, that of y, where t has none of its own."""
     if t.is_contiguous():
         return torch.empty_like(t)  # takes a third of the time
+    if not any(t.stride()) and t.shape == grad.shape:
+        return allocate(t.shape, t, memory_format(grad) if t.ndim == 4 else torch.contiguous_format)
     return empty(t.shape, t) if t.ndim == 4 and t.shape[1] > 1 else allocate(t.shape, t)
 
 
@@ -128,6 +133,22 @@ def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool]) -> Cal
     return run
 
 
+def on_devices(
+    forward: Callable[..., Any],
+    backward: Callable[..., None],
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    crew: Callable[[Tensor], bool] | None = None,
+) -> dict[str, Kernels]:
+    """The kernels of an op whose forward and backward take what gives the passes of a device. crew: see `with_crew`;
+    it is for CPUs."""
+    on_cpu: Kernels = functools.partial(forward, cpu), functools.partial(backward, cpu)
+    if crew is not None:
+        on_cpu = with_crew(on_cpu[0], crew), with_crew(on_cpu[1], crew)
+    return {"CPU": on_cpu, "CUDA": (functools.partial(forward, cuda), functools.partial(backward, cuda))}
+
+
 fused_ops: dict[str, "FusedOp"] = {}  # by name
 
 
@@ -142,7 +163,11 @@ class FusedOp:
 
     saved: for every tensor, besides the arguments, that the forward kernel computes for the backward kernel, what gives
     it the layout again in which it was written: hooks on saved tensors may return it in another one. Kernels and output
-    then have (y, *saved) for a result, and so has the op in graphs; the public result is y. parts: which part of the op
+    then have (y, *saved) for a result, and so has the op in graphs; the public result is y.
+
+    passes: the tensor whose gradient is that of y, which is handed on. constants: tensors that have none. unread: given
+    the arguments and which of their tensors need a gradient, those that the backward kernel does not read, which are
+    not kept. parts: which part of the op
     runs where, for `explain`; without it the op is one part. FLOPs are counted from the reference (`_flops.py`).
     """
 
@@ -160,6 +185,9 @@ class FusedOp:
         uncast: Sequence[str] = (),
         wide: Sequence[str] = (),
         saved: Sequence[Callable[[Tensor], Tensor]] = (),
+        passes: str | None = None,
+        constants: Sequence[str] = (),
+        unread: Callable[[Any, Any], Sequence[str]] | None = None,
         parts: Callable[[Any], dict[str, str]] | None = None,
         dims: str = "N, C, H, W",
     ) -> None:
@@ -167,6 +195,8 @@ class FusedOp:
         self.predicate, self.kernels, self._triton = predicate, kernels, triton
         self._autocasts, self._uncast, self._wide = autocast, uncast, wide
         self._layouts, self._saved, self._parts, self.dims = saved, len(saved), parts, dims
+        self.passes, self.unread = passes, unread
+        self.ungraded = (*constants, *((passes,) if passes else ()))
         types = self._types = {field: _SCHEMA_TYPES[kind] for field, kind in typing.get_type_hints(arguments).items()}
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self.options = [*types][count:]
@@ -242,12 +272,16 @@ class FusedOp:
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """Of all tensor arguments, flat; empty ones without `run`, the backward kernel."""
+        if self.ungraded:
+            places, needs = self.places(self.lengths(given)), list(needs)
+            for name in self.ungraded:
+                needs[places[name]] = False
         needed = iter(needs)
 
         def empty_gradient(t: Any) -> Any:
             if isinstance(t, (list, tuple)):
                 return [empty_gradient(u) for u in t]
-            return gradient_like(t) if next(needed) else None
+            return gradient_like(t, grad) if next(needed) else None
 
         grads = [empty_gradient(t) for t in given[: self._tensors]]
         if run is not None:
@@ -271,7 +305,7 @@ class FusedOp:
             return None
         return tuple(len(t) if isinstance(t, (list, tuple)) else None for t in given[: self._tensors])
 
-    def nested(self, tensors: Sequence[Tensor | None], lengths: tuple[int | None, ...] | None) -> list[Any]:
+    def nested(self, tensors: Sequence[Any], lengths: tuple[int | None, ...] | None) -> list[Any]:
         """The tensor arguments from `tensors` and `lengths`."""
         if lengths is None:
             return list(tensors)
@@ -288,6 +322,30 @@ class FusedOp:
             return False if found is None and kind == "bool" else found
 
         return [value(name, kind) for name, kind in self._types.items()]
+
+    def places(self, lengths: tuple[int | None, ...] | None) -> dict[str, int]:
+        """Of the tensors among all, flat."""
+        counts = [1] * self._tensors if lengths is None else [1 if n is None else n for n in lengths]
+        firsts = itertools.accumulate(counts, initial=0)
+        return dict(zip(self.arguments._fields, firsts, strict=False))
+
+    def without_unread(
+        self,
+        tensors: Sequence[Tensor | None],
+        needs: Sequence[bool],
+        lengths: tuple[int | None, ...] | None,
+        options: Sequence[Any],
+    ) -> list[Tensor | None]:
+        """What is to be kept of the tensors; in place of those that backward does not read, one number that has their
+        shape and dtype."""
+        assert self.unread is not None
+        kept, places = list(tensors), self.places(lengths)
+        arguments, needed = (self.arguments(*self.nested(t, lengths), *options) for t in (tensors, needs))
+        for name in self.unread(arguments, needed):
+            t = kept[places[name]]
+            if t is not None:
+                kept[places[name]] = t.detach().new_empty(()).expand(t.shape)
+        return kept
 
     def explain(self, *given: Any, backend: str) -> Explanation:
         backend, arguments = str(backend), self.arguments(*self._autocast(given))

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
-from ._registration import FusedOp, Kernels, allocate, device_reasons, empty, with_crew, without_autocast
+from ._maps import channels_last_dense, product_dense
+from ._pointwise import channel_sums, crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
+from ._registration import FusedOp, allocate, device_reasons, empty, on_devices, without_autocast
 from .dwconv import (
     convolution_name,
     convolve_backward_cuda,
@@ -19,7 +20,7 @@ from .dwconv import (
     convolve_torch,
     convolves_cuda,
 )
-from .gated_recursion import channel_sums, channels_last_dense, cuda_gates, product_dense
+from .gated_recursion import cuda_gates
 
 # Of a chunk of the batch in hidden channels: its tensors stay in a third-level cache between the passes, and large
 # images take no more memory.
@@ -425,13 +426,7 @@ def _backward(
         t.write(given)
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, _cpu), crew_pays),
-        with_crew(functools.partial(_backward, _cpu), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:

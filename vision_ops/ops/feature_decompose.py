@@ -1,6 +1,5 @@
 """MogaNet's feature decomposition: every pixel's difference from its image's mean, weighted, is added to it."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +9,10 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference.dwconv import ACTIVATIONS
 from ._checks import check_sigma, check_tensor
+from ._maps import pixel_dense
 from ._pointwise import crew_pays
-from ._registration import FusedOp, Kernels, allocate, device_reasons, empty, memory_format, with_crew
+from ._registration import FusedOp, allocate, device_reasons, empty, memory_format, on_devices
 from .dwconv import ACTIVATION_CODES
-from .gated_recursion import pixel_dense
 
 
 class _Arguments(NamedTuple):
@@ -100,13 +99,7 @@ def _backward(device: Callable[[], Decomposition], grads: list[Any], grad: Tenso
         given.copy_(dx)
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, cpu_decomposition), crew_pays),
-        with_crew(functools.partial(_backward, cpu_decomposition), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, cuda_decomposition), functools.partial(_backward, cuda_decomposition)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_decomposition, cuda=cuda_decomposition, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:

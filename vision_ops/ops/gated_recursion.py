@@ -1,6 +1,5 @@
 """HorNet's gated recursion: a chain of gates with 1x1 convolutions between them, that double the channels."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,24 +8,23 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._maps import pixel_dense
 from ._pointwise import (
+    channel_sums,
     crew_pays,
     linear,
     linear_times,
     multiplies,
-    multiplies_as_is,
-    operand,
     products,
     weight_gradient,
 )
 from ._registration import (
     FusedOp,
-    Kernels,
     _any_requires_grad,
     device_reasons,
     empty,
     memory_format,
-    with_crew,
+    on_devices,
     without_autocast,
 )
 
@@ -52,24 +50,6 @@ def chain_widths(pwa: Tensor, pw_weights: Sequence[Tensor]) -> list[int]:
 
 
 # --- The chain, for this op and for those that contain it. Its tensors are pixel_dense in one memory format.
-
-
-def pixel_dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """t if its lines are gapless in memory, channels of pixels or pixels of planes; channel slices are. Else a copy."""
-    n, c, h, w = t.shape
-    pixel = t.stride(2) if w == 1 else t.stride(3)
-    gapless = h == 1 or w == 1 or t.stride(2) == w * pixel
-    lined = (c == 1 or t.stride(1) == 1) if memory_format == torch.channels_last else (pixel == 1 or h * w == 1)
-    return t if gapless and lined else t.contiguous(memory_format=memory_format)
-
-
-def channels_last_dense(t: Tensor) -> Tensor:
-    return pixel_dense(t, torch.channels_last)
-
-
-def product_dense(t: Tensor) -> Tensor:
-    """The same for the products and sums of CPUs, without a copy of what ours take as it is."""
-    return t if multiplies_as_is(t) else operand(channels_last_dense(t))
 
 
 class Gates(NamedTuple):
@@ -202,12 +182,6 @@ def _gate_backward(
     _native.kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
 
 
-def channel_sums(t: Tensor, sums: Tensor | None) -> None:
-    """sums = t.sum((0, 2, 3)): the gradient of a bias."""
-    if sums is not None:
-        _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))
-
-
 # --- The op
 
 
@@ -234,13 +208,7 @@ def _backward(gates: Callable[[], Gates], grads: list[Any], grad: Tensor, a: _Ar
             given.copy_(found)
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, cpu_gates), crew_pays),
-        with_crew(functools.partial(_backward, cpu_gates), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, cuda_gates), functools.partial(_backward, cuda_gates)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_gates, cuda=cuda_gates, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._maps import channels_last_dense, product_dense
 from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import crew_pays, linear, operand, weight_gradient
-from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
+from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
 from .dwconv import (
     convolution_name,
     convolve,
@@ -24,12 +25,10 @@ from .dwconv import (
 from .gated_recursion import (
     Gates,
     backward_chain,
-    channels_last_dense,
     check_chain,
     cpu_gates,
     cuda_gates,
     gate_parts,
-    product_dense,
     run_chain,
 )
 
@@ -160,13 +159,7 @@ def _split(projected: Tensor, a: _Arguments) -> tuple[Tensor, Tensor]:
     return projected[:, : projected.shape[1] - total], projected[:, projected.shape[1] - total :]
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, _cpu), crew_pays),
-        with_crew(functools.partial(_backward, _cpu), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:

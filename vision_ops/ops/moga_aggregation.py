@@ -1,7 +1,6 @@
 """MogaNet's spatial aggregation, whole: four 1x1 convolutions around the decomposition, the multi-order depthwise
 convolution and the gate."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
-from ._pointwise import crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
-from ._registration import FusedOp, Kernels, allocate_channels_last, device_reasons, empty, with_crew, without_autocast
+from ._maps import channels_last_dense, product_dense
+from ._pointwise import channel_sums, crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
+from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
-from .gated_recursion import channel_sums, channels_last_dense, cuda_gates, product_dense
+from .gated_recursion import cuda_gates
 from .moga_gate import Gate, cpu_gate, cuda_gate
 from .multi_order_dwconv import (
     check_branches,
@@ -152,13 +152,7 @@ def _backward(
         linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx, plus=grad)
 
 
-_KERNELS: dict[str, Kernels] = {
-    "CPU": (
-        with_crew(functools.partial(_forward, _cpu), crew_pays),
-        with_crew(functools.partial(_backward, _cpu), crew_pays),
-    ),
-    "CUDA": (functools.partial(_forward, _cuda), functools.partial(_backward, _cuda)),
-}
+_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:

@@ -1,6 +1,5 @@
 """MogaNet's gate: the product of two branches through SiLU."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +8,8 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import autocast_enabled, check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, memory_format
-from .gated_recursion import pixel_dense
+from ._maps import pixel_dense
+from ._registration import FusedOp, device_reasons, empty, memory_format, on_devices
 
 
 class _Arguments(NamedTuple):
@@ -72,10 +71,7 @@ def _backward(device: Callable[[], Gate], grads: list[Any], grad: Tensor, a: _Ar
             given.copy_(t)
 
 
-_KERNELS = {
-    key: (functools.partial(_forward, device), functools.partial(_backward, device))
-    for key, device in (("CPU", cpu_gate), ("CUDA", cuda_gate))
-}
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_gate, cuda=cuda_gate)
 
 
 def _torch_is_faster(a: _Arguments) -> bool:

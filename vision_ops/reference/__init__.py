@@ -9,11 +9,13 @@ from .gated_recursion import gated_recursion as gated_recursion
 from .global_filter import global_filter as global_filter
 from .gnconv import gnconv as gnconv
 from .layer_norm_2d import layer_norm_2d as layer_norm_2d
+from .mlp import mlp as mlp
 from .moga_aggregation import moga_aggregation as moga_aggregation
 from .moga_gate import moga_gate as moga_gate
 from .multi_order_dwconv import multi_order_dwconv as multi_order_dwconv
 from .relative_attention import relative_attention as relative_attention
 from .s2_attention import s2_attention as s2_attention
+from .scaled_residual import scaled_residual as scaled_residual
 from .shift_split_attention import shift_split_attention as shift_split_attention
 from .split_cascade import split_cascade as split_cascade
 from .xca import xca as xca

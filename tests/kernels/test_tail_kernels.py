@@ -1,0 +1,75 @@
+"""The Triton kernels of `scaled_residual` and `mlp` in the interpreter."""
+
+import pytest
+import torch
+from every_op import every_op
+from harness import Case, check_against_reference, check_bits_of_needs
+
+from vision_ops.ops import _registration
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def on_gpu(interpreter, monkeypatch):
+    """Cases of `every_op` that run what they run on a GPU."""
+    call = _registration.FusedOp.__call__
+
+    def redirected(op, *given, backend=None):
+        return call(op, *given, backend=backend) if backend == "reference" else interpreter.run(op, *given)
+
+    monkeypatch.setattr(_registration.FusedOp, "__call__", redirected)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["scaled_residual", "mlp"])
+def test_matches_reference(name, dtype, layout):
+    check_against_reference(every_op(dtype=dtype, layout=layout, size=5)[name], layout)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("layout", ["cropped", "channel_slice", "transposed"])
+@pytest.mark.parametrize("name", ["scaled_residual", "mlp"])
+def test_layouts_and_absent_parameters(name, layout):
+    case = every_op(layout=layout, size=4, bias=False)[name]
+    check_against_reference(case, "channel_slice")
+    check_bits_of_needs(case)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+def test_activations(activation):
+    from vision_ops import fused_mlp
+
+    tensors = [torch.randn(2, 5, 13), torch.randn(21, 13), torch.randn(21), torch.randn(13, 21), torch.randn(13)]
+    tensors[1][0], tensors[2][:3] = 0, torch.tensor([3.0, -3.0, 0.0])  # the corners of Hardswish
+    tensors[1][:3] = 0
+    check_against_reference(Case(lambda t, b: fused_mlp(*t, activation=activation, backend=b), tensors))
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("name", ["scaled_residual", "mlp"])
+def test_empty(name):
+    case = every_op(batch=0)[name]
+    leaves = case.leaves()
+    y = case.run(leaves, "fused")
+    for g in torch.autograd.grad(y, [t for t in leaves if t is not None and t.requires_grad], torch.empty_like(y)):
+        assert torch.equal(g, torch.zeros_like(g))
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_half_branches_beside_a_float32_residual():
+    from vision_ops import fused_scaled_residual
+
+    for gamma_dtype in (torch.float32, torch.bfloat16):
+        x, branch, gamma = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4).bfloat16(), torch.randn(5).to(gamma_dtype)
+        leaves = [t.requires_grad_() for t in (x, branch, gamma)]
+        y, exact = (fused_scaled_residual(*leaves, backend=b) for b in ("fused", "reference"))
+        grad = torch.randn_like(y)
+        assert y.dtype == exact.dtype == torch.float32
+        for a, b in zip(torch.autograd.grad(y, leaves, grad), torch.autograd.grad(exact, leaves, grad), strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

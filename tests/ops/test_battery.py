@@ -1,0 +1,153 @@
+"""What every op is tested for at the least, of its case in `every_op`.
+
+The older ops have the same checks at shapes of their own in their files: here are those that ask something of all.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from every_op import NAMES, every_op
+from harness import (
+    Case,
+    check_against_reference,
+    check_bits_of_needs,
+    check_bitwise_repeatable,
+    check_compiles,
+    check_gradients,
+    check_half_types_among_nan,
+    outputs,
+    relative_error,
+    saved_bytes,
+)
+
+from vision_ops.ops import _registration
+
+ELSEWHERE = {
+    "channel_aggregation_ffn",
+    "cross_covariance",
+    "dwconv",
+    "dwconv_layer_norm",
+    "feature_decompose",
+    "gated_recursion",
+    "global_filter",
+    "gnconv",
+    "layer_norm_2d",
+    "moga_aggregation",
+    "moga_gate",
+    "multi_order_dwconv",
+    "s2_attention",
+    "shift_split_attention",
+    "split_cascade",
+    "xca",
+}
+OPS = [name for name in NAMES if name not in ELSEWHERE]
+all_ops, ops = pytest.mark.parametrize("name", NAMES), pytest.mark.parametrize("name", OPS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@ops
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("each_device")
+def test_matches_reference(name, dtype, layout):
+    check_against_reference(every_op(dtype=dtype, layout=layout, size=7)[name], layout)
+
+
+@ops
+@pytest.mark.parametrize("layout", ["channel_slice", "cropped", "transposed"])
+def test_layouts(name, layout):
+    check_against_reference(every_op(layout=layout, size=6)[name], "transposed")
+
+
+@ops
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 13)])
+def test_odd_sizes_without_biases(name, batch, size):
+    check_against_reference(every_op(batch=batch, size=size, bias=False)[name])
+
+
+@ops
+def test_empty_batch(name):
+    found, _ = outputs(every_op(batch=0)[name], "fused")
+    assert found[0].numel() == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in found[1:])
+
+
+@ops
+def test_gradients(name):
+    check_gradients(every_op(batch=2, size=2)[name], fast=True)
+
+
+@ops
+def test_bitwise_repeatable(name):
+    for layout in ("contiguous", "channels_last"):
+        check_bitwise_repeatable(every_op(layout=layout)[name])
+
+
+@all_ops
+def test_bits_do_not_depend_on_what_is_asked_for(name):
+    check_bits_of_needs(every_op(size=9)[name])
+
+
+@ops
+def test_half_types_among_nan(name):
+    check_half_types_among_nan(every_op(size=5)[name])
+
+
+@all_ops
+def test_keeps_no_more_than_eager(name):
+    case = every_op()[name]
+    statistics = 16 * case.tensors[0].numel() // 32
+    assert saved_bytes(case, "fused") <= saved_bytes(case, "reference") + statistics
+
+
+@ops
+def test_autocast(name):
+    """In the dtypes of eager, which casts for products only, with no more than twice its error."""
+    case = every_op(size=7)[name]
+    exact, grad = outputs(case.to(torch.float64), "reference")
+    found = []
+    for backend in ("fused", "reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = case.run(leaves := case.leaves(), backend)
+        graded = [t for t in leaves if t is not None and t.requires_grad]
+        found.append([y, *torch.autograd.grad(y, graded, grad.to(y.dtype))])
+    for a, b, e in zip(*found, exact, strict=True):
+        assert a.dtype == b.dtype and relative_error(a, e) <= 2 * relative_error(b, e) + 4e-3
+
+
+@ops
+def test_compiles(name):
+    check_compiles([every_op(size=8)[name]])
+
+
+@ops
+def test_dispatcher(name, monkeypatch):
+    """PyTorch's own check of the op of the dispatcher."""
+    seen = []
+    monkeypatch.setattr(_registration.FusedOp, "_run", lambda op, given: seen.append((op, given)))
+    with contextlib.suppress(TypeError):  # there is no result
+        every_op(size=3)[name].run(every_op(size=3)[name].tensors, "fused")
+    ((op, given),) = seen
+    monkeypatch.undo()
+    torch.library.opcheck(op._forward, tuple(given))
+    result = op._forward(*given)
+    y, saved = (result[0], (list(result[1:]),)) if op._saved else (result, ())
+    needs = [t is not None for t in op.tensors(given)]
+    torch.library.opcheck(op._backward, (torch.randn_like(y), *given, *saved, needs))
+    torch.library.opcheck(op._forward, (given[0].clone().requires_grad_(), *given[1:]))
+
+
+@ops
+def test_refuses_every_bad_tensor(name):
+    case = every_op(size=3)[name]
+    for place, t in enumerate(case.tensors):
+        for bad in (t.int(), t.to("meta"), t[..., :0], t.to_sparse()):
+            given = [*case.tensors[:place], bad, *case.tensors[place + 1 :]]
+            with pytest.raises((TypeError, ValueError)):
+                case.run(given, "fused")
+
+
+def test_a_case_has_constants():
+    case = Case(lambda t, _: t[0] * t[1], [torch.ones(2), torch.ones(2)], constants=(1,))
+    assert [t.requires_grad for t in case.leaves()] == [True, False] and len(outputs(case, "fused")[0]) == 2
