@@ -227,30 +227,33 @@ def decompose_backward(
     activation: str | None,
     dx: Tensor | None,
     dsigma: Tensor | None,
+    dx_sums: Tensor | None = None,
 ) -> None:
-    """dx may be grad."""
+    """dx may be grad; dx_sums: over all pixels, which are those of dz."""
     if x.numel() == 0:
-        if dsigma is not None:
-            dsigma.zero_()
+        for t in (dsigma, dx_sums):
+            if t is not None:
+                t.zero_()
         return
     tile, (n, channels), pixels = map_tile(x), x.shape[:2], pixel_count(x)
     columns = triton.cdiv(channels, tile.BLOCK_C)
     shares = _shares(x, columns)
     partial = scratch((n, shares, 2, channels), means.dtype, x.device)
-    sums = scratch((n, 2, channels), means.dtype, x.device)
+    sums = partial if shares == 1 else scratch((n, 2, channels), means.dtype, x.device)
     strides = *strides_of(grad), *strides_of(x)
     constants = {"ACTIVATION": activation, "SUM_TYPE": sum_type(x), **tile._asdict()}
     with torch.cuda.device_of(x):
         decompose_sums_kernel.of(x.stride(1) == 1)[(n * shares, columns)](
             grad, x, means, sigma, partial, shares, pixels, channels, *strides, **constants
         )
-        sum_parts(partial.flatten(2), [sums])
+        if shares > 1:
+            sum_parts(partial.flatten(2), [sums])
         if dx is not None:
             decompose_bwd_kernel.of(x.stride(1) == 1)[(n * triton.cdiv(pixels, tile.BLOCK_P), columns)](
                 grad, x, means, sigma, sums, dx, pixels, channels, *strides, *strides_of(dx), **constants
             )
-    if dsigma is not None:
-        dsigma.copy_(sums[:, 1].sum(0))
+        if dsigma is not None or dx_sums is not None:
+            sum_parts(sums.view(1, n, -1), [dx_sums, dsigma])
 
 
 def _shares(x: Tensor, columns: int) -> int:

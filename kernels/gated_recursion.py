@@ -215,7 +215,7 @@ def chain_bwd_kernel(
     weights,  # as of chain_kernel
     biases,
     dp_ptr,
-    p_ptr,  # every p_k, in the layout of ddw; the last one may be left out
+    p_ptr,  # every p_k, in the layout of ddw
     dpwa_ptr,
     ddw_ptr,
     du_ptr,  # the gradients of all weight p, the first of the second width
@@ -245,7 +245,6 @@ def chain_bwd_kernel(
     STARTS: tl.constexpr,  # of the widths side by side
     CHUNKS: tl.constexpr,  # of channels of a width that are computed at a time: whole tiles do not fit into registers
     ORDER: tl.constexpr,
-    LAST: tl.constexpr,  # whether the last p is wanted
     BLOCK_P: tl.constexpr,
 ):
     """Every p_k goes to memory on the way up, for the gradient of its weight, and is read again on the way down; so is
@@ -297,7 +296,7 @@ def chain_bwd_kernel(
                     dp = tl.load(to, mask=there, other=0.0).to(tl.float32)
                 tl.store(dq_at + at * ddw_stride_c, (dp * u).to(ddw_ptr.dtype.element_ty), mask=there)
                 q = tl.load(q_at + at * dw_stride_c, mask=there, other=0.0).to(tl.float32)
-                if LAST and k == ORDER - 1:
+                if k == ORDER - 1:
                     tl.store(p_at + at * ddw_stride_c, (u * q).to(p_ptr.dtype.element_ty), mask=there)
                 du = dp * q
                 _add_up(own + STARTS[k] + c, tl.sum(du, axis=0), c < WIDTHS[k], block > program * share)
@@ -422,14 +421,13 @@ def chain_backward(
     biases: Sequence[Tensor | None],
     dp: Tensor,
     p: Tensor,
-    last: bool,
     dpwa: Tensor,
     ddw: Tensor,
     du: Tensor,
     sums: Sequence[Tensor | None],
 ) -> None:
-    """Of `chain`, where has_chain. All p_k go into p, laid out as ddw, the last one if it is wanted, the gradients of
-    weight p_k into du, and their sums over the pixels, that of dpwa first, into sums."""
+    """Of `chain`, where has_chain. All p_k go into p, laid out as ddw, the gradients of weight p_k
+    into du, and their sums over the pixels, that of dpwa first, into sums."""
     widths = [pwa.shape[1], *(w.shape[0] for w in weights)]
     if dp.numel() == 0:
         for t in sums:
@@ -456,7 +454,6 @@ def chain_backward(
             STARTS=tuple(sum(widths[:k]) for k in range(len(widths))),
             CHUNKS=tuple(min(MOST_OF_CHUNK, _padded(width)) for width in widths),
             ORDER=len(widths),
-            LAST=last,
             **tile._asdict(),
         )
         if any(t is not None for t in sums):

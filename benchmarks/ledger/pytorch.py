@@ -60,10 +60,13 @@ def launches_of(func: Any, args: Any, kwargs: Any, result: Any, kind: str) -> It
         depthwise = "cuDNN" if groups > 1 else None
         if bias is not None:  # in a kernel of its own, behind cuDNN's
             yield Launch("convolution: bias", kind, result.nbytes, result.nbytes, host_us=HOST_US[kind])
-    elif name == "convolution_backward":
+    elif name in ("addmm", "baddbmm") and args[0].ndim > 1:  # a bias is added on the way; a matrix is copied before
+        yield Launch(f"{name}: copy", kind, numbers_bytes(args[0]), _first(result).nbytes, host_us=0.0)
+        read += _first(result).nbytes - numbers_bytes(args[0])
+    if name == "convolution_backward":
         yield from _convolution_backward(args, kind)
         return
-    elif func._overloadpacket in flop_registry:
+    if name != "convolution" and func._overloadpacket in flop_registry:
         flops = flop_registry[func._overloadpacket](*args, **_without_options(kwargs), out_val=_first(result))
         products, number_bytes = flops // 2, args[0].element_size()
     if read + written == 0:

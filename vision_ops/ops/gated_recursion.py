@@ -158,8 +158,7 @@ def backward_chain(
             use_last(chain.p.pop())
         return chain.backward(dp, dpwa, ddw, dweights, dbiases, sums)
     p, du = empty(ddw.shape, ddw), empty((len(dp), sum(widths[1:]), *dp.shape[2:]), ddw)
-    given = pwa, dw, weights, biases, dp
-    gates.chain_backward(*given, p, use_last is not None, dpwa, ddw, du, [sums, *dbiases])
+    gates.chain_backward(pwa, dw, weights, biases, dp, p, dpwa, ddw, du, [sums, *dbiases])
     each = p.split(widths, dim=1)
     if use_last is not None:
         use_last(each[-1])

@@ -11,7 +11,15 @@ from ._checks import check_kernel, check_parameter, check_pointwise, check_seque
 from ._maps import channels_last_dense, product_dense
 from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import crew_pays, linear, operand, weight_gradient
-from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
+from ._registration import (
+    FusedOp,
+    allocate,
+    allocate_channels_last,
+    device_reasons,
+    empty,
+    on_devices,
+    without_autocast,
+)
 from .dwconv import (
     convolution_name,
     convolve,
@@ -88,8 +96,10 @@ def _then_scaled(
     *,
     scale: float,
 ) -> None:
-    """Sums in the memory of the scaled weight, which nobody needs any more."""
-    sums = None if dweight is None else weight, None if dbias is None else weight.new_empty(len(weight))
+    sums = (
+        None if dweight is None else allocate(weight.shape, weight),
+        None if dbias is None else allocate(dbias.shape, weight),
+    )
     backward(grad, x, weight, dx, *sums)
     for given, total in zip((dweight, dbias), sums, strict=True):
         if given is not None and total is not None:
