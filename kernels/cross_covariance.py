@@ -55,13 +55,15 @@ def gram_kernel(
     b_ptr,
     u_ptr,  # None for a itself, and v_ptr for b
     v_ptr,
-    sums_ptr,  # [sample][chunk][head][d][d]
-    norms_ptr,  # [sample][chunk][2][head][d]; may be None
+    sums_ptr,  # [sample][chunk][head][d][d], rows of chunks that are sums_row apart
+    norms_ptr,  # [sample][chunk][2][head][d], likewise; may be None
     heads,
     d,
     tokens,
     share,
     chunks,
+    sums_row,
+    norms_row,
     a_b,
     a_h,
     a_d,
@@ -114,10 +116,10 @@ def gram_kernel(
                 of_b += tl.sum(wide_b * tl.load(v_at, mask=in_b, other=0.0).to(SUM_TYPE), axis=0)
     part = sample * chunks + chunk
     own = (head_i[:, None] == head_j[None, :]) & there_i[:, None] & there_j[None, :]
-    to = sums_ptr + part * heads * d * d + ((head_i * d + i) * d)[:, None] + j[None, :]
+    to = sums_ptr + part * sums_row + ((head_i * d + i) * d)[:, None] + j[None, :]
     tl.store(to, gram, mask=own)
     if norms_ptr is not None:
-        norms_ptr += part * 2 * heads * d
+        norms_ptr += part * norms_row
         tl.store(norms_ptr + head_i * d + i, of_a, mask=there_i)
         if tl.program_id(2) == 0:
             tl.store(norms_ptr + heads * d + head_j * d + j, of_b, mask=there_j)
@@ -278,10 +280,12 @@ def gram(
         t = t._replace(BLOCK_N=16)  # without tensor cores the operands of a whole tile are in registers
     share = triton.cdiv(triton.cdiv(tokens, min(max(1, tokens // LEAST_TOKENS), MOST_CHUNKS)), t.BLOCK_N) * t.BLOCK_N
     chunks = triton.cdiv(tokens, share)
-    sums, sums_of_norms = out, norms
+    lengths = [heads * d * d] if norms is None else [heads * d * d, 2 * heads * d]
+    sums, sums_of_norms, rows = out, norms, (lengths[0], lengths[-1])
     if chunks > 1:
-        sums = scratch((batch, chunks, heads, d, d), out.dtype, out.device)
-        sums_of_norms = None if norms is None else scratch((batch, chunks, 2, heads, d), out.dtype, out.device)
+        partial = scratch((batch, chunks, sum(lengths)), out.dtype, out.device)
+        sums, sums_of_norms = partial, None if norms is None else partial[:, :, lengths[0] :]
+        rows = (sum(lengths),) * 2
     with torch.cuda.device_of(a):
         gram_kernel.of(a.stride(2) == b.stride(2) == 1)[_grid(batch * chunks, heads, d, t)](
             a,
@@ -295,6 +299,7 @@ def gram(
             tokens,
             share,
             chunks,
+            *rows,
             *a.stride(),
             *b.stride(),
             *(a if u is None else u).stride(),
@@ -303,9 +308,8 @@ def gram(
             DOT_TYPE=_dot_type(a, b),
             **t._asdict(),
         )
-        for parts, total in ((sums, out), (sums_of_norms, norms)):
-            if parts is not None and parts is not total:
-                sum_parts(parts.flatten(2), [total])
+        if chunks > 1:
+            sum_parts(partial, [out] if norms is None else [out, norms], lengths)
 
 
 def softmax(gram: Tensor, norms: Tensor, temperature: Tensor, weights: Tensor) -> None:

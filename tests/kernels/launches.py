@@ -230,7 +230,15 @@ def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> No
     h = room[:, :hidden]
     channel_aggregation_ffn.scores(h, 8, weight, bias, scores)
     channel_aggregation_ffn.scores_backward(x, of_d, scores, scores)
-    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight)
+    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight, absent(1, dtype=dtype))
+    matrix, product = absent(channels, hidden + 8, dtype=dtype), absent(channels, hidden + 8, dtype=wide(dtype))
+    fc2, sigma, of_d = (
+        absent(channels, hidden, dtype=dtype),
+        absent(hidden, dtype=dtype),
+        absent(channels, dtype=wide(dtype)),
+    )
+    channel_aggregation_ffn.fold(fc2, sigma, hidden + 2, matrix, of_d)
+    channel_aggregation_ffn.unfold(product, fc2, sigma, fc2, sigma)
 
 
 MOGANET = (
