@@ -51,7 +51,7 @@ class Count:
             round(sum(2 * launch.multiply_adds for launch in launches if launch.number_bytes) / 1e9, 2),
             {part: round(sum(launch.us for launch in launches if launch.part == part), 1) for part in PARTS},
             round(sum(launch.host_us for launch in launches), 1),
-            round(max((launch.idle for launch in launches if (launch.waves or 0) > 1), default=0.0), 2),
+            round(max((launch.idle for launch in launches if launch.waves > 1), default=0.0), 2),
         )
 
 

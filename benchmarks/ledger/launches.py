@@ -16,7 +16,7 @@ PARTS = ("ours", "product", "glue", "cast")
 @dataclass(frozen=True)
 class Launch:
     """kind: one of KINDS, "cast" those of autocast. multiply_adds: on tensor cores by the bytes of a number, or on none
-    (0). waves: of how many blocks an SM holds at once, where that is known."""
+    (0). blocks, and how many of them an SM holds at once, where that is known."""
 
     name: str
     kind: str
@@ -25,7 +25,8 @@ class Launch:
     multiply_adds: int = 0
     number_bytes: int = 0
     convolves: str | None = None  # a key of DEPTHWISE
-    waves: float | None = None
+    blocks: int = 0
+    resident: int = 0
     host_us: float = 0.0
 
     @property
@@ -39,9 +40,15 @@ class Launch:
         return "cast" if self.kind == "cast" else "product" if self.multiply_adds else "glue"
 
     @property
+    def waves(self) -> float:
+        return self.blocks / (c.SMS * self.resident) if self.resident else 0.0
+
+    @property
     def idle(self) -> float:
-        """The share of the SMs' time that its last wave of blocks leaves empty."""
-        return 0.0 if self.waves is None else 1 - self.waves / math.ceil(self.waves)
+        """The share of the SMs' time that its last wave of blocks leaves empty; of blocks that all are resident, that
+        some SMs have one more than others."""
+        filled = self.waves if self.waves > 1 else self.blocks / c.SMS
+        return 1 - filled / math.ceil(filled) if self.resident else 0.0
 
     @property
     def us(self) -> float:
@@ -53,14 +60,7 @@ class Launch:
         return max(bound / share / (1 - self.idle) * 1e6, c.GAP_US)
 
 
-def waves(kernel: str, blocks: int, threads: int, shared: int) -> float | None:
-    """Of a kernel of CUDA C++, whose last template argument is how many blocks an SM holds (`__launch_bounds__`).
-
-    Fewer than fill all SMs once are spread over them.
-    """
+def resident_blocks(kernel: str, shared: int) -> int:
+    """Of a kernel of CUDA C++, whose last template argument is how many blocks an SM holds (`__launch_bounds__`)."""
     declared = re.search(r"(?:march|filter)\w*_kernel<.*?(\d+)>", kernel)
-    if declared is None:
-        return None
-    resident = min(int(declared[1]), c.SHARED_BYTES // (shared + c.RESERVED_BYTES))
-    slots = c.SMS * resident
-    return blocks / slots if blocks > slots else blocks / c.SMS
+    return min(int(declared[1]), c.SHARED_BYTES // (shared + c.RESERVED_BYTES)) if declared else 0

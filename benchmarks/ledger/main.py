@@ -64,7 +64,7 @@ def _rows(launches: list[Launch]) -> list[Row]:
     totals: dict[tuple[str, str], Counter] = {}
     for launch in launches:
         total = totals.setdefault((launch.kind, launch.name), Counter())
-        total.update(launches=1, bytes=launch.bytes, us=launch.us, waves=launch.waves or 0)
+        total.update(launches=1, bytes=launch.bytes, us=launch.us, waves=launch.waves)
     rows = sorted(totals.items(), key=lambda item: -item[1]["us"])
     return [
         [*names, str(t["launches"]), f"{t['bytes'] / 1e6:.1f}", f"{t['us']:.1f}", f"{t['waves'] / t['launches']:.2f}"]

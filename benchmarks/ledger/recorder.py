@@ -23,7 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from benchmarks.ledger.constants import CALL_US, HOST_US
-from benchmarks.ledger.launches import Launch, waves
+from benchmarks.ledger.launches import Launch, resident_blocks
 from benchmarks.ledger.pytorch import laid_out, launches_of, numbers_bytes, tensors_in
 from vision_ops import _native
 from vision_ops.ops import _registration
@@ -118,13 +118,13 @@ class _Binding:
 
 def _of_line(line: str, host_us: float) -> Launch:
     *numbers, text = line.split(" ", 6)
-    threads, blocks, shared, read, written, multiply_adds = map(int, numbers)
+    _, blocks, shared, read, written, multiply_adds = map(int, numbers)
     kernel = text.split("kernel = ")[1].rstrip("]").split("::")[-1]
     convolves = None
     if "march" in kernel:
         convolves = "ours, weights" if "wgrad" in kernel else "ours"
-    in_waves = waves(kernel, blocks, threads, shared)
-    return Launch(kernel, "CUDA C++", read, written, multiply_adds, 0, convolves, in_waves, host_us)
+    resident = resident_blocks(kernel, shared)
+    return Launch(kernel, "CUDA C++", read, written, multiply_adds, 0, convolves, blocks, resident, host_us)
 
 
 def _of_triton(function: Any, args: Any, options: Any) -> Launch:

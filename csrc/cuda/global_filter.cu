@@ -5,6 +5,7 @@
 #include "channels.cuh"
 #include "dft.cuh"
 #include "global_filter_cuda.h"
+#include "grid_model.h"
 
 namespace vops {
 namespace {
@@ -237,7 +238,6 @@ struct Cut {
 
 template <int N>
 Cut cut_images(const Tensor4& t, int resident) {
-  constexpr int64_t kSms = 132;  // a constant, not the device's: splits depend on the shape only
   Cut c;
   c.channel_blocks = ceil_div(t.size[1], int64_t(FilterShape<N>::kLanes));
   c.images_per_split = max(ceil_div(t.size[0] * c.channel_blocks, kSms * resident), int64_t(1));

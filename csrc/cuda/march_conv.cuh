@@ -7,6 +7,7 @@
 // and stays small.
 #pragma once
 #include "activation.cuh"
+#include "grid_model.h"
 #include "march.h"
 
 namespace vops {
@@ -189,7 +190,35 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_kernel(March m, MarchG
   }
 }
 
-constexpr int64_t kFillBlocks = 132;  // below one block per SM of an H200 rows are cut, too
+struct MarchPlan {
+  MarchGrid grid;
+  int64_t blocks;
+  double time;  // to compare plans
+};
+
+// For strips of `rows` rows. The columns are cut, too, where that fills the SMs better; every cut reads some twice.
+template <class T, int K, int DOWN, int UP, int V>
+MarchPlan plan_march(const March& m, int rows, int resident) {
+  MarchPlan p;
+  MarchGrid& g = p.grid;
+  const int dilation = m.rows.dilation, size = sizeof(T);
+  // The rows of a transposed strip start at an even one, which may lie before the image.
+  const int out_rows = UP == 2 ? m.rows.in : m.rows.out, out_columns = UP == 2 ? m.columns.in : m.columns.out;
+  const int before = UP == 2 && (dilation > 1 || m.rows.pad % 2 != 0);
+  g.strips = cut_rows(m.images, ceil_div(out_rows, dilation) + before, dilation, rows);
+  g.lane_bits = lane_bits_for(m.channels, V, size);
+  g.channel_blocks = int(ceil_div(m.channels, int64_t(V) << g.lane_bits));
+  g.piece = piece_bytes(m.x.data, m.x.image, m.x.row, m.x.column, m.channels, size, V * size << g.lane_bits);
+  g.whole_vectors = piece_bytes(m.y.data, m.y.image, m.y.row, m.y.column, m.channels, size, V * size) == V * size;
+  const int64_t phases = m.columns.dilation, columns = ceil_div(out_columns, m.columns.dilation);
+  const int64_t uncut = ceil_div(g.strips.count, int64_t(kThreads >> g.lane_bits)) * phases * g.channel_blocks;
+  const ColumnCut cut = cut_columns(uncut, columns, (K - 1) / DOWN, resident);
+  g.segments = cut.segments;
+  g.segment_columns = int(ceil_div(columns, int64_t(g.segments)));
+  p.blocks = uncut * g.segments;
+  p.time = cut.time * rows;
+  return p;
+}
 
 template <class T, int K, int DOWN, int UP, int V, int R, bool EPILOGUE, int BLOCKS>
 Error launch_march(const March& m, cudaStream_t stream) {
@@ -200,29 +229,17 @@ Error launch_march(const March& m, cudaStream_t stream) {
   const auto kernel = &march_kernel<T, K, DOWN, UP, V, R, EPILOGUE, BLOCKS>;
   if (const Error error = allow_shared_memory(kernel, kShared)) return error;
 
-  MarchGrid g;
-  const int dilation = m.rows.dilation, size = sizeof(T), lane_bits = lane_bits_for(m.channels, V, size);
-  // The rows of a transposed strip start at an even one, which may lie before the image.
-  const int out_rows = UP == 2 ? m.rows.in : m.rows.out, out_columns = UP == 2 ? m.columns.in : m.columns.out;
-  const int before = UP == 2 && (dilation > 1 || m.rows.pad % 2 != 0);
-  g.strips = cut_rows(m.images, ceil_div(out_rows, dilation) + before, dilation, R);
-  g.channel_blocks = int(ceil_div(m.channels, int64_t(V) << lane_bits));
-  g.lane_bits = lane_bits;
-  g.piece = piece_bytes(m.x.data, m.x.image, m.x.row, m.x.column, m.channels, size, V * size << lane_bits);
-  g.whole_vectors = piece_bytes(m.y.data, m.y.image, m.y.row, m.y.column, m.channels, size, V * size) == V * size;
-  const int64_t phases = m.columns.dilation, columns = ceil_div(out_columns, m.columns.dilation);
-  const int64_t blocks = ceil_div(g.strips.count, int64_t(kThreads >> lane_bits)) * phases * g.channel_blocks;
-  // Small batches: cut along the columns too, though every cut reads some columns twice.
-  g.segments = int(min(max(kFillBlocks / blocks, int64_t(1)), ceil_div(columns, int64_t(K))));
-  g.segment_columns = int(ceil_div(columns, int64_t(g.segments)));
-  if (blocks * g.segments > INT32_MAX) return "the convolution has more than 2**31 blocks of work";
+  const MarchPlan plan = plan_march<T, K, DOWN, UP, V>(m, R, BLOCKS);
+  const MarchGrid& g = plan.grid;
+  if (plan.blocks > INT32_MAX) return "the convolution has more than 2**31 blocks of work";
+  const int64_t size = sizeof(T), steps = plan.blocks * g.segment_columns;
   const int64_t in = m.images * m.channels * m.rows.in * m.columns.in;
   const int64_t out = m.images * m.channels * m.rows.out * m.columns.out;
-  const int64_t reads = (UP == 2 ? out : in) + (m.dy.data ? out : 0), steps = blocks * g.segments * g.segment_columns;
+  const int64_t reads = (UP == 2 ? out : in) + (m.dy.data ? out : 0);
   VOPS_COST(reads * size + m.channels * K * K * 4, (UP == 2 ? in : out) * size,
             steps * kThreads * V * R * K * K / (UP * UP));
-  VOPS_LAUNCH((march_kernel<T, K, DOWN, UP, V, R, EPILOGUE, BLOCKS>), dim3(unsigned(blocks * g.segments)), kThreads,
-              kShared, stream, m, g);
+  VOPS_LAUNCH((march_kernel<T, K, DOWN, UP, V, R, EPILOGUE, BLOCKS>), dim3(unsigned(plan.blocks)), kThreads, kShared,
+              stream, m, g);
   return error_text(cudaGetLastError());
 }
 
@@ -237,13 +254,15 @@ Error choose_march(const March& m, cudaStream_t stream) {
   } else if constexpr (K == 9) {
     return launch_march<T, K, 1, 1, V, 8, true, 2>(m, stream);
   } else {
-    // Strips of 4 rows repeat more of their work per output, but waste less where 7 does not divide the rows, as with
-    // dilation, and leave registers for the epilogue. In fp32 K = 5 is bound by memory either way.
+    // Strips of 4 rows repeat more of their work per output, by a twentieth of their time, but waste less where 7 does
+    // not divide the rows, as with dilation, and leave registers for the epilogue. In fp32 K = 5 is bound by memory
+    // either way.
     constexpr int kBlocks = V == 1 || K == 5 ? (sizeof(T) == 4 && V == 2 ? 2 : 3) : 2;
-    const int rows = ceil_div(m.rows.out, m.rows.dilation);
-    const bool tall = ceil_div(rows, 4) * 4 * 21 >= ceil_div(rows, 7) * 7 * 20;
     if constexpr (K == 7 || sizeof(T) == 2) {
-      if (tall && m.act == kNoActivation) return launch_march<T, K, 1, 1, V, 7, false, kBlocks>(m, stream);
+      const auto time = [&](int rows) { return plan_march<T, K, 1, 1, V>(m, rows, kBlocks).time; };
+      if (m.act == kNoActivation && time(7) <= 1.05 * time(4)) {
+        return launch_march<T, K, 1, 1, V, 7, false, kBlocks>(m, stream);
+      }
     }
     return launch_march<T, K, 1, 1, V, 4, true, kBlocks>(m, stream);
   }

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from launches import kernel_modules
 
 from benchmarks.ledger import count
-from benchmarks.ledger.launches import Launch, waves
+from benchmarks.ledger.launches import Launch, resident_blocks
 from benchmarks.ledger.recorder import recording
 from vision_ops.kernels import moga_gate
 from vision_ops.ops import fused_dwconv
@@ -97,11 +97,12 @@ def test_costs_of_cuda_kernels(cuda):
 
 def test_waves():
     name = "march_kernel<__nv_bfloat16, 7, 1, 1, 2, 7, false, 2>"
-    assert waves(name, 396, 128, 50 << 10) == 1.5
-    assert waves(name, 396, 128, 200 << 10) == 3.0  # shared memory holds one
-    assert waves(name, 33, 128, 0) == 0.25
-    assert waves("add_splits_kernel<float>", 396, 128, 0) is None
-    assert Launch("", "CUDA C++", 0, 0, waves=1.5).idle == 0.25
+    assert resident_blocks(name, 50 << 10) == 2
+    assert resident_blocks(name, 200 << 10) == 1  # that shared memory holds
+    assert resident_blocks("add_splits_kernel<float>", 0) == 0
+    for blocks, waves, idle in ((396, 1.5, 0.25), (264, 1.0, 0.0), (198, 0.75, 0.25), (33, 0.125, 0.75)):
+        launch = Launch("", "CUDA C++", 0, 0, blocks=blocks, resident=2)
+        assert (launch.waves, launch.idle) == (waves, idle)
 
 
 def test_every_kernel_declares_what_it_moves():
