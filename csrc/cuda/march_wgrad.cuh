@@ -174,7 +174,7 @@ WgradGrid wgrad_grid(const MarchWgrad& m) {
   g.strips = cut_rows(m.images, ceil_div(m.rows.out, m.rows.dilation), m.rows.dilation, R);
   g.groups = ceil_div(g.strips.count, int64_t(kThreads >> g.lane_bits)) * m.columns.dilation;
   g.channel_blocks = int(ceil_div(m.channels, int64_t(V) << g.lane_bits));
-  g.splits = cut_groups(g.groups, g.channel_blocks, BLOCKS);
+  g.splits = cut_units(g.groups, g.channel_blocks, BLOCKS, 1, kGroupsOfWgradBlock).splits;
   return g;
 }
 
