@@ -6,7 +6,7 @@ To register an op: its shapes go into shapes.py, a function here turns one of th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
@@ -224,6 +224,35 @@ def build_s2_attention(shape: shapes.S2Shape, setting: Setting) -> Problem:
     return Problem((x, *mlp1, *mlp2, *split_mlps(c, setting)), (2 * (3 * c + c) + 9) * x.numel())
 
 
+def build_scaled_residual(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
+    x, branch = (setting.normal(setting.batch, shape.channels, shape.size, shape.size) for _ in range(2))
+    return Problem((x, branch, setting.normal(shape.channels)), 2 * x.numel())
+
+
+def build_mlp(shape: shapes.MlpShape, setting: Setting) -> Problem:
+    channels, hidden = shape.channels, shape.hidden
+    x = setting.pixels(setting.batch, shape.size, shape.size, channels)
+    weights = [
+        t
+        for o, i in ((hidden, channels), (channels, hidden))
+        for t in (setting.normal(o, i) / i**0.5, setting.normal(o))
+    ]
+    norm = [setting.normal(channels) if shape.norm else None for _ in range(2)]
+    gamma = setting.normal(channels) if shape.gamma else None
+    return Problem((x, *weights, *norm, gamma), (4 * hidden + 10) * x.numel())
+
+
+def half_block(mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An MLP with x for a residual."""
+
+    def run(x: Tensor, *given: Tensor | None, **options: str) -> Tensor:
+        *weights, norm_weight, norm_bias, gamma = given
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        return mlp(x, *weights, **norm, gamma=gamma, residual=x, **options)
+
+    return run
+
+
 OPS = {
     op.name: op
     for op in (
@@ -370,6 +399,23 @@ OPS = {
             quick=("S2-MLPv2-S.2",),
             compile_in_short=True,
             pixels=True,
+        ),
+        Op(
+            "mlp",
+            half_block(vision_ops.fused_mlp),
+            half_block(reference.mlp),
+            shapes.mlp_cases(),
+            build_mlp,
+            quick=("HorNet-T.2", "EdgeNeXt-S.3", "S2-MLPv2-S.2"),
+            pixels=True,
+        ),
+        Op(
+            "scaled_residual",
+            vision_ops.fused_scaled_residual,
+            reference.scaled_residual,
+            shapes.layer_norm_cases(),
+            build_scaled_residual,
+            quick=("HorNet-T.1",),
         ),
     )
 }

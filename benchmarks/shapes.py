@@ -294,3 +294,30 @@ class S2Shape:
 def s2_cases() -> dict[str, S2Shape]:
     named = stages(S2MLPV2_WIDTHS, "S2-MLPv2", S2MLPV2_STAGES_224)
     return distinct((label, S2Shape(width, size)) for label, _, width, size in named)
+
+
+@dataclass(frozen=True)
+class MlpShape:
+    channels: int
+    hidden: int
+    size: int
+    norm: bool  # in front; else the op before has it
+    gamma: bool
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} hidden {self.hidden}"
+
+
+def mlp_cases() -> dict[str, MlpShape]:
+    """Of HorNet's and S2-MLPv2's blocks with their norm; of EdgeNeXt's and ConvNeXt's behind convolution and norm."""
+    networks = (
+        (HORNET_WIDTHS, "HorNet", STAGES_224, 4, True, True),
+        (EDGENEXT_WIDTHS, "EdgeNeXt", STAGES_256, 4, False, True),
+        (CONVNEXT_WIDTHS, "ConvNeXt", STAGES_224, 4, False, True),
+        (S2MLPV2_WIDTHS, "S2-MLPv2", S2MLPV2_STAGES_224, 3, True, False),
+    )
+    return distinct(
+        (label, MlpShape(width, ratio * width, size, norm, gamma))
+        for widths, model, sizes, ratio, norm, gamma in networks
+        for label, _, width, size in stages(widths, model, sizes)
+    )

@@ -1,6 +1,9 @@
 """One call of every op, for what is tested of all of them."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from harness import Case, laid_out
@@ -115,4 +118,60 @@ def every_op(
     }
 
 
+# What an op takes besides as a half-block: (norm in front, dimension of the channels of x).
+_HALVES = {
+    "gnconv": (True, 1),
+    "xca": (True, -1),
+    "s2_attention": (True, -1),
+    "moga_aggregation": (False, 1),
+    "channel_aggregation_ffn": (False, 1),
+}
+
+
+def half_blocks(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, *, adds_x: bool = False, **options: Any
+) -> dict[str, Case]:
+    """The same ops as half-blocks. adds_x: x is the residual."""
+    cases = every_op(device, dtype, **options)
+    return {f"{name}_half_block": _half(name, cases[name], norm, adds_x) for name, (norm, _) in _HALVES.items()}
+
+
+def _half(name: str, case: Case, norm: bool, adds_x: bool) -> Case:
+    x, count = case.tensors[0], len(case.tensors)
+    channels = x.shape[_HALVES[name][1]]
+
+    def draw() -> Tensor:
+        return torch.randn(channels, device=x.device).to(x.dtype)
+
+    drops = torch.where(torch.arange(len(x), device=x.device) % 2 == 0, 1.25, 0.0).to(x.dtype)
+    more = [draw(), drops, *([draw(), draw()] if norm else []), *([] if adds_x else [torch.randn_like(x)])]
+    function = getattr(ops, f"fused_{name}")
+
+    def run(t: Sequence[Tensor | None], backend: str) -> Tensor:
+        own, (gamma, path_scale, *rest) = t[:count], t[count:]
+        extra = {"gamma": gamma, "path_scale": path_scale, "residual": own[0] if adds_x else rest[-1]}
+        if norm:
+            extra |= {"norm_weight": rest[0], "norm_bias": rest[1]}
+
+        def whole(*given: Any, **named: Any) -> Tensor:
+            return function(*given, **named, **extra)
+
+        with patched(f"fused_{name}", whole):
+            return case.run(own, backend)
+
+    return Case(run, [*case.tensors, *more], constants=(count + 1,))
+
+
+@contextlib.contextmanager
+def patched(name: str, function: Any) -> Iterator[None]:
+    """The cases look their ops up when they run."""
+    original = getattr(ops, name)
+    setattr(ops, name, function)
+    try:
+        yield
+    finally:
+        setattr(ops, name, original)
+
+
 NAMES = sorted(every_op("meta"))
+HALF_BLOCKS = sorted(half_blocks("meta"))

@@ -21,6 +21,7 @@ CASES = {
     "dwconv_layer_norm": ("EdgeNeXt-S.3", "ConvNeXt-T.2"),
     "xca": ("EdgeNeXt-S.2", "EdgeNeXt-S.3"),
     "s2_attention": ("S2-MLPv2-S.1", "S2-MLPv2-S.2"),
+    "mlp": ("HorNet-T.1", "EdgeNeXt-S.3"),
     "dwconv": ("HorNet-T.2", "EdgeNeXt-S.4", "HorNet-T.1", "MOAT-0.2 entry", "MogaNet-S.1 ffn gelu"),
     "moga_aggregation": ("MogaNet-S.1", "MogaNet-S.3"),
     "layer_norm_2d": ("HorNet-T.1", "HorNet-T.4"),
@@ -31,6 +32,7 @@ CASES = {
     "cross_covariance": ("EdgeNeXt-S.3",),
     "moga_gate": ("MogaNet-S.1",),
     "feature_decompose": ("MogaNet-S.1",),
+    "scaled_residual": ("HorNet-T.1",),
 }
 # Those with depthwise convolutions, which cuDNN may have a kernel for.
 DEPTHWISE = (*tuple(CASES)[:4], "dwconv", "moga_aggregation", "split_cascade")

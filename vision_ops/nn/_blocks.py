@@ -1,6 +1,7 @@
 """What the blocks of several networks share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,54 @@ def residual(block: nn.Module, tail: Layers, x: Tensor, branch: Tensor) -> Tenso
     return x + block.drop_path(branch)
 
 
+class HalfBlock(Layers):
+    """The layers of a half-block, residual + drop_path(gamma * f(norm(x))), which one op computes.
+
+    Args:
+        op, layers, own: as `Layers`, for f alone.
+        gamma, norm: their names in the block; None where there is none. norms: how the norm is computed.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        layers: dict[str, Layer],
+        own: tuple[str, ...] = (),
+        *,
+        gamma: str | None = None,
+        norm: str | None = None,
+        norms: Layer | None = None,
+    ) -> None:
+        self.gamma, self.norm = gamma, norm
+        in_front = {} if norm is None or norms is None else {norm: norms}
+        every = {**layers, **in_front, "drop_path": module(DropPath)}
+        super().__init__(op, every, own=(*((gamma,) if gamma else ()), *own))
+
+    def given(self, block: nn.Module, x: Tensor, residual: Tensor) -> tuple[list[Any], dict[str, Any]] | None:
+        """The tensors of f, and what else the op takes; None where the block is to call its layers."""
+        tensors = self.tensors(block, x)
+        if tensors is None or residual.shape != x.shape:
+            return None
+        more = {"residual": residual, "path_scale": block.drop_path.draw(residual)}
+        if self.gamma is not None:
+            more["gamma"] = tensors.pop(0).flatten()
+        if self.norm is not None:
+            more["norm_bias"], more["norm_weight"] = tensors.pop(), tensors.pop()
+            more["eps"] = getattr(block, self.norm).eps
+        return tensors, more
+
+
+def half_of(
+    kernel: Layers | None, part: str, kind: type[nn.Module], *, gamma: str | None, norm: str | None, norms: Layer | None
+) -> HalfBlock | None:
+    """The half-block whose f is the module of this name and type, which `kernel` computes alone."""
+    if kernel is None:
+        return None
+    layers = {f"{part}.{name}": layer for name, layer in kernel.layers.items()}
+    own = tuple(f"{part}.{name}" for name in kernel.own)
+    return HalfBlock(kernel.op, {part: module(kind), **layers}, own, gamma=gamma, norm=norm, norms=norms)
+
+
 def mlp_layers(
     channels: int,
     hidden: int,
@@ -103,35 +152,16 @@ def mlp_layers(
     norm: str | None = None,
     gamma: str | None = None,
     others: dict[str, Layer] | None = None,
-) -> Layers:
+) -> HalfBlock:
     """What `mlp` takes of a block. others: layers that it computes, or leaves out, besides."""
-    layers = {names[0]: linear(channels, hidden), names[1]: linear(hidden, channels)}
-    if norm is not None:
-        layers[norm] = layer_norm(channels)
-    layers = {**layers, **(others or {}), "drop_path": module(DropPath)}
-    return Layers("mlp", layers, own=(gamma,) if gamma else ())
+    layers = {names[0]: linear(channels, hidden), names[1]: linear(hidden, channels), **(others or {})}
+    return HalfBlock("mlp", layers, gamma=gamma, norm=norm, norms=layer_norm(channels))
 
 
-def mlp(
-    block: nn.Module, kernel: Layers, x: Tensor, residual: Tensor, *, eps: float = 0.0, activation: str = "gelu"
-) -> Tensor | None:
+def mlp(block: nn.Module, kernel: HalfBlock, x: Tensor, residual: Tensor, activation: str = "gelu") -> Tensor | None:
     """residual + drop_path(gamma * fc2(act(fc1(norm(x))))) of (N, H, W, C); None where the block is to call its layers.
 
     residual may be x itself, which saves a pass.
     """
-    parameters = kernel.tensors(block, x)
-    if parameters is None or residual.shape != x.shape:
-        return None
-    gamma = parameters.pop(0) if kernel.own else None
-    norm_weight, norm_bias = parameters[4:6] or (None, None)
-    return fused_mlp(
-        x,
-        *parameters[:4],
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        eps=eps,
-        activation=activation,
-        gamma=gamma,
-        residual=residual,
-        path_scale=block.drop_path.draw(residual),
-    )
+    given = kernel.given(block, x, residual)
+    return None if given is None else fused_mlp(x, *given[0], activation=activation, **given[1])

@@ -20,8 +20,10 @@ from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
 from ._blocks import (
     DropPath,
+    HalfBlock,
     convolve,
     fill_,
+    half_of,
     inverted_bottleneck,
     layer_scale,
     mlp,
@@ -29,7 +31,7 @@ from ._blocks import (
     residual,
     tail_layers,
 )
-from ._layers import Layers, depthwise, dropout, layer_norm, linear, module
+from ._layers import Layers, computed, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
 
@@ -103,11 +105,10 @@ class PositionalEncodingFourier(nn.Module):
 
 
 def _bottleneck(
-    block: Any, kernel: Layers, y: Tensor, x: Tensor, norm: nn.Module | None, act: Callable[[Tensor], Tensor]
+    block: Any, kernel: HalfBlock, y: Tensor, x: Tensor, norm: nn.Module | None, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """x + gamma * pwconv2(act(pwconv1(norm(y)))) of y (N, H, W, C) and x (N, C, H, W)."""
-    eps = 0.0 if norm is None else norm.eps
-    found = mlp(block, kernel, y, x.permute(0, 2, 3, 1), eps=eps, activation=act.__name__)
+    found = mlp(block, kernel, y, x.permute(0, 2, 3, 1), act.__name__)
     if found is not None:
         return found.permute(0, 3, 1, 2)
     y = y if norm is None else norm(y)
@@ -193,6 +194,7 @@ class ConvEncoderBNHS(nn.Module):
         return _bottleneck(self, self._mlp, y, x, None, F.hardswish)
 
 
+@computed
 class XCA(nn.Module):
     """Cross-covariance attention: softmax(temperature * q k^T) v between the channels of each head.
 
@@ -240,9 +242,12 @@ class XCA(nn.Module):
         parameters = self._kernel.tensors(self, x)
         if parameters is None:
             return self.proj_drop(self.proj(self._attend(self.qkv(x))))
+        return self.proj_drop(self.whole(x, parameters))
+
+    def whole(self, x: Tensor, parameters: list[Any], **half: Any) -> Tensor:
+        """As one op. half: what it takes as a half-block."""
         temperature, weight, bias, *proj = parameters
-        given = weight, bias, temperature, *proj
-        return self.proj_drop(fused_xca(x, *given, num_heads=self.num_heads))
+        return fused_xca(x, weight, bias, temperature, *proj, num_heads=self.num_heads, **half)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         q, k, v = split_heads(qkv, self.num_heads)
@@ -338,7 +343,12 @@ class _SDTA(nn.Module):
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
         scaled, normed = layer_scale_init_value > 0, self.make_norm is not nn.BatchNorm2d
-        self._tail = tail_layers("gamma_xca" if scaled else None)
+        gamma_xca = "gamma_xca" if scaled else None
+        self._tail, self._half = tail_layers(gamma_xca), None
+        if normed:
+            kernel = Layers("xca", {**self.xca._kernel.layers, "proj_drop": dropout()}, own=self.xca._kernel.own)
+            norm = layer_norm(dim)
+            self._half = half_of(kernel, "xca", XCA, gamma=gamma_xca, norm="norm_xca", norms=norm)
         gamma = "gamma" if scaled else None
         self._mlp = mlp_layers(dim, expan_ratio * dim, norm="norm" if normed else None, gamma=gamma)
 
@@ -394,7 +404,12 @@ class SDTAEncoder(_SDTA):
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.with_position(self.cascade(x).permute(0, 2, 3, 1))
-        t = self.attend(t, self.norm_xca(t))
+        tokens = t.flatten(1, 2)
+        given = None if self._half is None else self._half.given(self, tokens, tokens)
+        if given is None:
+            t = self.attend(t, self.norm_xca(t))
+        else:
+            t = self.xca.whole(tokens, given[0], **given[1]).unflatten(1, t.shape[1:3])
         return _bottleneck(self, self._mlp, t, x, self.norm, F.gelu)
 
 

@@ -190,6 +190,7 @@ class FusedOp:
         unread: Callable[[Any, Any], Sequence[str]] | None = None,
         parts: Callable[[Any], dict[str, str]] | None = None,
         dims: str = "N, C, H, W",
+        public: bool = True,
     ) -> None:
         self.name, self.arguments, self.reference, self.output = name, arguments, reference, output
         self.predicate, self.kernels, self._triton = predicate, kernels, triton
@@ -212,7 +213,8 @@ class FusedOp:
         if is_new:
             implement(definition)
             count_flops(definition)
-        fused_ops[name] = self
+        if public:
+            fused_ops[name] = self
 
     def __call__(self, *given: Any, backend: str | None = None) -> Any:
         """Runs the op on checked arguments."""
