@@ -85,8 +85,7 @@ def export(args: argparse.Namespace) -> None:
         images = torch.cat([prepare(Image.open(file)) for file in args.files[: args.batch_size]])
         images = images if len(images) > 1 else images.repeat(2, 1, 1, 1)  # one would be taken for always one
     batch = ({0: torch.export.Dim("batch", min=1, max=4096)},)
-    exported = torch.export.export(plain, (images,), dynamic_shapes=batch)
-    run = (export_onnx if args.export == "onnx" else export_pt2)(exported, images, out)
+    run = (export_onnx if args.export == "onnx" else export_pt2)(plain, images, batch, out)
     facts: dict[str, Any] = {"prepare": asdict(prepare), "classes": classes}
     out.with_suffix(f"{out.suffix}.json").write_text(json.dumps(facts, indent=2) + "\n")
     for taken in (images, images[:1]):
@@ -97,17 +96,17 @@ def export(args: argparse.Namespace) -> None:
     print(f"{out}: logits of {len(images)} images within {difference:.1g} of the largest of the original's")
 
 
-def export_pt2(exported: torch.export.ExportedProgram, images: torch.Tensor, out: Path) -> Any:
-    torch.export.save(exported, out)
+def export_pt2(plain: models.Backbone, images: torch.Tensor, batch: Any, out: Path) -> Any:
+    torch.export.save(torch.export.export(plain, (images,), dynamic_shapes=batch), out)
     return torch.export.load(out).module()
 
 
-def export_onnx(exported: torch.export.ExportedProgram, images: torch.Tensor, out: Path) -> Any:
+def export_onnx(plain: models.Backbone, images: torch.Tensor, batch: Any, out: Path) -> Any:
     import onnxruntime
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own insides
-        program = torch.onnx.export(exported, (images,), dynamo=True, verbose=False)
+        warnings.simplefilter("ignore")  # about the exporter's own insides
+        program = torch.onnx.export(plain, (images,), dynamic_shapes=batch, dynamo=True, verbose=False)
         program.save(out, external_data=False)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
