@@ -30,7 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("files", nargs="*", type=Path, metavar="IMAGE")
     add("--weights", help="what examples/train.py wrote; or, with --model, any checkpoint of that network")
-    add("--model", help="one of vision_ops.models.list_models(); without --weights, its official weights are downloaded")
+    add(
+        "--model", help="one of vision_ops.models.list_models(); without --weights, its official weights are downloaded"
+    )
     add("--top", type=int, default=3, help="classes to print")
     add("--batch-size", type=int, default=32)
     add("--export", choices=("onnx", "pt2"), help="write the network instead, and compare its logits")
@@ -92,7 +94,9 @@ def export(args: argparse.Namespace) -> None:
         expected, found = network(taken), run(taken)
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= HIGHEST_DIFFERENCE:
-            raise SystemExit(f"{out} gives other logits than the network: they differ by {difference:.2g} of the largest")
+            raise SystemExit(
+                f"{out} gives other logits than the network: they differ by {difference:.2g} of the largest"
+            )
     print(f"{out}: logits of {len(images)} images within {difference:.1g} of the largest of the original's")
 
 
