@@ -6,23 +6,24 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-QUICK ?=
+FULL ?=
 BENCH_ARGS ?=
 
 # OpenMP threads that spin while they wait slow each other down when the machine is shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help env bench test test-all lint format docs clean settings
+.PHONY: help env build bench test test-all lint format docs clean settings
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make bench     fused ops against eager PyTorch and torch.compile, results in build/bench'
-	@echo '               QUICK=1: a few cases, some minutes; BENCH_ARGS="...": see python -m benchmarks ops --help'
+	@echo 'make bench     fused ops and whole networks against PyTorch, in five minutes, results in build/bench'
+	@echo '               FULL=1: all cases, hours, goes on where it was stopped; BENCH_ARGS="--threads 2": for both'
 	@echo 'make test      the tests, without the slow ones'
 	@echo 'make test-all  all the tests'
 	@echo 'make lint      ruff, mypy, clang-format; changes nothing'
 	@echo 'make format    ruff and clang-format, in place'
 	@echo 'make docs      the pages of docs/, in build/docs'
+	@echo 'make build     compiles what changed, in seconds; VISION_OPS_BUILD=cpu leaves nvcc out'
 	@echo 'make env       only what bench and test need: .venv, torch, the package with its kernels'
 	@echo 'make clean     removes what the build made, not .venv'
 	@echo
@@ -31,7 +32,16 @@ help:
 	@echo 'VISION_OPS_BUILD=...  and the other variables of the build: see setup.py'
 
 bench: env
-	$(BIN)/python -m benchmarks ops --out build/bench $(if $(filter 1,$(QUICK)),--quick) $(BENCH_ARGS)
+	@status=0; for what in ops networks; do \
+	  $(BIN)/python -m benchmarks $$what --out build/bench $(if $(filter 1,$(FULL)),--full) $(BENCH_ARGS) || status=$$?; \
+	done; exit $$status
+
+# Without the environment that pip makes for every build.
+build: $(VENV)/.torch $(VENV)/.settings
+	@test -e $(VENV)/.installed || $(MAKE) -s env
+	@$(PIP) install 'setuptools>=64' ninja
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $(VENV)/.installed
 
 # A process per core, but not a hundred that all import torch. Each starts with a stretch of the tests, so that few
 # processes make the fixtures of a module; xdist 3.8 ignores its groups under pytest 9.2.

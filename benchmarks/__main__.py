@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import DTYPES, LAYOUTS, MODES, RUNS
 
+FULL = "all cases; those that an earlier run of this commit on this machine left in --out are not run again"
 REQUIRED = {"torch": "torch", "vision_ops": "-e .", "rich": "'vision-ops[bench]'"}
 
 
@@ -41,25 +42,62 @@ def positive(number: type[int] | type[float]) -> Callable[[str], int | float]:
     return parse
 
 
-def add_ops(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("ops", help="every fused op at the networks' stage shapes")
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops")
-    parser.add_argument("--case", nargs="+", metavar="NAME", help="only the cases that begin so, such as HorNet-T")
+def whole(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(positive(int)(word) for word in text.split(",")))
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", type=words(DTYPES), metavar="D,D", help="default: float32, on a GPU bfloat16")
-    parser.add_argument("--mode", type=words(MODES), metavar="M,M", default=MODES)
-    parser.add_argument("--batch", type=positive(int), metavar="N", help="default: 4, on a GPU 128")
     parser.add_argument("--layout", type=words(LAYOUTS), metavar="L,L", default=LAYOUTS)
-    parser.add_argument("--quick", action="store_true", help="a few cases, some minutes")
+    parser.add_argument("--mode", type=words(MODES), metavar="M,M", default=MODES)
     parser.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads")
-    parser.add_argument(
-        "--seconds",
-        type=positive(float),
-        metavar="S",
-        help="longest time on one case and mode, past the rounds a ratio needs; default: 60, quick: 3",
-    )
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another checkout, built: is this one faster?")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON, CSV and PNG go; default: nowhere")
-    parser.set_defaults(module="benchmarks.ops", error=parser.error)
+    parser.set_defaults(error=parser.error)
+
+
+def add_ops(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "ops",
+        help="every fused op at the networks' stage shapes",
+        description="Without --op, --case and --full one case of every op, against eager; some against torch.compile.",
+    )
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops, all their cases")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only the cases that begin so, such as HorNet-T")
+    parser.add_argument("--full", action="store_true", help=FULL)
+    parser.add_argument("--dtype", type=words(DTYPES), metavar="D,D", help="default: float32, on a GPU bfloat16")
+    parser.add_argument("--batch", type=positive(int), metavar="N", help="default: 4, on a GPU 128")
+    seconds = "longest time on one case and mode, past the rounds a ratio needs; default: 60, of the short run 1.5"
+    parser.add_argument("--seconds", type=positive(float), metavar="S", help=seconds)
+    add_common(parser)
+    parser.set_defaults(module="benchmarks.ops")
+
+
+def add_networks(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "networks",
+        help="whole networks, forward and in training",
+        description="Without --network and --full one network of each kind at one batch size, float32.",
+    )
+    names = "only those whose name or variant begins so, such as HorNet-T or hornet_tiny, or any variant"
+    parser.add_argument("--network", nargs="+", metavar="NAME", help=names)
+    parser.add_argument("--full", action="store_true", help=FULL)
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the reference and of ours, too")
+    parser.add_argument("--loss", action="store_true", help="50 training steps, ours over the reference, two seeds")
+    dtype = "bfloat16 is autocast; default: float32, and bfloat16 where the processor multiplies it; on a GPU bfloat16"
+    parser.add_argument("--dtype", type=words(DTYPES), metavar="D,D", help=dtype)
+    parser.add_argument("--batch", type=whole, metavar="N,N", help="default: 1,4, on a GPU 1,32,128")
+    seconds = "longest time on one network and mode, past 7 rounds; default: 30, of the short run 0"
+    parser.add_argument("--seconds", type=positive(float), metavar="S", help=seconds)
+    add_common(parser)
+    parser.set_defaults(module="benchmarks.network_runs")
+
+
+def add_calls(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("calls", help="what a call costs on tiny tensors, part by part")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where calls.json goes; default: nowhere")
+    parser.set_defaults(module="benchmarks.calls", error=parser.error, threads=1)
 
 
 def add_gpu_check(commands: argparse._SubParsersAction) -> None:
@@ -98,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     add_ops(commands)
+    add_networks(commands)
+    add_calls(commands)
     add_gpu_check(commands)
     args = parser.parse_args(argv)
     for name, package in REQUIRED.items():

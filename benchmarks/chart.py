@@ -19,7 +19,7 @@ COLOURS = {"forward": "#4c78a8", "train": "#f58518"}
 BAR = 0.38
 
 
-Row = tuple[str, str, str]  # op, case, shape
+Row = tuple[str, str, str, int]  # op, case, shape, batch
 
 
 def draw(report: Report, folder: Path) -> None:
@@ -29,14 +29,16 @@ def draw(report: Report, folder: Path) -> None:
         ops = list(dict.fromkeys(result.op for result in results))
         for op in ops:
             own = [result for result in results if result.op == op]
-            _draw_rows(report, op, {_row(r): f"{r.case}  {r.shape}" for r in own}, own, folder / f"{op}-{dtype}.png")
+            several = len({result.batch for result in own}) > 1
+            rows = {_row(r): f"{r.case}  {r.shape}" + f"  batch {r.batch}" * several for r in own}
+            _draw_rows(report, op, rows, own, folder / f"{op}-{dtype}.png")
         if len(ops) > 1:
             rows = {_row(r): f"{r.op}  {r.case}" for r in results}
             _draw_rows(report, "vision_ops", rows, results, folder / f"all-{dtype}.png")
 
 
 def _row(result: CaseResult) -> Row:
-    return result.op, result.case, result.shape
+    return result.op, result.case, result.shape, result.batch
 
 
 def _draw_rows(report: Report, name: str, rows: Mapping[Row, str], results: Sequence[CaseResult], path: Path) -> None:
@@ -54,7 +56,8 @@ def _draw_rows(report: Report, name: str, rows: Mapping[Row, str], results: Sequ
         _draw_panel(axes, layout, rows, results)
     panels[0][0].invert_yaxis()
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    where = f"{report.machine_name}, {results[0].dtype}, batch {results[0].batch}"
+    batches = ", ".join(str(batch) for batch in dict.fromkeys(result.batch for result in results))
+    where = f"{report.machine_name}, {results[0].dtype}, batch {batches}"
     figure.suptitle(f"{name}: how many times faster than the best peer\n{where}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)

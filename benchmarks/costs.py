@@ -94,6 +94,28 @@ def kernels(step: Step, device: str, most: int, calls: int = CALLS) -> dict[str,
     }
 
 
+def share_of(prefix: str, step: Step, device: str) -> float:
+    """Of the time of a call, on the device, in operators whose names begin so, with all that they call."""
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]) as profiler:
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds = time.perf_counter() - start
+    events = profiler.events()
+
+    def counts(event: Any) -> bool:
+        parent = event.cpu_parent
+        while parent is not None and not parent.name.startswith(prefix):
+            parent = parent.cpu_parent
+        return parent is None and event.name.startswith(prefix)
+
+    if device == "cpu":
+        return sum(event.cpu_time_total for event in events if counts(event)) / (seconds * 1e6)
+    on_device = sum(event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA)
+    return sum(event.device_time_total for event in events if counts(event)) / on_device
+
+
 def replay(step: Step, device: str) -> Callable[[], None]:
     """The call, captured as a CUDA graph; raises where it does not capture."""
     if device != "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import platform
@@ -84,8 +85,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any] | None:
+    """Of this tree; `changes` tells two dirty trees apart."""
     head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
-    return None if head is None else {"id": head, "dirty": bool(changes)}
+    if head is None:
+        return None
+    text = f"{changes}\n{_git('diff', 'HEAD')}" if changes else ""
+    return {"id": head, "dirty": bool(changes), "changes": text and hashlib.sha256(text.encode()).hexdigest()[:12]}
 
 
 def _git(*words: str) -> str | None:
@@ -97,11 +102,20 @@ def _git(*words: str) -> str | None:
 
 
 def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.machine()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16: of AVX-512, AMX or Arm."""
+    return "bf16" in _cpuinfo("flags") + _cpuinfo("Features")
+
+
+def _cpuinfo(name: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def _package_facts() -> Any:

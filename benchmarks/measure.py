@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ Step = Callable[[], object]
 Times = dict[str, list[float]]
 
 SAMPLE_SECONDS = 1e-3
+LONG_SECONDS = 0.1  # of a step that needs no more than one call to warm up
 FLUSH_BYTES = 256 << 20
 
 
@@ -99,7 +100,9 @@ class Stopwatch:
 
     def sampler(self, step: Step) -> Callable[[], float]:
         """Warms the step up, and repeats it so often that a sample outlasts the clock's noise."""
-        fastest = min(self.seconds(step) for _ in range(3))
+        fastest = self.seconds(step)
+        if fastest < LONG_SECONDS:
+            fastest = min(fastest, *(self.seconds(step) for _ in range(2)))
         repeats = max(1, math.ceil(SAMPLE_SECONDS / fastest))
         return lambda: self.seconds(step, repeats)
 
@@ -133,8 +136,11 @@ def first_call(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def saved_bytes(train: Step) -> int:
-    """What autograd keeps for the backward pass, inputs and parameters included, every storage once."""
+def saved_bytes(train: Step, apart: Iterable[torch.Tensor] = ()) -> int:
+    """What autograd keeps for the backward pass, inputs and parameters included, every storage once.
+
+    apart: tensors that are there anyway and do not count.
+    """
     # The storages are held until all are seen, or one could be freed and its address taken by the next.
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -145,7 +151,8 @@ def saved_bytes(train: Step) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         train()
-    return sum(storage.nbytes() for storage in storages.values())
+    there = {tensor.untyped_storage().data_ptr() for tensor in apart}
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in there)
 
 
 def peak_bytes(step: Step, device: str) -> int:

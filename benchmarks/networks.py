@@ -1,10 +1,11 @@
-"""Whole networks in bfloat16 autocast and channels_last: forward and training step, with our ops, without, compiled."""
+"""Whole networks: forward pass and training step, with our ops, without, compiled, and timm's."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.costs import when_memory_allows
 from benchmarks.measure import Quartiles, Rule, Step, Stopwatch, Times, interleave, peak_bytes
+from benchmarks.problem import MEMORY_FORMATS
 from benchmarks.providers import COMPILERS
+from benchmarks.timm_peer import timm_peer
 from vision_ops import models
 
 MODES = ("train", "forward")
@@ -23,6 +26,10 @@ KINDS = {
     "compile(fused)": (True, True),
     "compile(reference)": (False, True),
 }
+
+
+LEAST_SCALE, SCALE = 1e-3, 0.01
+FLOORS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True)
@@ -46,48 +53,82 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """`compiler` is a key of COMPILERS; `small` networks and images are for a rehearsal on a CPU."""
+    """How a network runs. `compiler` is a key of COMPILERS; `small` networks and images are for a rehearsal on a CPU.
+
+    dtype: that of autocast; float32 is without.
+    """
 
     device: str
     batch: int = 128
     rounds: int = 10
     small: bool = False
     compiler: str = "compile"
+    dtype: torch.dtype = torch.bfloat16
+    layout: str = "channels_last"
 
     def images(self, network: Network, batch: int | None = None) -> Tensor:
         size = network.small_image if self.small else network.image
         x = torch.randn(batch or self.batch, 3, size, size, device=self.device)
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=self.memory_format)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return MEMORY_FORMATS[self.layout]
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device, dtype=torch.bfloat16)
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
-def build(network: Network, scale: Scale, fused: bool) -> nn.Module:
-    """With the same weights whether fused or not."""
-    torch.manual_seed(0)
+def build(network: Network, scale: Scale, fused: bool, seed: int = 0) -> nn.Module:
+    """With the same weights whether fused or not. Scales of branches that begin as good as 0 would hide all errors."""
+    torch.manual_seed(seed)
     arguments = network.small if scale.small else {}
     net = models.create_model(network.variant, fused=fused, drop_path_rate=0.0, **arguments)
-    return net.to(scale.device, memory_format=torch.channels_last)
+    for parameter in net.parameters():
+        if 0 < parameter.detach().abs().max() <= LEAST_SCALE:
+            nn.init.constant_(parameter, SCALE)
+    return net.to(scale.device, memory_format=scale.memory_format)
 
 
-def disagreement(fused: nn.Module, eager: nn.Module, x: Tensor, scale: Scale) -> str | None:
-    """What the fused network gets wrong under autocast, in evaluation mode: its logits and its first gradient.
+def assemble(kind: str, network: Network, scale: Scale) -> nn.Module:
+    """A network of one of KINDS, or timm's. Raises where there is none."""
+    if kind == "timm":
+        return timm_peer(network).to(scale.device, memory_format=scale.memory_format)
+    fused, compiled = KINDS[kind]
+    net = build(network, scale, fused)
+    return torch.compile(net, dynamic=False, **COMPILERS[scale.compiler]) if compiled else net
 
-    Errors are ‖a − b‖ / ‖b‖ against float32; twice that of eager is allowed, and a floor.
+
+def results(net: nn.Module, x: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Logits and first gradient in evaluation mode."""
+    net.eval()
+    with scale.autocast():
+        logits = net(x)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.detach(), torch.autograd.grad(logits.square().mean(), next(net.parameters()))[0]
+
+
+def exact_results(eager: nn.Module, x: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Of autocast those of float32, of float32 those of float64."""
+    without = replace(scale, dtype=torch.float32)
+    if scale.dtype != torch.float32:
+        return results(eager, x, without)
+    return results(copy.deepcopy(eager).double(), x.double(), without)
+
+
+def disagreement(
+    fused: nn.Module, eager: nn.Module, x: Tensor, scale: Scale, exact: tuple[Tensor, Tensor] | None = None
+) -> str | None:
+    """What the fused network gets wrong of its `results`. exact: if they are known.
+
+    Errors are ‖a − b‖ / ‖b‖; twice that of eager is allowed, and a floor.
     """
-
-    def results(net: nn.Module, autocast: bool) -> tuple[Tensor, Tensor]:
-        net.eval()
-        with torch.autocast(scale.device, dtype=torch.bfloat16, enabled=autocast):
-            logits = net(x).float()
-        return logits.detach(), torch.autograd.grad(logits.square().mean(), next(net.parameters()))[0]
-
     complaints = []
-    both = results(fused, True), results(eager, True), results(eager, False)
-    for what, ours, theirs, exact in zip(("logits", "first gradient"), *both, strict=True):
-        error, of_eager = (((t - exact).norm() / exact.norm()).item() for t in (ours, theirs))
-        if not error <= 2 * of_eager + 1e-2:  # a NaN fails too
+    found = results(fused, x, scale), results(eager, x, scale), exact or exact_results(eager, x, scale)
+    for what, ours, theirs, right in zip(("logits", "first gradient"), *found, strict=True):
+        error, of_eager = (((t - right).norm() / right.norm()).item() for t in (ours, theirs))
+        if not error <= 2 * of_eager + FLOORS[scale.dtype]:  # a NaN fails too
             complaints.append(f"{what} off by {error:.1e}, eager by {of_eager:.1e}")
     return "; ".join(complaints) or None
 
@@ -131,11 +172,7 @@ class Contest:
         network = NETWORKS[self.name]
         x = self.scale.images(network)
         for kind in self.kinds:
-            fused, compiled = KINDS[kind]
-            net = build(network, self.scale, fused)
-            if compiled:
-                net = torch.compile(net, dynamic=False, **COMPILERS[self.scale.compiler])
-            self.nets[kind] = net
+            self.nets[kind] = net = assemble(kind, network, self.scale)
             self.steps[kind] = {"train": train_step(net, x, self.scale), "forward": forward_step(net, x, self.scale)}
             for mode in MODES:
                 self.enter(mode)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Op, Problem
+from benchmarks.problem import Op, Problem
 
 PEERS = {"cpu": ("eager", "compile"), "cuda": ("eager", "compile", "max-autotune")}
 # Peers made by torch.compile, with its options. "aot_eager" traces as "compile" does, and then compiles nothing.
@@ -21,6 +21,7 @@ COMPILERS: dict[str, dict[str, Any]] = {
     "max-autotune": {"mode": "max-autotune-no-cudagraphs"},
     "aot_eager": {"backend": "aot_eager"},
 }
+BEFORE = "before"  # the fused op of another tree
 CUDNN = "eager-cudnn"  # with cuDNN's kernels for contiguous depthwise convolutions, which PyTorch does not take itself
 
 

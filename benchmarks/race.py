@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import vision_ops
-from benchmarks.cases import Op, Setting
 from benchmarks.machine import Rates
 from benchmarks.measure import (
-    Quartiles,
     Ratio,
     Rule,
     Step,
@@ -23,14 +21,17 @@ from benchmarks.measure import (
     peak_bytes,
     saved_bytes,
 )
-from benchmarks.providers import COMPILERS, Provider, line_up, make_step
+from benchmarks.other_tree import OtherTree
+from benchmarks.problem import Op, Setting
+from benchmarks.providers import BEFORE, COMPILERS, Provider, line_up, make_step
 from benchmarks.report import CaseResult, ProviderResult
 from benchmarks.verify import complaints
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What holds for all cases of a run. time_wrong: a wrong op is timed all the same, and stays "WRONG"."""
+    """What holds for all cases of a run. time_wrong: a wrong op is timed all the same, and stays "WRONG". other: the
+    fused op of another tree is timed, too."""
 
     setting: Setting
     layouts: Sequence[str]
@@ -39,6 +40,7 @@ class Plan:
     stopwatch: Stopwatch
     rates: Rates
     time_wrong: bool = False
+    other: OtherTree | None = None
 
 
 class Race:
@@ -53,6 +55,7 @@ class Race:
         self._results = [self._blank_result(mode) for mode in plan.modes]
         self._unfinished: list[CaseResult] = []
         self._steps: dict[str, dict[str, Step]] = {}
+        self._elsewhere: dict[str, dict[str, Callable[[], float]]] = {}
 
     def run(self, tell: Callable[[str], None]) -> list[CaseResult]:
         """A result for every mode. `tell` hears what the race is at."""
@@ -70,14 +73,15 @@ class Race:
             self._steps = {result.mode: self._first_calls(result, self.fused) for result in results}
             wrong = self._wrong()
             if wrong:
-                _spoil(results, "WRONG", "; ".join(wrong))
+                spoil(results, "WRONG", "; ".join(wrong))
                 if not self.plan.time_wrong:
                     return results
             for result in results:
                 tell(f"{result.mode}, first calls")
                 self._steps[result.mode].update(self._first_calls(result, self.peers))
+            self._elsewhere = {result.mode: self._in_other_tree(result) for result in results}
         except Exception as error:
-            _spoil(results, "FAILED", _one_line(error))
+            spoil(results, "FAILED", one_line(error))
         else:
             self._unfinished = list(results)
         return results
@@ -91,7 +95,7 @@ class Race:
                 self._time(result, self._steps.pop(result.mode))
             except Exception as error:
                 # One case that cannot run is no reason to lose the others; the exit status tells.
-                _spoil(self._unfinished, "FAILED", _one_line(error))
+                spoil(self._unfinished, "FAILED", one_line(error))
                 break
             self._unfinished.pop(0)
         return self._results
@@ -131,7 +135,7 @@ class Race:
         texts = []
         for layout, problem in self.problems.items():
             with torch.set_grad_enabled(result.mode == "train"):
-                explanation = vision_ops.explain(self.op.name, *problem.args, **problem.options)
+                explanation = self.op.explain(problem)
             if explanation.cannot:
                 raise RuntimeError(f"no kernel: {'; '.join(explanation.cannot)}")
             texts.append(f"{layout}: {explanation}")
@@ -151,10 +155,14 @@ class Race:
             except Exception as error:
                 if provider.kind not in COMPILERS:
                     raise
-                entry.error = _one_line(error)
+                entry.error = one_line(error)
             else:
                 steps[provider.name] = step
         return steps
+
+    def _in_other_tree(self, result: CaseResult) -> dict[str, Callable[[], float]]:
+        about = {name: getattr(result, name) for name in ("op", "case", "dtype", "batch", "mode")}
+        return samplers_elsewhere(self.plan.other, result, self.plan.layouts, **about)
 
     def _wrong(self) -> list[str]:
         """What the fused op gets wrong, in any layout; its gradients too where only the forward pass is timed."""
@@ -171,36 +179,60 @@ class Race:
 
     def _time(self, result: CaseResult, steps: dict[str, Step]) -> None:
         samplers = {name: self.plan.stopwatch.sampler(step) for name, step in steps.items()}
-        times = interleave(samplers, lambda times: list(self._ratios(times).values()), self.plan.rule)
-        ratios = self._ratios(times)
+        samplers |= self._elsewhere.get(result.mode, {})
+        times = interleave(
+            samplers, lambda times: list(ratios_of(times, self.fused, self.peers).values()), self.plan.rule
+        )
+        ratios = ratios_of(times, self.fused, self.peers)
         result.settled = self.plan.rule.settled(list(ratios.values()))
         for entry in result.providers:
-            step = steps.get(entry.name)
-            if step is None:
+            if entry.name not in times:
                 continue
             result.rounds = len(times[entry.name])
-            entry.time_s = Quartiles.of(times[entry.name])
-            entry.peak_bytes = peak_bytes(step, self.plan.setting.device)
-            entry.saved_bytes = saved_bytes(step) if result.mode == "train" else None
-            entry.same_layout = ratios.get((entry.name, "same_layout"))
-            entry.all_layouts = ratios.get((entry.name, "all_layouts"))
-
-    def _ratios(self, times: Times) -> dict[tuple[str, str], Ratio]:
-        """By the fused op in a layout and the peers it is held against."""
-        peers = [peer for peer in self.peers if peer.name in times]
-        ratios = {}
-        for fused in self.fused:
-            rivals = {"same_layout": [peer for peer in peers if peer.layout == fused.layout], "all_layouts": peers}
-            for against, those in rivals.items():
-                ratios[fused.name, against] = Ratio.of(times, fused.name, [peer.name for peer in those])
-        return ratios
+            entry.take(times[entry.name], ratios)
+            step = steps.get(entry.name)
+            if step is not None:
+                entry.peak_bytes = peak_bytes(step, self.plan.setting.device)
+                entry.saved_bytes = saved_bytes(step) if result.mode == "train" else None
 
 
-def _spoil(results: list[CaseResult], status: str, detail: str) -> None:
+def samplers_elsewhere(
+    other: OtherTree | None, result: CaseResult, layouts: Sequence[str], **about: Any
+) -> dict[str, Callable[[], float]]:
+    """Of the same in the other tree, if there is one; they become providers of the result."""
+    if other is None:
+        return {}
+    samplers = {}
+    for layout in layouts:
+        entry = ProviderResult(BEFORE, layout)
+        result.providers.append(entry)
+        try:
+            samplers[entry.name] = other.sampler(layout=layout, **about)
+        except RuntimeError as error:
+            entry.error = one_line(error)
+    return samplers
+
+
+def ratios_of(times: Times, ours: Sequence[Provider], others: Sequence[Provider]) -> dict[tuple[str, str], Ratio]:
+    """By one of ours in a layout and the peers it is held against; those of the other tree are no peers."""
+    peers = [peer for peer in others if peer.name in times]
+    ratios = {}
+    for provider in ours:
+        rivals = {"same_layout": [peer for peer in peers if peer.layout == provider.layout], "all_layouts": peers}
+        if provider.kind == "fused":
+            rivals["before"] = [Provider(BEFORE, provider.layout)]
+        for against, those in rivals.items():
+            names = [peer.name for peer in those if peer.name in times]
+            if provider.name in times and names:
+                ratios[provider.name, against] = Ratio.of(times, provider.name, names)
+    return ratios
+
+
+def spoil(results: list[CaseResult], status: str, detail: str) -> None:
     for result in results:
         if result.status == "ok":
             result.status, result.detail = status, detail
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,19 @@ class ProviderResult(Provider):
     saved_bytes: int | None = None
     peak_bytes: int | None = None
     error: str | None = None
-    # Of the fused op only: against the best peer of its layout, and of any layout.
+    # Of networks only. in_ops: the share of the time that our ops take, or of PyTorch's what they replace.
+    images_per_s: float | None = None
+    in_ops: float | None = None
+    # Of the fused op only: against the best peer of its layout, and of any layout, and the other tree.
     same_layout: Ratio | None = None
     all_layouts: Ratio | None = None
+    before: Ratio | None = None
+
+    def take(self, times: Sequence[float], ratios: Mapping[tuple[str, str], Ratio]) -> None:
+        self.time_s = Quartiles.of(times)
+        self.same_layout, self.all_layouts, self.before = (
+            ratios.get((self.name, against)) for against in ("same_layout", "all_layouts", "before")
+        )
 
 
 @dataclass
@@ -54,11 +64,32 @@ class CaseResult:
     providers: list[ProviderResult] = field(default_factory=list)
 
     def fused(self) -> list[ProviderResult]:
-        return [provider for provider in self.providers if provider.same_layout is not None]
+        return [provider for provider in self.providers if provider.kind == "fused" and provider.same_layout]
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> CaseResult:
+        return cls(**stored | {"providers": [_provider(provider) for provider in stored["providers"]]})
+
+
+def _rates(stored: dict[str, Any]) -> dict[str, Any]:
+    return stored | {"copy": {int(size): rate for size, rate in stored["copy"].items()}}
+
+
+def _provider(stored: dict[str, Any]) -> ProviderResult:
+    ratios = {
+        name: Ratio(found["peer"], Quartiles(**found["ratio"]))
+        for name in ("same_layout", "all_layouts", "before")
+        if (found := stored[name])
+    }
+    time = stored["time_s"] and Quartiles(**stored["time_s"])
+    return ProviderResult(**stored | {"time_s": time} | ratios)
 
 
 @dataclass
 class Report:
+    """`name` is that of the files, "ops" or "networks"."""
+
+    name: str
     device: str
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -80,8 +111,22 @@ class Report:
     def write(self, folder: Path) -> None:
         """Called after every case: files are replaced whole, so that an interrupted run leaves good ones."""
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "ops.json", lambda file: json.dump(asdict(self), file, indent=1))
-        replace_file(folder / "ops.csv", self._write_csv)
+        replace_file(folder / f"{self.name}.json", lambda file: json.dump(asdict(self), file, indent=1))
+        replace_file(folder / f"{self.name}.csv", self._write_csv)
+
+    def resume(self, folder: Path) -> None:
+        """Takes over what an earlier run left in the folder and found right: of the same commit and changes, on the
+        same machine with the same versions, by the same rule."""
+        try:
+            stored = json.loads((folder / f"{self.name}.json").read_text())
+            results = [CaseResult.read(result) for result in stored["results"]]
+            same = all(_plain(getattr(self, name)) == stored[name] for name in ("commit", "machine", "versions"))
+            same &= all(_plain(self.arguments[name]) == stored["arguments"][name] for name in ("layout", "seconds"))
+        except (OSError, ValueError, KeyError, TypeError):  # none, or of another form
+            return
+        if same and self.commit:
+            self.rates |= {dtype: _rates(rates) for dtype, rates in stored["rates"].items()}
+            self.results += [result for result in results if result.status == "ok"]
 
     def _write_csv(self, file) -> None:
         rows = list(self._rows())
@@ -105,15 +150,23 @@ class Report:
                     **_flat("time_s", provider.time_s),
                     "saved_bytes": provider.saved_bytes,
                     "peak_bytes": provider.peak_bytes,
+                    "images_per_s": provider.images_per_s,
+                    "in_ops": provider.in_ops,
                     "error": provider.error,
                     **_flat_ratio("same_layout", provider.same_layout),
                     **_flat_ratio("all_layouts", provider.all_layouts),
+                    **_flat_ratio("before", provider.before),
                     "machine": self.machine_name,
                     "torch": self.versions.get("torch"),
                     "vision_ops": self.versions.get("vision_ops"),
                     "commit": self.commit["id"] + "+dirty" * self.commit["dirty"] if self.commit else None,
                     "date": self.date,
                 }
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(value))
 
 
 def replace_file(path: Path, write) -> None:

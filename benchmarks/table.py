@@ -40,18 +40,21 @@ def show(report: Report, console: Console) -> None:
         console.print(_case_table(title, results), "", sep="\n")
     if any(result.fused() for result in report.results):
         _print_legend(report, console)
-        console.print(_summary_table(summaries(report.results)), "", sep="\n")
+        rows = summaries(report.results)
+        if any(row.cases > 1 for row in rows):  # else it would say the same once more
+            console.print(_summary_table(rows), "", sep="\n")
+    print_before(report, console)
     for result in report.results:
-        _print_notes(result, console)
+        print_notes(result, console)
 
 
-def _new_table(title: str, gap: int) -> Table:
+def new_table(title: str, gap: int) -> Table:
     style = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False}
     return Table(title=title, padding=(0, gap, 0, 0), **style)
 
 
 def _case_table(title: str, results: Sequence[CaseResult]) -> Table:
-    table = _new_table(title, gap=0)
+    table = new_table(title, gap=0)
     table.add_column("case")
     table.add_column("mode,\nlayout")
     table.add_column("times faster than\nthe best of its layout")
@@ -83,31 +86,52 @@ def _row(result: CaseResult, fused: ProviderResult, by_name: dict[str, ProviderR
     time = fused.time_s.median
     return [
         f"{SHORT[result.mode]} {SHORT[fused.layout]}",
-        _ratio(fused.same_layout, rival.kind),
-        _ratio(fused.all_layouts, f"{best.kind} {SHORT[best.layout]}") if best is not rival else "",
-        _figure(time * 1e3),
-        _figure(best.time_s.median * 1e3),
+        ratio_text(fused.same_layout, rival.kind),
+        ratio_text(fused.all_layouts, f"{best.kind} {SHORT[best.layout]}") if best is not rival else "",
+        figure(time * 1e3),
+        figure(best.time_s.median * 1e3),
         f"{result.floor_s / time:.0%}",
-        _megabytes(fused.saved_bytes),
-        _megabytes(eager.saved_bytes),
+        megabytes(fused.saved_bytes),
+        megabytes(eager.saved_bytes),
     ]
 
 
-def _ratio(ratio: Ratio, peer: str) -> Text:
+def ratio_text(ratio: Ratio, peer: str) -> Text:
     times = ratio.ratio
     style = "bold red" if times.median < NEVER_SLOWER else "bold green"
     doubt = "" if times.spread <= 0.05 else "~"
-    return Text.assemble((f"{doubt}{_figure(times.median)}", style), f" {_figure(times.q1)}-{_figure(times.q3)} {peer}")
+    return Text.assemble((f"{doubt}{figure(times.median)}", style), f" {figure(times.q1)}-{figure(times.q3)} {peer}")
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Three digits that mean something, two of a small number."""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3
     return f"{value:.{digits}f}"
 
 
-def _megabytes(count: int | None) -> str:
-    return "" if count is None else _figure(count / 1e6)
+def megabytes(count: int | None) -> str:
+    return "" if count is None else figure(count / 1e6)
+
+
+def print_before(report: Report, console: Console) -> None:
+    """What became of the times of the other tree, if it took part."""
+    found: dict[str, dict[str, Ratio]] = {}
+    for result in report.results:
+        for fused in result.fused():
+            if fused.before:
+                name = f"{result.op} {result.case}, {SHORT[result.mode]} {SHORT[fused.layout]}"
+                group = f"{result.dtype} batch {result.batch}, {result.mode}"
+                found.setdefault(group, {})[name] = fused.before
+    if not found:
+        return
+    console.print(f"Times faster than {report.arguments['against']}, in turns with it:")
+    for group, ratios in found.items():
+        console.print(f"{group}:", style="bold")
+        for name, ratio in ratios.items():
+            console.print("  ", name, ratio_text(ratio, ""))
+        medians = [ratio.ratio.median for ratio in ratios.values()]
+        console.print(f"   all {len(medians)}: geometric mean {statistics.geometric_mean(medians):.3f}")
+    console.print()
 
 
 def _print_legend(report: Report, console: Console) -> None:
@@ -120,14 +144,14 @@ def _print_legend(report: Report, console: Console) -> None:
     for provider in providers:
         if provider.first_call_s is not None:
             calls.setdefault(provider.kind, []).append(provider.first_call_s)
-    firsts = ", ".join(f"{kind} {_figure(statistics.median(seconds))} s" for kind, seconds in calls.items())
+    firsts = ", ".join(f"{kind} {figure(statistics.median(seconds))} s" for kind, seconds in calls.items())
     console.print(f"First calls, the median over all cases: {firsts}.")
     if report.device == "cpu":
         console.print("Times are of this machine only; the ratios are what to compare.")
     console.print()
 
 
-def _print_notes(result: CaseResult, console: Console) -> None:
+def print_notes(result: CaseResult, console: Console) -> None:
     name = f"{result.op} {result.case}, {result.mode} {result.dtype}"
     if result.status != "ok":
         console.print(f"{result.status} {name}: {result.detail}", style="red")
@@ -139,7 +163,7 @@ def _print_notes(result: CaseResult, console: Console) -> None:
 
 
 def _summary_table(rows: Sequence[Summary]) -> Table:
-    table = _new_table("all cases", gap=2)
+    table = new_table("all cases", gap=2)
     for name in ("op", "dtype", "mode, layout", "times faster than the best of"):
         table.add_column(name)
     table.add_column("geomean", justify="right")
@@ -151,8 +175,8 @@ def _summary_table(rows: Sequence[Summary]) -> Table:
             row.dtype,
             f"{SHORT[row.mode]} {SHORT[row.layout]}",
             AGAINST[row.against],
-            _figure(row.geomean),
-            f"{_figure(row.worst)} {row.worst_case}",
+            figure(row.geomean),
+            f"{figure(row.worst)} {row.worst_case}",
             Text(f"{row.slower} of {row.cases}", style="red" if row.slower else "green"),
         )
     return table

@@ -1,7 +1,5 @@
 import os
-import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -79,18 +77,14 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def timm():
-    """timm. It imports torchvision, which beside a torch for CPUs lacks its operators, of which it registers more."""
-    if find_spec("timm") is None or find_spec("torchvision") is None:
-        pytest.skip("timm and torchvision are not installed; the Makefile installs them")
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    """timm, also beside a torchvision that was not built for this torch."""
+    sys.path.append(str(Path(__file__).parents[1]))  # the benchmarks are not installed
+    from benchmarks.timm_peer import import_timm
+
     try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        source = Path(find_spec("torchvision").origin).with_name("_meta_registrations.py").read_text()
-        for name in set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', source)):
-            library.define(f"{name}() -> ()")
+        timm = import_timm()
+    except ImportError as error:
+        pytest.skip(f"{error}; the Makefile installs timm and torchvision")
     import timm.data
     import timm.models
     import timm.optim

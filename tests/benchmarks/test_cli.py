@@ -19,23 +19,24 @@ def ops(monkeypatch):
     from benchmarks.shapes import DWConvShape
     from vision_ops import reference
 
-    def op(name, fused):
-        shapes = {"tiny": DWConvShape(8, 6, 3)}
-        return cases.Op(name, fused, reference.dwconv, shapes, cases.build_dwconv, quick=("tiny",))
+    def op(fused, case):
+        shapes = {case: DWConvShape(8, 6, 3)}
+        return cases.Op("dwconv", fused, reference.dwconv, shapes, cases.build_dwconv, quick=(case,))
 
     def wrong(*args, **options):
         return reference.dwconv(*args, **options) + 1
 
-    fakes = {"dwconv": op("dwconv", reference.dwconv), "multi_order_dwconv": op("dwconv", wrong)}
+    fakes = {"dwconv": op(reference.dwconv, "tiny"), "multi_order_dwconv": op(wrong, "wrong")}
     monkeypatch.setattr(ops, "OPS", fakes)
-    monkeypatch.setattr(ops, "_prepare_torch", lambda args: None)
+    monkeypatch.setattr(ops, "prepare_torch", lambda args, fresh: None)
+    monkeypatch.setattr(ops, "PEERS", {"cpu": ("eager",)})
     monkeypatch.setattr(cli, "prepare_environment", lambda threads: None)
     monkeypatch.setattr(ops.machine, "measure_rates", lambda *args: Rates({1: 1e9}, 1e9))
     return fakes
 
 
 def run(*words):
-    return cli.main(["ops", "--device", "cpu", "--quick", "--seconds", "0.001", *words])
+    return cli.main(["ops", "--device", "cpu", "--seconds", "0.001", *words])
 
 
 def read(folder):
@@ -55,29 +56,63 @@ def test_a_right_op_exits_with_0_and_leaves_its_files(ops, tmp_path):
 
 def test_only_the_cases_that_begin_so(ops, tmp_path, capsys):
     ops["dwconv"].cases.update({"tiny.2": ops["dwconv"].cases["tiny"], "other": ops["dwconv"].cases["tiny"]})
-    words = (
-        "ops",
-        "--device",
-        "cpu",
-        "--seconds",
-        "0.001",
-        "--op",
-        "dwconv",
-        "--mode",
-        "forward",
-        "--layout",
-        "contiguous",
-    )
-    assert cli.main([*words, "--case", "tiny.", "oth", "--out", str(tmp_path)]) == 0
+    words = ("--op", "dwconv", "--mode", "forward", "--layout", "contiguous")
+    assert run(*words, "--case", "tiny.", "oth", "--out", str(tmp_path)) == 0
     assert [result["case"] for result in read(tmp_path)["results"]] == ["tiny.2", "other"]
     with pytest.raises(SystemExit, match="2"):
-        cli.main([*words, "--case", "huge"])
+        run(*words, "--case", "huge")
     assert "no case of dwconv begins with huge" in capsys.readouterr().err
 
 
 def test_a_wrong_op_exits_with_1(ops, tmp_path):
     assert run("--out", str(tmp_path), "--mode", "forward") == 1
     assert [result["status"] for result in read(tmp_path)["results"]] == ["ok", "WRONG"]
+
+
+def test_the_short_run_takes_one_case_of_every_op_and_compiles_what_stands_for_a_network(ops, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from benchmarks import ops as command
+
+    shape = ops["dwconv"].cases["tiny"]
+    ops["multi_order_dwconv"] = replace(ops["dwconv"], cases={"second": shape, "first": shape}, quick=("first",))
+    ops["dwconv"].cases["last"] = shape
+    ops["dwconv"] = replace(ops["dwconv"], quick=("tiny", "last"), compile_in_short=True)
+    monkeypatch.setattr(command, "PEERS", {"cpu": ("eager", "aot_eager")})
+    assert run("--out", str(tmp_path), "--mode", "forward", "--layout", "contiguous") == 0
+    found = [(result["case"], {p["kind"] for p in result["providers"]}) for result in read(tmp_path)["results"]]
+    assert found == [("tiny", {"fused", "eager", "aot_eager"}), ("first", {"fused", "eager"})]
+
+
+def test_a_full_run_goes_on_where_it_was_stopped(ops, tmp_path, monkeypatch, capsys):
+    from benchmarks.race import Race
+
+    measure, measured = Race.run, []
+
+    def stop(self, tell):
+        if len(measured) == 2:  # at a time
+            raise KeyboardInterrupt
+        measured.append(self.case)
+        return measure(self, tell)
+
+    monkeypatch.setattr(Race, "run", stop)
+    monkeypatch.setattr("benchmarks.ops.draw", lambda *args: None)
+    monkeypatch.setattr("benchmarks.machine.commit", lambda: {"id": "abc", "dirty": True, "changes": "0"})
+    ops["dwconv"].cases.update(dict.fromkeys(("a", "b", "c"), ops["dwconv"].cases["tiny"]))
+    words = ("--full", "--op", "dwconv", "--mode", "forward", "--layout", "contiguous", "--out", str(tmp_path))
+    assert run(*words) == 130
+    measured.clear()
+    assert run(*words) == 0
+    assert measured == ["b", "c"]
+    assert "2 of 4 cases are in" in capsys.readouterr().out
+    assert [result["case"] for result in read(tmp_path)["results"]] == ["tiny", "a", "b", "c"]
+    measured.clear()
+    assert run(*words, "--mode", "forward,train") == 130  # none has been trained
+    assert measured == ["tiny", "a"]
+    measured.clear()
+    monkeypatch.setattr("benchmarks.ops.PEERS", {"cpu": ("eager", "aot_eager")})
+    assert run(*words) == 130  # none has met that peer
+    assert measured == ["tiny", "a"]
 
 
 def test_an_interrupted_run_keeps_what_it_measured(ops, tmp_path, monkeypatch):

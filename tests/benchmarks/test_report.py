@@ -37,12 +37,13 @@ def wrong(case):
 @pytest.fixture
 def report():
     return Report(
+        name="ops",
         device="cpu",
         machine={"cpu": "A processor", "threads": 2},
         versions={"python": "3.11", "torch": "2.13.0", "vision_ops": "0.1"},
         commit={"id": "abc", "dirty": True},
         date="2026-01-01T00:00:00+00:00",
-        arguments={"batch": 4},
+        arguments={"batch": 4, "layout": ("contiguous",), "seconds": 60.0},
         rates={"float32": {"copy": {1 << 20: 1e10}, "gemm": 1e11}},
         results=[result("one", 2.0, 1.5), result("two", 8.0, 0.9), wrong("three")],
     )
@@ -54,6 +55,38 @@ def test_json_holds_everything(report, tmp_path):
     assert json.loads((tmp_path / "ops.json").read_text()) == json.loads(json.dumps(asdict(report)))
     read = json.loads((tmp_path / "ops.json").read_text())["results"][0]["providers"][2]
     assert Quartiles(**read["same_layout"]["ratio"]) == report.results[0].providers[2].same_layout.ratio
+
+
+def test_results_come_back_from_json(report, tmp_path):
+    report.write(tmp_path)
+    later = replace(report, results=[], rates={}, arguments=dict(report.arguments))
+    later.resume(tmp_path)
+    assert later.results == report.results[:2]  # without the wrong one
+    assert later.rates == report.rates
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"commit": {"id": "abc", "dirty": True, "changes": "other"}},
+        {"commit": None},
+        {"machine": {"cpu": "A processor", "threads": 1}},
+        {"versions": {"torch": "2.14.0"}},
+        {"arguments": {"batch": 4, "layout": ("contiguous",), "seconds": 3.0}},
+    ],
+)
+def test_results_of_another_tree_machine_or_rule_are_not_taken(report, tmp_path, change):
+    report.write(tmp_path)
+    later = replace(report, results=[], **change)
+    later.resume(tmp_path)
+    assert not later.results
+
+
+def test_what_is_no_report_is_not_taken(report, tmp_path):
+    (tmp_path / "ops.json").write_text("{}")
+    later = replace(report, results=[])
+    later.resume(tmp_path)
+    assert not later.results
 
 
 def test_csv_has_a_row_for_every_provider(report, tmp_path):
@@ -106,5 +139,8 @@ def test_the_chart_is_drawn(report, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["dwconv-float32.png"]
     report.results.append(replace(result("one", 1.2, 1.1), op="xca"))
     chart.draw(report, tmp_path)
-    for name in ("dwconv", "xca", "all"):
+    report.results.append(replace(result("one", 1.2, 1.1), op="networks", batch=1))
+    report.results.append(replace(result("one", 1.2, 1.1), op="networks", batch=4))
+    chart.draw(report, tmp_path)
+    for name in ("dwconv", "xca", "networks", "all"):
         assert (tmp_path / f"{name}-float32.png").read_bytes().startswith(b"\x89PNG")
