@@ -5,18 +5,22 @@ To register an op: its shapes go into shapes.py, a function here turns one of th
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vision_ops
 from benchmarks import shapes
 from benchmarks.problem import Op, Problem, Setting
 from vision_ops import reference
+from vision_ops.reference.relative_attention import relative_bias
 from vision_ops.reference.xca import merge_heads, split_heads
 
 
@@ -67,6 +71,56 @@ def build_layer_norm(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
     weight, bias = setting.normal(shape.channels), setting.normal(shape.channels)
     # Mean, deviation, square and sum; scale, shift.
     return Problem((x, weight, bias), 8 * x.numel())
+
+
+def build_batch_norm(shape: shapes.BatchNormShape, setting: Setting) -> Problem:
+    x = setting.normal(setting.batch, shape.channels, shape.size, shape.size)
+    weight, bias = setting.normal(shape.channels), setting.normal(shape.channels)
+    # Mean, deviation, square and sum; scale, shift; an error function.
+    return Problem(
+        (x, weight, bias), (8 if shape.activation is None else 28) * x.numel(), {"activation": shape.activation}
+    )
+
+
+def in_training(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A batch norm by the statistics of the batch, and none that run."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, **options: str) -> Tensor:
+        return norm(x, weight, bias, None, None, training=True, **options)
+
+    return run
+
+
+def build_mbconv(shape: shapes.MBConvShape, setting: Setting) -> Problem:
+    c, o, hidden = shape.before, shape.channels, shapes.MOAT_EXPANSION * shape.channels
+    x = setting.normal(setting.batch, c, shape.size, shape.size)
+
+    def drawn(*size: int) -> Tensor:
+        return setting.normal(*size) / math.prod(size[1:]) ** 0.5
+
+    weights = drawn(hidden, c, 1, 1), setting.normal(hidden), setting.normal(hidden), drawn(hidden, 1, 3, 3)
+    rest = setting.normal(hidden), setting.normal(hidden), drawn(o, hidden, 1, 1), setting.normal(o)
+    reduced = o // 4
+    se = (drawn(reduced, hidden, 1, 1), setting.normal(reduced), drawn(hidden, reduced, 1, 1), setting.normal(hidden))
+    own = (drawn(o, c, 1, 1), setting.normal(o)) if c != o else None
+    size = shape.size // shape.stride
+    padding = (1, 1, 1, 1) if shape.stride == 1 else (0, 1, 0, 1)
+    dw = dwconv_flops(setting.batch, hidden, shape.size, 3, stride=shape.stride, padding=padding)
+    products = 2 * c * hidden * x[:, 0].numel() + 2 * (hidden + (c if own else 0)) * o * setting.batch * size * size
+    options = {"stride": shape.stride}
+    return Problem((x, setting.normal(c), *weights, *rest, se if shape.se else None, own), dw + products, options)
+
+
+def in_its_norms(mbconv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """MBConv in training, without running statistics. The gradient of pre_norm's bias is zero: it is left out."""
+
+    def run(x: Tensor, pre: Tensor, expand: Tensor, *given: Any, **options: int) -> Tensor:
+        ew, eb, dw, dww, dwb, shrink, bias, se, shortcut = given
+        norms = [(weight, shift, None, None) for weight, shift in ((pre, torch.zeros_like(pre)), (ew, eb), (dww, dwb))]
+        weights = norms[0], expand, norms[1], dw, norms[2], shrink, bias
+        return mbconv(x, *weights, se=se, shortcut=shortcut, training=True, **options)
+
+    return run
 
 
 def build_moga_gate(shape: shapes.MultiOrderShape, setting: Setting) -> Problem:
@@ -224,6 +278,87 @@ def build_s2_attention(shape: shapes.S2Shape, setting: Setting) -> Problem:
     return Problem((x, *mlp1, *mlp2, *split_mlps(c, setting)), (2 * (3 * c + c) + 9) * x.numel())
 
 
+def build_scaled_residual(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
+    x, branch = (setting.normal(setting.batch, shape.channels, shape.size, shape.size) for _ in range(2))
+    return Problem((x, branch, setting.normal(shape.channels)), 2 * x.numel())
+
+
+def build_mlp(shape: shapes.MlpShape, setting: Setting) -> Problem:
+    channels, hidden = shape.channels, shape.hidden
+    x = setting.pixels(setting.batch, shape.size, shape.size, channels)
+    weights = [
+        t
+        for o, i in ((hidden, channels), (channels, hidden))
+        for t in (setting.normal(o, i) / i**0.5, setting.normal(o))
+    ]
+    norm = [setting.normal(channels) if shape.norm else None for _ in range(2)]
+    gamma = setting.normal(channels) if shape.gamma else None
+    return Problem((x, *weights, *norm, gamma), (4 * hidden + 10) * x.numel())
+
+
+def half_block(mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An MLP with x for a residual."""
+
+    def run(x: Tensor, *given: Tensor | None, **options: str) -> Tensor:
+        *weights, norm_weight, norm_bias, gamma = given
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        return mlp(x, *weights, **norm, gamma=gamma, residual=x, **options)
+
+    return run
+
+
+def build_relative_attention(shape: shapes.RelativeAttentionShape, setting: Setting) -> Problem:
+    """Views of one tensor, as the projections of the tokens may leave them."""
+    tokens, channels, heads = shape.size**2, shape.channels, shape.heads
+    qkv = setting.normal(setting.batch, tokens, 3 * channels).view(setting.batch, tokens, 3, heads, channels // heads)
+    table = setting.normal(heads, shape.table, shape.table)
+    flops = 2 * 2 * setting.batch * tokens**2 * channels
+    size = {"height": shape.size, "width": shape.size}
+    return Problem((*qkv.permute(2, 0, 3, 1, 4).unbind(0), table), flops, size)
+
+
+def sdpa_relative_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, height: int, width: int) -> Tensor:
+    """On GPUs by the kernel whose bias has a gradient, and which reads it in float32."""
+    bias = relative_bias(table, height, width)[None]
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if q.is_cuda else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def build_relative_self_attention(shape: shapes.RelativeAttentionShape, setting: Setting) -> Problem:
+    """Without a key bias, whose gradient vanishes."""
+    channels, pixels = shape.channels, setting.batch * shape.size**2
+    x = setting.pixels(setting.batch, shape.size, shape.size, channels)
+    products = [
+        t for _ in range(4) for t in (setting.normal(channels, channels) / channels**0.5, setting.normal(channels))
+    ]
+    table = setting.normal(shape.heads, shape.table, shape.table)
+    norm = setting.normal(channels), setting.normal(channels)
+    flops = 2 * pixels * channels * (4 * channels + 2 * shape.size**2) + 8 * x.numel()
+    return Problem((x, *products[:3], None, *products[4:], table, *norm), flops, {"num_heads": shape.heads})
+
+
+def attention_half_block(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """x + attend(LN(x)), of positional tensors."""
+
+    def run(x: Tensor, *given: Tensor | None, num_heads: int, **options: Any) -> Tensor:
+        *products, norm_weight, norm_bias = given
+        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+        return attend(x, *products, num_heads=num_heads, residual=x, **norm, **options)
+
+    return run
+
+
+def sdpa_relative_self_attention(x: Tensor, *given: Any, num_heads: int) -> Tensor:
+    *products, o_weight, o_bias, table, norm_weight, norm_bias = given
+    height, width = x.shape[1:3]
+    tokens = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5).flatten(1, 2)
+    q, k, v = (
+        F.linear(tokens, *products[i : i + 2]).unflatten(2, (num_heads, -1)).transpose(1, 2) for i in range(0, 6, 2)
+    )
+    y = sdpa_relative_attention(q, k, v, table, height=height, width=width)
+    return x + F.linear(y.transpose(1, 2).flatten(2), o_weight, o_bias).unflatten(1, (height, width))
+
+
 OPS = {
     op.name: op
     for op in (
@@ -353,6 +488,25 @@ OPS = {
             others={"sdpa": sdpa_cross_covariance},
         ),
         Op(
+            "relative_attention",
+            vision_ops.fused_relative_attention,
+            reference.relative_attention,
+            shapes.relative_attention_cases(),
+            build_relative_attention,
+            quick=("MOAT-0.3",),
+            others={"sdpa": sdpa_relative_attention},
+        ),
+        Op(
+            "relative_self_attention",
+            attention_half_block(vision_ops.fused_relative_self_attention),
+            attention_half_block(reference.relative_self_attention),
+            shapes.relative_attention_cases(),
+            build_relative_self_attention,
+            quick=("MOAT-0.3", "MOAT-0.4"),
+            pixels=True,
+            others={"sdpa": sdpa_relative_self_attention},
+        ),
+        Op(
             "shift_split_attention",
             vision_ops.fused_shift_split_attention,
             reference.shift_split_attention,
@@ -370,6 +524,39 @@ OPS = {
             quick=("S2-MLPv2-S.2",),
             compile_in_short=True,
             pixels=True,
+        ),
+        Op(
+            "batch_norm_act",
+            in_training(vision_ops.fused_batch_norm_act),
+            in_training(reference.batch_norm_act),
+            shapes.batch_norm_cases(),
+            build_batch_norm,
+            quick=("MogaNet-T.2", "MOAT-0.2"),
+        ),
+        Op(
+            "mbconv",
+            in_its_norms(vision_ops.fused_mbconv),
+            in_its_norms(reference.mbconv),
+            shapes.mbconv_cases(),
+            build_mbconv,
+            quick=("MOAT-0.2", "MOAT-0.2 entry", "MOAT-tiny0.3"),
+        ),
+        Op(
+            "mlp",
+            half_block(vision_ops.fused_mlp),
+            half_block(reference.mlp),
+            shapes.mlp_cases(),
+            build_mlp,
+            quick=("HorNet-T.2", "EdgeNeXt-S.3", "S2-MLPv2-S.2"),
+            pixels=True,
+        ),
+        Op(
+            "scaled_residual",
+            vision_ops.fused_scaled_residual,
+            reference.scaled_residual,
+            shapes.layer_norm_cases(),
+            build_scaled_residual,
+            quick=("HorNet-T.1",),
         ),
     )
 }

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.costs import share_of
 from benchmarks.measure import Rule, Step, Stopwatch, first_call, interleave, peak_bytes, saved_bytes
-from benchmarks.networks import Network, Scale, assemble, disagreement, forward_step, train_step
+from benchmarks.networks import Network, Scale, assemble, disagreement, exact_results, forward_step, train_step
 from benchmarks.other_tree import OtherTree
 from benchmarks.providers import Provider, line_up
 from benchmarks.race import one_line, ratios_of, samplers_elsewhere, spoil
@@ -75,10 +75,12 @@ class NetworkRace:
         return nets
 
     def _wrong(self, nets: dict[str, nn.Module]) -> str | None:
+        x = self.scale.images(self.network, batch=1)
+        exact = exact_results(nets[f"eager/{self.layouts[0]}"], x, self.scale)
         found = []
         for layout in self.layouts:
-            x = self._scale(layout).images(self.network, batch=1)
-            wrong = disagreement(nets[f"fused/{layout}"], nets[f"eager/{layout}"], x, self._scale(layout))
+            scale, ours, eager = self._scale(layout), nets[f"fused/{layout}"], nets[f"eager/{layout}"]
+            wrong = disagreement(ours, eager, x.contiguous(memory_format=scale.memory_format), scale, exact)
             found += [f"{layout}, {wrong}"] if wrong else []
         return "; ".join(found) or None
 

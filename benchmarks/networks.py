@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,28 +99,35 @@ def assemble(kind: str, network: Network, scale: Scale) -> nn.Module:
     return torch.compile(net, dynamic=False, **COMPILERS[scale.compiler]) if compiled else net
 
 
-def disagreement(fused: nn.Module, eager: nn.Module, x: Tensor, scale: Scale) -> str | None:
-    """What the fused network gets wrong, in evaluation mode: its logits and its first gradient.
+def results(net: nn.Module, x: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Logits and first gradient in evaluation mode."""
+    net.eval()
+    with scale.autocast():
+        logits = net(x)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return logits.detach(), torch.autograd.grad(logits.square().mean(), next(net.parameters()))[0]
 
-    Errors are ‖a − b‖ / ‖b‖, under autocast against float32 without, else against float64; twice that of eager is
-    allowed, and a floor.
+
+def exact_results(eager: nn.Module, x: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """Of autocast those of float32, of float32 those of float64."""
+    without = replace(scale, dtype=torch.float32)
+    if scale.dtype != torch.float32:
+        return results(eager, x, without)
+    return results(copy.deepcopy(eager).double(), x.double(), without)
+
+
+def disagreement(
+    fused: nn.Module, eager: nn.Module, x: Tensor, scale: Scale, exact: tuple[Tensor, Tensor] | None = None
+) -> str | None:
+    """What the fused network gets wrong of its `results`. exact: if they are known.
+
+    Errors are ‖a − b‖ / ‖b‖; twice that of eager is allowed, and a floor.
     """
-
-    def results(net: nn.Module, x: Tensor, context: AbstractContextManager) -> tuple[Tensor, Tensor]:
-        net.eval()
-        with context:
-            logits = net(x)
-        if scale.dtype != torch.float32:
-            logits = logits.float()
-        return logits.detach(), torch.autograd.grad(logits.square().mean(), next(net.parameters()))[0]
-
-    both = [results(net, x, scale.autocast()) for net in (fused, eager)]
-    if scale.dtype == torch.float32:
-        eager, x = copy.deepcopy(eager).double(), x.double()
     complaints = []
-    exact_results = results(eager, x, contextlib.nullcontext())
-    for what, ours, theirs, exact in zip(("logits", "first gradient"), *both, exact_results, strict=True):
-        error, of_eager = (((t - exact).norm() / exact.norm()).item() for t in (ours, theirs))
+    found = results(fused, x, scale), results(eager, x, scale), exact or exact_results(eager, x, scale)
+    for what, ours, theirs, right in zip(("logits", "first gradient"), *found, strict=True):
+        error, of_eager = (((t - right).norm() / right.norm()).item() for t in (ours, theirs))
         if not error <= 2 * of_eager + FLOORS[scale.dtype]:  # a NaN fails too
             complaints.append(f"{what} off by {error:.1e}, eager by {of_eager:.1e}")
     return "; ".join(complaints) or None

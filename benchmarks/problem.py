@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from vision_ops.dispatch import Explanation, Question, resolve_backend
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -97,6 +99,11 @@ class Op:
         if self.pixels:
             return values.permute(0, 3, 1, 2).contiguous(memory_format=form).permute(0, 2, 3, 1)
         return values.contiguous(memory_format=form) if values.dim() == 4 else values
+
+    def explain(self, problem: Problem) -> Explanation:
+        """What the op runs for it."""
+        question = Question(resolve_backend(None))
+        return cast(Explanation, self.fused(*problem.args, **problem.options, backend=question))
 
     def problem(self, case: str, setting: Setting) -> Problem:
         """The same values for every layout, so that one exact result judges them all."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vision_ops
 from benchmarks.machine import Rates
 from benchmarks.measure import (
     Ratio,
@@ -136,7 +135,7 @@ class Race:
         texts = []
         for layout, problem in self.problems.items():
             with torch.set_grad_enabled(result.mode == "train"):
-                explanation = vision_ops.explain(self.op.name, *problem.args, **problem.options)
+                explanation = self.op.explain(problem)
             if explanation.cannot:
                 raise RuntimeError(f"no kernel: {'; '.join(explanation.cannot)}")
             texts.append(f"{layout}: {explanation}")

@@ -11,7 +11,7 @@ from benchmarks import LAYOUTS
 from benchmarks.problem import Op, Problem, Setting
 from benchmarks.providers import make_step
 from benchmarks.verify import complaints
-from vision_ops import explain, use_backend
+from vision_ops import use_backend
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 BATCH = 2
@@ -21,7 +21,7 @@ def problems(op: Op, device: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[t
     """Float64 is left out where the op leaves it to PyTorch; the other types must have a kernel."""
     for dtype, case, layout in product(dtypes, op.quick, LAYOUTS):
         problem = op.problem(case, Setting(device, dtype, layout, BATCH))
-        if dtype != torch.float64 or not explain(op.name, *problem.args, **problem.options).cannot:
+        if dtype != torch.float64 or not op.explain(problem).cannot:
             yield f"{op.name} {case} {str(dtype).removeprefix('torch.')} {layout}", problem
 
 

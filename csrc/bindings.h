@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "multi_order_dwconv.h"
+#include "relative_attention.h"
 
 namespace vops {
 
@@ -84,6 +85,12 @@ inline void read(Arguments& given, Tensor4* t) {
 inline void read(Arguments& given, DwConv* conv) {  // (kernel, stride, dilation, pad_top, pad_left)
   Arguments numbers = items(given.next());
   for (int64_t* n : {&conv->kernel, &conv->stride, &conv->dilation, &conv->pad_top, &conv->pad_left}) read(numbers, n);
+  numbers.end();
+}
+inline void read(Arguments& given, RelativeAttention* a) {  // (height, width, window_height, window_width, scale)
+  Arguments numbers = items(given.next());
+  for (int64_t* n : {&a->height, &a->width, &a->window_height, &a->window_width}) read(numbers, n);
+  read(numbers, &a->scale);
   numbers.end();
 }
 template <class T, size_t N>

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from . import scratch
 from ._maps import (
-    gelu_and_slope,
+    activated,
     map_tile,
     pixel_count,
     pixels_of_block,
-    silu_and_slope,
+    share_of_image,
     strides_of,
     sum_type,
 )
@@ -37,26 +37,6 @@ class SumTile(NamedTuple):
 SUM_TILE = SumTile(BLOCK=128, num_warps=4)
 
 
-@triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
-    """And the slope, of which nothing remains where nobody uses it."""
-    if ACTIVATION == "silu":
-        y, slope = silu_and_slope(z)
-    elif ACTIVATION == "gelu":
-        y, slope = gelu_and_slope(z)
-    else:
-        y, slope = z, tl.zeros_like(z) + 1.0
-    return y, slope
-
-
-@triton.jit
-def _share(pixels, shares, BLOCK_P: tl.constexpr):
-    """Image, first pixel and end of a program: whole blocks, but for the last one of an image."""
-    length = tl.cdiv(tl.cdiv(pixels, shares), BLOCK_P) * BLOCK_P
-    begin = tl.program_id(0) % shares * length
-    return (tl.program_id(0) // shares).to(tl.int64), begin, tl.minimum(begin + length, pixels)
-
-
 @ByLayout
 def image_sums_kernel(
     x_ptr,
@@ -71,7 +51,7 @@ def image_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n, begin, end = _share(pixels, shares, BLOCK_P)
+    n, begin, end = share_of_image(pixels, shares, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel.to(tl.int64)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
@@ -125,7 +105,7 @@ def decompose_kernel(
     x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
     mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
     sigma = tl.load(sigma_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
-    y, _ = _activated(x + sigma * (x - mean), ACTIVATION)
+    y, _ = activated(x + sigma * (x - mean), ACTIVATION)
     tl.store(y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -150,7 +130,7 @@ def decompose_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n, begin, end = _share(pixels, shares, BLOCK_P)
+    n, begin, end = share_of_image(pixels, shares, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel.to(tl.int64)[None, :]
     mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
@@ -162,7 +142,7 @@ def decompose_sums_kernel(
         inside = (p < end) & (c < channels)
         grad = tl.load(grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c, mask=inside, other=0.0)
         x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
-        _, slope = _activated(x + sigma * (x - mean), ACTIVATION)
+        _, slope = activated(x + sigma * (x - mean), ACTIVATION)
         dz = grad.to(SUM_TYPE) * slope
         of_dz += dz
         of_product += dz * (x - mean)
@@ -203,7 +183,7 @@ def decompose_bwd_kernel(
     mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
     sigma = tl.load(sigma_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
     mean_dz = tl.load(sums_ptr + n * 2 * channels + c, mask=c < channels, other=0.0) / pixels
-    _, slope = _activated(x + sigma * (x - mean), ACTIVATION)
+    _, slope = activated(x + sigma * (x - mean), ACTIVATION)
     dz = grad.to(SUM_TYPE) * slope
     dx = dz + sigma * (dz - mean_dz)
     to = dx_ptr + n * dx_stride_n + p * dx_stride_p + c * dx_stride_c

@@ -1,6 +1,9 @@
 """One call of every op, for what is tested of all of them."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from harness import Case, laid_out
@@ -55,6 +58,17 @@ def every_op(
     mlps, temperature = [draw(32, 32), draw(96, 32)], torch.rand(4, 1, 1, device=device).to(dtype) + 0.5
     drops = torch.where(torch.arange(batch, device=device) % 2 == 0, 1.25, 0.0).to(dtype)
     linears = [*pointwise(96, 32), *pointwise(32, 32)]
+    by_position = [t.transpose(2, 3) for t in tokens]
+    table = torch.randn(4, 27, 27, device=device).to(dtype) if bias else None
+    inverted = [draw(64, 32), draw(64), draw(64), draw(64, 1, 3, 3), draw(64), draw(64), *pointwise(32, 64)]
+
+    def mbconv(t: Sequence[Tensor | None], backend: str) -> Tensor:
+        """In training. The bias of pre_norm, whose gradient is zero, is none of the tensors."""
+        x, pre, expand, *rest = t
+        norms = [[weight, bias, None, None] for weight, bias in ((pre, torch.zeros_like(pre)), rest[:2], rest[3:5])]
+        given = norms[0], expand, norms[1], rest[2], norms[2], *rest[5:7]
+        return ops.fused_mbconv(x, *given, se=rest[7:], training=True, backend=backend)
+
     return {
         "dwconv": Case(lambda t, b: ops.fused_dwconv(*t, activation="gelu", backend=b), [maps(), *depthwise(32, 7)]),
         "multi_order_dwconv": Case(
@@ -64,6 +78,11 @@ def every_op(
         "global_filter": Case(
             lambda t, b: ops.fused_global_filter(*t, backend=b), [maps(), draw(32, size, size // 2 + 1, 2)]
         ),
+        "batch_norm_act": Case(
+            lambda t, b: ops.fused_batch_norm_act(*t, None, None, training=True, activation="gelu", backend=b),
+            [maps(), draw(32), draw(32)],
+        ),
+        "mbconv": Case(mbconv, [maps(), draw(32), *inverted, *pointwise(8, 64), *pointwise(64, 8)]),
         "layer_norm_2d": Case(lambda t, b: ops.fused_layer_norm_2d(*t, backend=b), [maps(), draw(32), draw(32)]),
         "dwconv_layer_norm": Case(
             lambda t, b: ops.fused_dwconv_layer_norm(*t, backend=b), [maps(), *depthwise(32, 7), draw(32), draw(32)]
@@ -93,6 +112,25 @@ def every_op(
             lambda t, b: ops.fused_xca(*t, num_heads=4, backend=b),
             [flat, *pointwise(96, 32), temperature, *pointwise(32, 32)],
         ),
+        "relative_attention": Case(
+            lambda t, b: ops.fused_relative_attention(*t, height=size, width=size, backend=b), [*by_position, table]
+        ),
+        "relative_self_attention": Case(
+            lambda t, b: ops.fused_relative_self_attention(
+                *t[:4],
+                None,
+                *t[4:9],
+                num_heads=4,
+                norm_weight=t[9],
+                norm_bias=t[10],
+                residual=t[0],
+                path_scale=t[11],
+                backend=b,
+            ),
+            # Without a key bias, whose gradient vanishes.
+            [pixels[0], *blocks[:3], *blocks[4:], table, draw(32), draw(32), drops],
+            constants=(11,),
+        ),
         "shift_split_attention": Case(lambda t, b: ops.fused_shift_split_attention(*t, backend=b), [pixels[1], *mlps]),
         "s2_attention": Case(lambda t, b: ops.fused_s2_attention(*t, backend=b), [pixels[0], *linears, *mlps]),
         "scaled_residual": Case(
@@ -115,4 +153,60 @@ def every_op(
     }
 
 
+# What an op takes besides as a half-block: (norm in front, dimension of the channels of x).
+_HALVES = {
+    "gnconv": (True, 1),
+    "xca": (True, -1),
+    "s2_attention": (True, -1),
+    "moga_aggregation": (False, 1),
+    "channel_aggregation_ffn": (False, 1),
+}
+
+
+def half_blocks(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, *, adds_x: bool = False, **options: Any
+) -> dict[str, Case]:
+    """The same ops as half-blocks. adds_x: x is the residual."""
+    cases = every_op(device, dtype, **options)
+    return {f"{name}_half_block": _half(name, cases[name], norm, adds_x) for name, (norm, _) in _HALVES.items()}
+
+
+def _half(name: str, case: Case, norm: bool, adds_x: bool) -> Case:
+    x, count = case.tensors[0], len(case.tensors)
+    channels = x.shape[_HALVES[name][1]]
+
+    def draw() -> Tensor:
+        return torch.randn(channels, device=x.device).to(x.dtype)
+
+    drops = torch.where(torch.arange(len(x), device=x.device) % 2 == 0, 1.25, 0.0).to(x.dtype)
+    more = [draw(), drops, *([draw(), draw()] if norm else []), *([] if adds_x else [torch.randn_like(x)])]
+    function = getattr(ops, f"fused_{name}")
+
+    def run(t: Sequence[Tensor | None], backend: str) -> Tensor:
+        own, (gamma, path_scale, *rest) = t[:count], t[count:]
+        extra = {"gamma": gamma, "path_scale": path_scale, "residual": own[0] if adds_x else rest[-1]}
+        if norm:
+            extra |= {"norm_weight": rest[0], "norm_bias": rest[1]}
+
+        def whole(*given: Any, **named: Any) -> Tensor:
+            return function(*given, **named, **extra)
+
+        with patched(f"fused_{name}", whole):
+            return case.run(own, backend)
+
+    return Case(run, [*case.tensors, *more], constants=(count + 1,))
+
+
+@contextlib.contextmanager
+def patched(name: str, function: Any) -> Iterator[None]:
+    """The cases look their ops up when they run."""
+    original = getattr(ops, name)
+    setattr(ops, name, function)
+    try:
+        yield
+    finally:
+        setattr(ops, name, original)
+
+
 NAMES = sorted(every_op("meta"))
+HALF_BLOCKS = sorted(half_blocks("meta"))

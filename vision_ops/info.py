@@ -83,8 +83,13 @@ _SHAPES = {
     "..., C": (1, 56, 56, 64),
     "B, N, C": (1, 56 * 56, 64),
     "B, heads, d, N": (1, 4, 16, 56 * 56),
+    "B, heads, N, d": (1, 4, 56 * 56, 16),
 }
-_OPTIONS = {"xca": {"num_heads": 4}}
+_OPTIONS = {
+    "relative_attention": {"height": 56, "width": 56},
+    "relative_self_attention": {"num_heads": 4},
+    "xca": {"num_heads": 4},
+}
 
 
 def _print_ops(gpus: list[int]) -> None:

@@ -32,13 +32,12 @@ def facts(scale: Scale) -> Iterator[dict[str, Any]]:
     import torch
 
     from benchmarks.cases import OPS, Setting, ops_for
-    from vision_ops import explain
 
     yield {"machine": machine.describe(scale.device), "versions": machine.versions()}
     yield {"tools": {name: find_tool(name) for name in TOOLS}, "gpu": nvidia_smi()}
     for name, op in ops_for(scale.device, OPS).items():
         problem = op.problem(op.quick[0], Setting(scale.device, torch.bfloat16, "channels_last", 2))
-        found = explain(op.name, *problem.args, **problem.options)
+        found = op.explain(problem)
         yield {"op": name, "runs": str(found)}
         if found.cannot:
             yield {"op": name, "verdict": "FAILED", "detail": f"no kernel: {'; '.join(found.cannot)}"}

@@ -21,6 +21,7 @@ CASES = {
     "dwconv_layer_norm": ("EdgeNeXt-S.3", "ConvNeXt-T.2"),
     "xca": ("EdgeNeXt-S.2", "EdgeNeXt-S.3"),
     "s2_attention": ("S2-MLPv2-S.1", "S2-MLPv2-S.2"),
+    "mlp": ("HorNet-T.1", "EdgeNeXt-S.3"),
     "dwconv": ("HorNet-T.2", "EdgeNeXt-S.4", "HorNet-T.1", "MOAT-0.2 entry", "MogaNet-S.1 ffn gelu"),
     "moga_aggregation": ("MogaNet-S.1", "MogaNet-S.3"),
     "layer_norm_2d": ("HorNet-T.1", "HorNet-T.4"),
@@ -29,8 +30,13 @@ CASES = {
     "gated_recursion": ("HorNet-T.2",),
     "shift_split_attention": ("S2-MLPv2-S.1",),
     "cross_covariance": ("EdgeNeXt-S.3",),
+    "relative_self_attention": ("MOAT-0.3", "MOAT-0.4"),
+    "relative_attention": ("MOAT-0.3", "MOAT-0.4"),
     "moga_gate": ("MogaNet-S.1",),
     "feature_decompose": ("MogaNet-S.1",),
+    "scaled_residual": ("HorNet-T.1",),
+    "mbconv": ("MOAT-0.2", "MOAT-0.3"),
+    "batch_norm_act": ("MogaNet-T.2", "MOAT-0.2"),
 }
 # Those with depthwise convolutions, which cuDNN may have a kernel for.
 DEPTHWISE = (*tuple(CASES)[:4], "dwconv", "moga_aggregation", "split_cascade")

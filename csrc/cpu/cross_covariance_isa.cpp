@@ -3,18 +3,15 @@
 // channels are neighbours of the type it computes in, as panels otherwise.
 #include "cross_covariance.h"
 #include "parallel.h"
+#include "products.h"
 
 namespace vops {
 namespace VOPS_ISA {
 namespace {
 
 constexpr int64_t kTile = 32;  // tokens: panels of 96 channels fit the first-level cache
-// A product in registers has 4 or kMostRows rows and kMostColumns vectors at most.
-constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostColumns = kLanes >= 8 ? 3 : 2;
 constexpr int64_t kLeastTokens = 256;  // of a partial sum
 
-int64_t blocks_of(int64_t channels) { return ceil_div(channels, kLanes); }
-int64_t padded(int64_t channels) { return blocks_of(channels) * kLanes; }
 int64_t panel_size(int64_t channels) { return kTile * padded(channels); }
 int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
@@ -67,51 +64,6 @@ Lines<A> whole_lines(const Tensor4& t, int64_t b, int64_t h, int64_t token, int6
   pack_tile(t, b, h, token, tokens, panel);
   return panel_lines(panel);
 }
-
-// sum[r][j] += a[r * a_row + k * a_step] * (vector j of b at k), over k.
-template <class A, int rows, int columns>
-VOPS_INLINE void multiply_add(Vec<A> (&sum)[rows][columns], const A* a, int64_t a_row, int64_t a_step, const A* b,
-                              int64_t b_step, int64_t b_block, int64_t count) {
-  for (int64_t k = 0; k < count; k++, a += a_step, b += b_step) {
-    Vec<A> v[columns];
-#pragma GCC unroll 4
-    for (int j = 0; j < columns; j++) v[j] = load(b + j * b_block);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-      for (int j = 0; j < columns; j++) sum[r][j] += v[j] * a[r * a_row];
-    }
-  }
-}
-
-template <int value>
-struct Count {
-  static constexpr int kValue = value;
-};
-// Calls f(rows, columns, first row, first column) for the products that make up a matrix of rows x vectors.
-template <class A, class F>
-VOPS_INLINE void for_each_product(int64_t rows, int64_t vectors, const F& f) {
-  for (int64_t j = 0; j < vectors;) {
-    const int64_t columns = sizeof(A) == sizeof(double) ? 1 : min64(vectors - j, kMostColumns);
-    for (int64_t r = 0; r < rows;) {
-      const bool many = sizeof(A) == sizeof(float) && kMostRows == 8 && rows - r > 4;
-      if constexpr (sizeof(A) == sizeof(double)) {
-        f(Count<4>(), Count<1>(), r, j);
-      } else if (many) {
-        if (columns == 1) f(Count<kMostRows>(), Count<1>(), r, j);
-        if (columns == 2) f(Count<kMostRows>(), Count<2>(), r, j);
-        if (columns == 3) f(Count<kMostRows>(), Count<kMostColumns>(), r, j);
-      } else {
-        if (columns == 1) f(Count<4>(), Count<1>(), r, j);
-        if (columns == 2) f(Count<4>(), Count<2>(), r, j);
-        if (columns == 3) f(Count<4>(), Count<kMostColumns>(), r, j);
-      }
-      r += many ? 8 : 4;
-    }
-    j += columns;
-  }
-}
-int64_t whole_rows(int64_t channels) { return ceil_div(channels, 4) * 4; }
 
 // gram[i][j] += the sum over the tokens of a_i b_j. The rows of the gram are padded(d) long. Sums of a tile are added
 // as a whole: equal terms, one by one, would round all the same way.
@@ -200,16 +152,6 @@ Error run_gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tenso
   });
 }
 
-// Vectors of a row of d numbers: f(offset, load, store).
-template <class A, class F>
-VOPS_INLINE void for_each_vector(int64_t d, const F& f) {
-  for (int64_t j = 0; j < d; j += kLanes) {
-    const int n = (int)min64(kLanes, d - j);
-    f(
-        j, n, [n](const A* p) { return n == kLanes ? load(p) : load_n(p, n); },
-        [n](A* p, Vec<A> v) { n == kLanes ? store(p, v) : store_n(p, v, n); });
-  }
-}
 VOPS_INLINE float square_root(float v) { return ::sqrtf(v); }
 VOPS_INLINE double square_root(double v) { return ::sqrt(v); }
 
@@ -235,15 +177,6 @@ struct Head {
 template <class A>
 void invert_norms(const A* squares, int64_t d, A* inverses) {
   for (int64_t i = 0; i < d; i++) inverses[i] = 1 / norm_of(squares[i]);
-}
-
-template <class A>
-A largest_lane(Vec<A> v) {
-  A lanes[kLanes], most;
-  store(lanes, v);
-  most = lanes[0];
-  for (int k = 1; k < kLanes; k++) most = lanes[k] > most ? lanes[k] : most;
-  return most;
 }
 
 template <class A>

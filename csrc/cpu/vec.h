@@ -253,6 +253,13 @@ VOPS_INLINE Float exp(Float x) {
   const Int half = n >> 1;
   return p * (Float)((half + 127) << 23) * (Float)((n - half + 127) << 23);
 }
+// Of numbers that are at most about 0. Below -87 it is that of -87: next to a 1, nothing.
+VOPS_INLINE Float exp_of_negative(Float x) {
+  x = x < -87.f ? splat(-87.f) : x;
+  Int n;
+  const Float p = exp_reduced(x, n);
+  return p * (Float)((n + 127) << 23);
+}
 
 // The normal distribution function. -log(erfc(a)) = a * q(a), q fitted on [0, 6.5]; erfc(6.5) is 4e-20.
 VOPS_INLINE Float normal_cdf(Float x) {
@@ -301,6 +308,7 @@ VOPS_INLINE double silu_grad(double x) {
     return x;                                                      \
   }
 VOPS_BY_LANE(exp, ::exp)
+VOPS_BY_LANE(exp_of_negative, ::exp)
 VOPS_BY_LANE(gelu, gelu)
 VOPS_BY_LANE(gelu_grad, gelu_grad)
 VOPS_BY_LANE(silu, silu)

@@ -109,6 +109,10 @@ def test_a_full_run_goes_on_where_it_was_stopped(ops, tmp_path, monkeypatch, cap
     measured.clear()
     assert run(*words, "--mode", "forward,train") == 130  # none has been trained
     assert measured == ["tiny", "a"]
+    measured.clear()
+    monkeypatch.setattr("benchmarks.ops.PEERS", {"cpu": ("eager", "aot_eager")})
+    assert run(*words) == 130  # none has met that peer
+    assert measured == ["tiny", "a"]
 
 
 def test_an_interrupted_run_keeps_what_it_measured(ops, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_problems_have_their_layout_and_the_same_values_in_both(op):
     case = op.quick[-1]
     nhwc = op.problem(case, SETTING)
     nchw = op.problem(case, Setting("cpu", torch.float32, "contiguous", batch=2))
-    if op.name in ("xca", "cross_covariance"):  # of tokens, which have one layout
+    if op.name in ("xca", "cross_covariance", "relative_attention"):  # of tokens, which have one layout
         assert nhwc.inputs[0].stride() == nchw.inputs[0].stride()
     else:
         maps = [x.permute(0, 3, 1, 2) if op.pixels else x for x in (nhwc.inputs[0], nchw.inputs[0])]
@@ -75,7 +75,7 @@ def test_problems_have_their_layout_and_the_same_values_in_both(op):
 @pytest.mark.parametrize(("name", "kind"), [(op.name, kind) for op in OPS.values() for kind in op.others])
 def test_other_ways_to_write_an_op_agree_with_the_reference(name, kind, dtype):
     op = OPS[name]
-    problem = op.problem("EdgeNeXt-S.4", Setting("cpu", dtype, "contiguous", batch=2))
+    problem = op.problem(list(op.cases)[-1], Setting("cpu", dtype, "contiguous", batch=2))
     grad = torch.randn_like(op.reference(*problem.args, **problem.options))
     other, eager = (make_step(k, op, problem, grad, "train")() for k in (kind, "eager"))
     exact = make_step("eager", op, problem.to(torch.float64), grad.double(), "train")()
@@ -153,3 +153,11 @@ def test_shift_split_attention_runs_at_the_stages_of_s2mlpv2():
     assert [tuple(t.shape) for t in problem.inputs] == [
         (2, 16, 16, 384), (1152, 384), (1152,), (384, 384), (384,), (96, 384), (1152, 96),
     ]  # fmt: skip
+
+
+def test_relative_attention_runs_at_the_last_stages_of_moat():
+    cases = shapes.relative_attention_cases()
+    assert [str(cases[f"MOAT-{name}"]) for name in ("0.3", "0.4", "tiny0.4")] == [
+        "14x14x384 h12", "7x7x768 h24", "7x7x256 h8",
+    ]  # fmt: skip
+    assert not any(label.endswith((".1", ".2")) for label in cases)

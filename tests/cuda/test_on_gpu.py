@@ -34,9 +34,9 @@ def call(name, device="cuda"):
 
 
 def step(case, backend="fused"):
-    leaves = [None if t is None else t.detach().requires_grad_() for t in case.tensors]
+    leaves = case.leaves()
     y = case.run(leaves, backend)
-    return [y, *torch.autograd.grad(y.float().square().sum(), [t for t in leaves if t is not None])]
+    return [y, *torch.autograd.grad(y.float().square().sum(), [t for t in leaves if t is not None and t.requires_grad])]
 
 
 def captured(run):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vision_ops import kernels
 from vision_ops.kernels import (
+    batch_norm_act,
     channel_aggregation_ffn,
     cross_covariance,
     feature_decompose,
@@ -24,9 +25,11 @@ from vision_ops.kernels import (
     layer_norm_2d,
     mlp,
     moga_gate,
+    relative_attention,
     scaled_residual,
     shift_split_attention,
 )
+from vision_ops.ops.batch_norm_act import Coefficients
 
 ARCHS = (80, 90, 100)
 
@@ -289,4 +292,73 @@ def mlps() -> Iterator[Launch]:
                 yield Launch("mlp", named, run, ARCHS if first and activation == "gelu" else (90,) if first else ())
 
 
-LAUNCHES = (*norms(), *recursions(), *s2(), *attentions(), *moganet(), *mlps())
+def positions(size: tuple[int, int], heads: int, d: int, dtype: torch.dtype, table: bool, with_y: bool) -> None:
+    """As `relative_attention` calls them or, with_y, as `relative_self_attention` does."""
+    height, width = size
+    geometry = height, width, height, width, d**-0.5
+    qkv = absent(128, height * width, 3 * heads * d, dtype=dtype)
+    q, k, v = (t.unflatten(2, (heads, d)).transpose(1, 2) for t in qkv.split(heads * d, dim=2))
+    y = absent(128, height * width, heads * d, dtype=dtype).unflatten(2, (heads, d)).transpose(1, 2)
+    lse, biases = absent(128, heads, height * width, dtype=torch.float32), None
+    if table:
+        biases = absent(heads, 2 * height - 1, 2 * width - 1, dtype=torch.float32)
+    relative_attention.forward(q, k, v, biases, geometry, y, lse)
+    relative_attention.backward(y, q, k, v, biases, geometry, y if with_y else None, lse, q, k, v, biases)
+
+
+def moat() -> Iterator[Launch]:
+    """Both stages at 224, 256, 384 and 512; heads do not matter. Tiles differ from 49 to 196 to 576 positions."""
+    for side in (7, 14, 8, 16, 12, 24, 32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for d in (32, 64) if side in (7, 14, 24) else (32,):
+                tiles, usual = side in (7, 14, 24), dtype == torch.bfloat16 and d == 32
+                archs = ARCHS if tiles and usual else (90,) if tiles and dtype != torch.float16 else ()
+                named = f"{side}x{side} d{d} {str(dtype)[6:]}"
+                run = functools.partial(positions, (side, side), 12, d, dtype, True, True)
+                yield Launch("relative_attention", named, run, archs)
+                run = functools.partial(positions, (side, side), 12, d, dtype, False, False)
+                yield Launch("relative_attention", f"{named} without biases", run, (90,) if tiles and usual else ())
+    run = functools.partial(positions, (3, 100), 12, 32, torch.bfloat16, True, False)
+    yield Launch("relative_attention", "3x100 d32 bfloat16", run, ())
+
+
+def batch_norm(channels: int, size: int, dtype: torch.dtype, last: bool, by_image: bool) -> None:
+    """by_image: with gates and sums of every image, as squeeze and excitation takes them."""
+    x, y, grad = (absent(128, channels, size, size, dtype=dtype, channels_last=last) for _ in range(3))
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, shift, mean = (absent(channels, dtype=wide) for _ in range(3))
+    pair, images = absent(2, channels, dtype=wide), absent(128, channels, dtype=wide)
+    c = Coefficients(scale, shift, mean, *((images, images) if by_image else (None, None)))
+    activation = "gelu" if by_image or channels != 96 else None
+    if by_image:
+        batch_norm_act.forward(x, c._replace(gate=None, offset=None), activation, None, images)
+        batch_norm_act.backward_gate(grad, x, c._replace(gate=None, offset=None), activation, images)
+    else:
+        batch_norm_act.moments(x, scale, shift)
+    batch_norm_act.forward(x, c, activation, y)
+    batch_norm_act.backward_sums(grad, x, c, activation, pair)
+    batch_norm_act.backward_input(grad, x, c, activation, pair, grad)
+
+
+def batch_norms() -> Iterator[Launch]:
+    """Of MOAT, and of MogaNet's planes."""
+    for channels, size in ((96, 56), (384, 56), (768, 28), (1536, 14), (3072, 7), (32, 56), (88, 16)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for last, by_image in ((True, False), (True, True), (False, False)):
+                named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
+                run = functools.partial(batch_norm, channels, size, dtype, last, by_image)
+                usual = dtype == torch.bfloat16 and last
+                archs = ARCHS if usual and channels == 384 else (90,) if channels == 88 and not by_image else ()
+                yield Launch("batch_norm_act", f"{named}{' by image' if by_image else ''}", run, archs)
+
+
+LAUNCHES = (
+    *batch_norms(),
+    *norms(),
+    *recursions(),
+    *s2(),
+    *attentions(),
+    *moganet(),
+    *mlps(),
+    *moat(),
+)

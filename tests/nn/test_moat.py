@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,23 +69,22 @@ def test_the_table_gets_a_gradient():
     assert not torch.allclose(attention(x), before)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("size", [(8, 6), (7, 7), (3, 5)])
-def test_windows(size):
-    """Each window attends within itself, whether or not windows tile the map."""
-    block = nn.MOATBlock(32, 32, window_size=(4, 3), table_size=(5, 5)).eval()
+def test_windows(size, fused):
+    """Each window attends within itself, whether or not windows tile the map: what reaches over is masked."""
+    block = nn.MOATBlock(32, 32, window_size=(4, 3), table_size=(7, 5), fused=fused).eval()
     x = torch.randn(2, 32, *size)
     found = block(x)
     y = nn.MBConv.forward(block, x).permute(0, 2, 3, 1)
-    normed = block.attention_norm(y)
+    normed, attention = block.attention_norm(y), copy.deepcopy(block.attention)
     for i in range(0, size[0], 4):
         for j in range(0, size[1], 3):
             window = normed[:, i : i + 4, j : j + 3]
             height, width = window.shape[1:3]
-            padded = F.pad(window, (0, 0, 0, 3 - width, 0, 4 - height))
-            outside = torch.ones(4, 3, dtype=torch.bool)
-            outside[:height, :width] = False
-            mask = torch.zeros(1, 1, 1, 12).masked_fill(outside.reshape(1, 1, 1, 12), float("-inf"))
-            expected = y[:, i : i + 4, j : j + 3] + block.attention(padded, mask)[:, :height, :width]
+            table = block.attention.relative_position_embedding[:, 4 - height : 3 + height, 3 - width : 2 + width]
+            attention.relative_position_embedding = torch.nn.Parameter(table)
+            expected = y[:, i : i + 4, j : j + 3] + attention(window)
             torch.testing.assert_close(found[:, :, i : i + 4, j : j + 3], expected.permute(0, 3, 1, 2))
 
 

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 import torch
-from every_op import NAMES, every_op
+from every_op import HALF_BLOCKS, NAMES, every_op, half_blocks
 from harness import (
     Case,
     check_against_reference,
@@ -41,8 +41,14 @@ ELSEWHERE = {
     "split_cascade",
     "xca",
 }
-OPS = [name for name in NAMES if name not in ELSEWHERE]
-all_ops, ops = pytest.mark.parametrize("name", NAMES), pytest.mark.parametrize("name", OPS)
+OPS = [*(name for name in NAMES if name not in ELSEWHERE), *HALF_BLOCKS]
+all_ops, ops = pytest.mark.parametrize("name", [*NAMES, *HALF_BLOCKS]), pytest.mark.parametrize("name", OPS)
+
+
+def make(name, **options):
+    return (every_op if name in NAMES else half_blocks)(**options)[name]
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -51,52 +57,59 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("each_device")
 def test_matches_reference(name, dtype, layout):
-    check_against_reference(every_op(dtype=dtype, layout=layout, size=7)[name], layout)
+    check_against_reference(make(name, dtype=dtype, layout=layout, size=7), layout)
 
 
 @ops
 @pytest.mark.parametrize("layout", ["channel_slice", "cropped", "transposed"])
 def test_layouts(name, layout):
-    check_against_reference(every_op(layout=layout, size=6)[name], "transposed")
+    check_against_reference(make(name, layout=layout, size=6), "transposed")
 
 
 @ops
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 13)])
 def test_odd_sizes_without_biases(name, batch, size):
-    check_against_reference(every_op(batch=batch, size=size, bias=False)[name])
+    check_against_reference(make(name, batch=batch, size=size, bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gnconv_half_block", "xca_half_block", "s2_attention_half_block"])
+def test_x_as_the_residual(name, dtype):
+    """Whose gradient is added where that of the norm is written."""
+    check_against_reference(half_blocks(dtype=dtype, size=6, adds_x=True)[name])
 
 
 @ops
 def test_empty_batch(name):
-    found, _ = outputs(every_op(batch=0)[name], "fused")
+    found, _ = outputs(make(name, batch=0), "fused")
     assert found[0].numel() == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in found[1:])
 
 
 @ops
 def test_gradients(name):
-    check_gradients(every_op(batch=2, size=2)[name], fast=True)
+    check_gradients(make(name, batch=2, size=2), fast=True)
 
 
 @ops
 def test_bitwise_repeatable(name):
     for layout in ("contiguous", "channels_last"):
-        check_bitwise_repeatable(every_op(layout=layout)[name])
+        check_bitwise_repeatable(make(name, layout=layout))
 
 
 @all_ops
 def test_bits_do_not_depend_on_what_is_asked_for(name):
-    check_bits_of_needs(every_op(size=9)[name])
+    check_bits_of_needs(make(name, size=9))
 
 
 @ops
 def test_half_types_among_nan(name):
-    check_half_types_among_nan(every_op(size=5)[name])
+    check_half_types_among_nan(make(name, size=5))
 
 
 @all_ops
 def test_keeps_no_more_than_eager(name):
-    case = every_op()[name]
+    case = make(name)
     statistics = 16 * case.tensors[0].numel() // 32
     assert saved_bytes(case, "fused") <= saved_bytes(case, "reference") + statistics
 
@@ -104,7 +117,7 @@ def test_keeps_no_more_than_eager(name):
 @ops
 def test_autocast(name):
     """In the dtypes of eager, which casts for products only, with no more than twice its error."""
-    case = every_op(size=7)[name]
+    case = make(name, size=7)
     exact, grad = outputs(case.to(torch.float64), "reference")
     found = []
     for backend in ("fused", "reference"):
@@ -118,7 +131,7 @@ def test_autocast(name):
 
 @ops
 def test_compiles(name):
-    check_compiles([every_op(size=8)[name]])
+    check_compiles([make(name, size=8)])
 
 
 @ops
@@ -127,7 +140,7 @@ def test_dispatcher(name, monkeypatch):
     seen = []
     monkeypatch.setattr(_registration.FusedOp, "_run", lambda op, given: seen.append((op, given)))
     with contextlib.suppress(TypeError):  # there is no result
-        every_op(size=3)[name].run(every_op(size=3)[name].tensors, "fused")
+        make(name, size=3).run(make(name, size=3).tensors, "fused")
     ((op, given),) = seen
     monkeypatch.undo()
     torch.library.opcheck(op._forward, tuple(given))
@@ -140,7 +153,7 @@ def test_dispatcher(name, monkeypatch):
 
 @ops
 def test_refuses_every_bad_tensor(name):
-    case = every_op(size=3)[name]
+    case = make(name, size=3)
     for place, t in enumerate(case.tensors):
         for bad in (t.int(), t.to("meta"), t[..., :0], t.to_sparse()):
             given = [*case.tensors[:place], bad, *case.tensors[place + 1 :]]

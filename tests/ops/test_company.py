@@ -58,8 +58,8 @@ def test_save_on_cpu():
 def test_vmap_over_the_backward_pass(name):
     """One gradient after the other, and all at once."""
     case = every_op(dtype=torch.float64, size=6)[name]
-    leaves = [t if t is None else t.detach().requires_grad_() for t in case.tensors]
-    inputs = [t for t in leaves if t is not None]
+    leaves = case.leaves()
+    inputs = [t for t in leaves if t is not None and t.requires_grad]
     y = case.run(leaves, "fused")
     grads = torch.randn(2, *y.shape, dtype=y.dtype)
     batched = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)

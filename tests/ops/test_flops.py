@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vision_ops import _native, nn
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_missing))
-WITHOUT = {"feature_decompose", "global_filter", "layer_norm_2d", "moga_gate"}  # a product or a convolution
+# A product or a convolution.
+WITHOUT = {"feature_decompose", "global_filter", "layer_norm_2d", "moga_gate", "scaled_residual"}
 
 
 def flops(case, backend, needs):
@@ -31,7 +32,7 @@ def flops(case, backend, needs):
 @pytest.mark.parametrize("name", NAMES)
 def test_as_plain_pytorch(name, needed):
     case = every_op(size=6)[name]
-    which = [i for i, t in enumerate(case.tensors) if t is not None]
+    which = [i for i, t in enumerate(case.leaves()) if t is not None and t.requires_grad]
     which = {"all": which, "first": which[:1], "last": which[-1:]}[needed]
     needs = [i in which for i in range(len(case.tensors))]
     (fused, counted), (plain, _) = flops(case, "fused", needs), flops(case, "reference", needs)

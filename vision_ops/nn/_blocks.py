@@ -1,13 +1,18 @@
 """What the blocks of several networks share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import resolve_backend
+from ..ops._checks import autocast_enabled
+from ..ops.batch_norm_act import Norm, fused_batch_norm_act
 from ..ops.dwconv import fused_dwconv
 from ..ops.mlp import fused_mlp
 from ..ops.scaled_residual import fused_scaled_residual
+from ..reference.dwconv import ACTIVATIONS
 from ._checkpointing import checkpointed
 from ._layers import Layer, Layers, computed, layer_norm, linear, module
 
@@ -79,6 +84,57 @@ def convolve(block: nn.Module, kernel: Layers, x: Tensor, stride: int = 1) -> Te
     return fused_dwconv(x, *parameters, stride=stride)
 
 
+def of_call(norm: nn.Module) -> dict[str, Any]:
+    """The options of `fused_batch_norm_act` for a call of nn.BatchNorm2d, which is counted."""
+    momentum = norm.momentum
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return {"training": norm.training, "momentum": momentum or 0.0, "eps": norm.eps}
+
+
+def normalize(
+    block: nn.Module, kernel: Layers | None, x: Tensor, activation: str | None = None, *, name: str
+) -> Tensor:
+    """act(norm(x)) by the norm of this name, the only layer of `kernel`; None for one that no kernel computes."""
+    norm = getattr(block, name)
+    parameters = None if kernel is None else kernel.tensors(block, x)
+    if parameters is None:
+        return ACTIVATIONS[activation](norm(x))
+    return fused_batch_norm_act(x, *parameters, **of_call(norm), activation=activation)
+
+
+def evaluated(block: nn.Module, kernel: Layers | None, x: Tensor, *, name: str) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of the batch norm of this name, the only layer of `kernel`, where weights beside it can take them
+    up: in evaluation, by kernels; autocast would round them."""
+    norm = getattr(block, name)
+    parameters = None if kernel is None or norm.training else kernel.tensors(block, x)
+    if parameters is None or resolve_backend(None) == "reference" or autocast_enabled(x):
+        return None
+    c = Norm.of(x, parameters, norm.eps).coefficients()
+    return c.scale, c.shift
+
+
+def convolve_normalize(
+    block: nn.Module,
+    kernel: Layers,
+    norm_kernel: Layers,
+    x: Tensor,
+    activation: str | None = None,
+    *,
+    stride: int = 1,
+    name: str,
+) -> Tensor:
+    """act(norm(dwconv(x))): in evaluation the norm is part of the convolution, in float32 beside a half x."""
+    affine = evaluated(block, norm_kernel, x, name=name)
+    parameters = None if affine is None else kernel.tensors(block, x)
+    if affine is None or parameters is None or parameters[1] is not None:
+        return normalize(block, norm_kernel, convolve(block, kernel, x, stride), activation, name=name)
+    scale, shift = affine
+    return fused_dwconv(x, parameters[0] * scale[:, None, None, None], shift, stride=stride, activation=activation)
+
+
 def tail_layers(gamma: str | None = None) -> Layers:
     """What `residual` takes of a block: layer scale, and its drop_path."""
     return Layers("scaled_residual", {"drop_path": module(DropPath)}, own=(gamma,) if gamma else ())
@@ -95,6 +151,54 @@ def residual(block: nn.Module, tail: Layers, x: Tensor, branch: Tensor) -> Tenso
     return x + block.drop_path(branch)
 
 
+class HalfBlock(Layers):
+    """The layers of a half-block, residual + drop_path(gamma * f(norm(x))), which one op computes.
+
+    Args:
+        op, layers, own: as `Layers`, for f alone.
+        gamma, norm: their names in the block; None where there is none. norms: how the norm is computed.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        layers: dict[str, Layer],
+        own: tuple[str, ...] = (),
+        *,
+        gamma: str | None = None,
+        norm: str | None = None,
+        norms: Layer | None = None,
+    ) -> None:
+        self.gamma, self.norm = gamma, norm
+        in_front = {} if norm is None or norms is None else {norm: norms}
+        every = {**layers, **in_front, "drop_path": module(DropPath)}
+        super().__init__(op, every, own=(*((gamma,) if gamma else ()), *own))
+
+    def given(self, block: nn.Module, x: Tensor, residual: Tensor) -> tuple[list[Any], dict[str, Any]] | None:
+        """The tensors of f, and what else the op takes; None where the block is to call its layers."""
+        tensors = self.tensors(block, x)
+        if tensors is None or residual.shape != x.shape:
+            return None
+        more = {"residual": residual, "path_scale": block.drop_path.draw(residual)}
+        if self.gamma is not None:
+            more["gamma"] = tensors.pop(0).flatten()
+        if self.norm is not None:
+            more["norm_bias"], more["norm_weight"] = tensors.pop(), tensors.pop()
+            more["eps"] = getattr(block, self.norm).eps
+        return tensors, more
+
+
+def half_of(
+    kernel: Layers | None, part: str, kind: type[nn.Module], *, gamma: str | None, norm: str | None, norms: Layer | None
+) -> HalfBlock | None:
+    """The half-block whose f is the module of this name and type, which `kernel` computes alone."""
+    if kernel is None:
+        return None
+    layers = {f"{part}.{name}": layer for name, layer in kernel.layers.items()}
+    own = tuple(f"{part}.{name}" for name in kernel.own)
+    return HalfBlock(kernel.op, {part: module(kind), **layers}, own, gamma=gamma, norm=norm, norms=norms)
+
+
 def mlp_layers(
     channels: int,
     hidden: int,
@@ -103,35 +207,16 @@ def mlp_layers(
     norm: str | None = None,
     gamma: str | None = None,
     others: dict[str, Layer] | None = None,
-) -> Layers:
+) -> HalfBlock:
     """What `mlp` takes of a block. others: layers that it computes, or leaves out, besides."""
-    layers = {names[0]: linear(channels, hidden), names[1]: linear(hidden, channels)}
-    if norm is not None:
-        layers[norm] = layer_norm(channels)
-    layers = {**layers, **(others or {}), "drop_path": module(DropPath)}
-    return Layers("mlp", layers, own=(gamma,) if gamma else ())
+    layers = {names[0]: linear(channels, hidden), names[1]: linear(hidden, channels), **(others or {})}
+    return HalfBlock("mlp", layers, gamma=gamma, norm=norm, norms=layer_norm(channels))
 
 
-def mlp(
-    block: nn.Module, kernel: Layers, x: Tensor, residual: Tensor, *, eps: float = 0.0, activation: str = "gelu"
-) -> Tensor | None:
+def mlp(block: nn.Module, kernel: HalfBlock, x: Tensor, residual: Tensor, activation: str = "gelu") -> Tensor | None:
     """residual + drop_path(gamma * fc2(act(fc1(norm(x))))) of (N, H, W, C); None where the block is to call its layers.
 
     residual may be x itself, which saves a pass.
     """
-    parameters = kernel.tensors(block, x)
-    if parameters is None or residual.shape != x.shape:
-        return None
-    gamma = parameters.pop(0) if kernel.own else None
-    norm_weight, norm_bias = parameters[4:6] or (None, None)
-    return fused_mlp(
-        x,
-        *parameters[:4],
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        eps=eps,
-        activation=activation,
-        gamma=gamma,
-        residual=residual,
-        path_scale=block.drop_path.draw(residual),
-    )
+    given = kernel.given(block, x, residual)
+    return None if given is None else fused_mlp(x, *given[0], activation=activation, **given[1])

@@ -41,7 +41,7 @@ def _own(kind: type[nn.Module], name: str) -> Any:
     return method if owned and not hasattr(method, "__wrapped__") else object()
 
 
-for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU):
+for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.Dropout, nn.GELU):
     computed(_kind)
 
 
@@ -77,6 +77,10 @@ def pointwise(inputs: int, outputs: int) -> Layer:
     return _conv2d((outputs, inputs, 1, 1), 1, 0, 1, 1)
 
 
+def unbiased(convolution: Layer) -> Layer:
+    return convolution._replace(bias=False)
+
+
 def _conv2d(shape: tuple[int, ...], stride: int, padding: int, dilation: int, groups: int) -> Layer:
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     attributes = *((name, (n, n)) for name, n in pairs.items()), ("groups", groups), ("padding_mode", "zeros")
@@ -91,6 +95,20 @@ def layer_norm(channels: int) -> Layer:
     """Of any eps, which the block hands to the kernel."""
     attributes = (("normalized_shape", (channels,)),)
     return Layer(_key(nn.LayerNorm), attributes, _WEIGHT_AND_BIAS, (channels,), True)
+
+
+def layer_norm_2d(channels: int) -> Layer:
+    """`LayerNorm2d`, of any eps."""
+    attributes = (("normalized_shape", (channels,)),)
+    return Layer("vision_ops.nn.layer_norm.LayerNorm2d", attributes, _WEIGHT_AND_BIAS, (channels,), True)
+
+
+def batch_norm(channels: int) -> Layer:
+    """nn.BatchNorm2d in training or evaluation, of any eps and momentum, which the block hands to the kernel."""
+    attributes = ("num_features", channels), ("affine", True), ("track_running_stats", True)
+    return Layer(
+        _key(nn.BatchNorm2d), attributes, (*_WEIGHT_AND_BIAS, "running_mean", "running_var"), (channels,), True
+    )
 
 
 def dropout() -> Layer:
@@ -109,12 +127,13 @@ class Layers:
     Args:
         op: the name of the op, "dwconv" for `fused_dwconv`.
         layers: by their names in the block, which may have dots.
-        own: names of the block's own parameters.
+        own: names of the block's own parameters, or with dots of a part's.
     """
 
     def __init__(self, op: str, layers: dict[str, Layer] | None = None, own: tuple[str, ...] = ()) -> None:
         self.op, self.own = op, own
         self.layers = layers or {}
+        self._owners = tuple(tuple(name.split(".")) for name in own)
         # Constants only, which compiled graphs guard as one.
         self._flat = tuple((tuple(name.split(".")), *layer) for name, layer in self.layers.items())
 
@@ -146,8 +165,11 @@ class Layers:
         if forward_hooks or forward_pre_hooks or backward_hooks or backward_pre_hooks:
             return -1, _GLOBAL_HOOKS
         device = x.device
-        for name in self.own:
-            t: Any = _tensor(block, name)
+        for name, (*parts, leaf) in zip(self.own, self._owners, strict=True):
+            owner: Any = block
+            for part in parts:
+                owner = owner._modules.get(part)
+            t: Any = None if owner is None else _tensor(owner, leaf)
             if type(t) not in _PLAIN_TENSORS or t.device != device or t.layout is not torch.strided:
                 return -1, name
             found.append(t)
@@ -206,7 +228,8 @@ class Layers:
         if what in _OF_ALL:
             return what
         if i < 0:
-            return f"{what} {_difference(_tensor(block, what), x.device)}"
+            *path, leaf = what.split(".")
+            return f"{what} {_difference(_tensor(block.get_submodule('.'.join(path)), leaf), x.device)}"
         name, expected = list(self.layers.items())[i]
         if what == "missing":
             return f"{name} is missing"

@@ -20,16 +20,20 @@ from ..reference.cross_covariance import cross_covariance_weights
 from ..reference.xca import merge_heads, split_heads
 from ._blocks import (
     DropPath,
+    HalfBlock,
     convolve,
+    convolve_normalize,
     fill_,
+    half_of,
     inverted_bottleneck,
     layer_scale,
     mlp,
     mlp_layers,
+    normalize,
     residual,
     tail_layers,
 )
-from ._layers import Layers, depthwise, dropout, layer_norm, linear, module
+from ._layers import Layers, batch_norm, computed, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
 
@@ -103,11 +107,10 @@ class PositionalEncodingFourier(nn.Module):
 
 
 def _bottleneck(
-    block: Any, kernel: Layers, y: Tensor, x: Tensor, norm: nn.Module | None, act: Callable[[Tensor], Tensor]
+    block: Any, kernel: HalfBlock, y: Tensor, x: Tensor, norm: nn.Module | None, act: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """x + gamma * pwconv2(act(pwconv1(norm(y)))) of y (N, H, W, C) and x (N, C, H, W)."""
-    eps = 0.0 if norm is None else norm.eps
-    found = mlp(block, kernel, y, x.permute(0, 2, 3, 1), eps=eps, activation=act.__name__)
+    found = mlp(block, kernel, y, x.permute(0, 2, 3, 1), act.__name__)
     if found is not None:
         return found.permute(0, 3, 1, 2)
     y = y if norm is None else norm(y)
@@ -180,6 +183,7 @@ class ConvEncoderBNHS(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
         self._kernel = Layers("dwconv", {"dwconv": depthwise(dim, kernel_size)})
         self.norm = nn.BatchNorm2d(dim)
+        self._norm = Layers("batch_norm_act", {"norm": batch_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
         self._mlp = mlp_layers(dim, expan_ratio * dim, gamma="gamma" if layer_scale_init_value > 0 else None)
@@ -189,10 +193,11 @@ class ConvEncoderBNHS(nn.Module):
         fill_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(convolve(self, self._kernel, x)).permute(0, 2, 3, 1)
+        y = convolve_normalize(self, self._kernel, self._norm, x, name="norm").permute(0, 2, 3, 1)
         return _bottleneck(self, self._mlp, y, x, None, F.hardswish)
 
 
+@computed
 class XCA(nn.Module):
     """Cross-covariance attention: softmax(temperature * q k^T) v between the channels of each head.
 
@@ -240,9 +245,12 @@ class XCA(nn.Module):
         parameters = self._kernel.tensors(self, x)
         if parameters is None:
             return self.proj_drop(self.proj(self._attend(self.qkv(x))))
+        return self.proj_drop(self.whole(x, parameters))
+
+    def whole(self, x: Tensor, parameters: list[Any], **half: Any) -> Tensor:
+        """As one op. half: what it takes as a half-block."""
         temperature, weight, bias, *proj = parameters
-        given = weight, bias, temperature, *proj
-        return self.proj_drop(fused_xca(x, *given, num_heads=self.num_heads))
+        return fused_xca(x, weight, bias, temperature, *proj, num_heads=self.num_heads, **half)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         q, k, v = split_heads(qkv, self.num_heads)
@@ -335,10 +343,19 @@ class _SDTA(nn.Module):
         self.norm_xca = self.make_norm(dim)
         self.xca = XCA(dim, num_heads, qkv_bias, attn_drop, drop, fused=fused)
         self.norm = self.make_norm(dim)
+        batch = self.make_norm is nn.BatchNorm2d
+        self._norm_xca, self._norm = (
+            Layers("batch_norm_act", {name: batch_norm(dim)}) if batch else None for name in ("norm_xca", "norm")
+        )
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
         scaled, normed = layer_scale_init_value > 0, self.make_norm is not nn.BatchNorm2d
-        self._tail = tail_layers("gamma_xca" if scaled else None)
+        gamma_xca = "gamma_xca" if scaled else None
+        self._tail, self._half = tail_layers(gamma_xca), None
+        if normed:
+            kernel = Layers("xca", {**self.xca._kernel.layers, "proj_drop": dropout()}, own=self.xca._kernel.own)
+            norm = layer_norm(dim)
+            self._half = half_of(kernel, "xca", XCA, gamma=gamma_xca, norm="norm_xca", norms=norm)
         gamma = "gamma" if scaled else None
         self._mlp = mlp_layers(dim, expan_ratio * dim, norm="norm" if normed else None, gamma=gamma)
 
@@ -394,7 +411,12 @@ class SDTAEncoder(_SDTA):
 
     def forward(self, x: Tensor) -> Tensor:
         t = self.with_position(self.cascade(x).permute(0, 2, 3, 1))
-        t = self.attend(t, self.norm_xca(t))
+        tokens = t.flatten(1, 2)
+        given = None if self._half is None else self._half.given(self, tokens, tokens)
+        if given is None:
+            t = self.attend(t, self.norm_xca(t))
+        else:
+            t = self.xca.whole(tokens, given[0], **given[1]).unflatten(1, t.shape[1:3])
         return _bottleneck(self, self._mlp, t, x, self.norm, F.gelu)
 
 
@@ -407,6 +429,7 @@ class SDTAEncoderBNHS(_SDTA):
     make_norm = nn.BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
-        t = self.with_position(self.norm_xca(self.cascade(x)).permute(0, 2, 3, 1))
-        t = self.norm(self.attend(t, t).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        normed = normalize(self, self._norm_xca, self.cascade(x), name="norm_xca")
+        t = self.with_position(normed.permute(0, 2, 3, 1))
+        t = normalize(self, self._norm, self.attend(t, t).permute(0, 3, 1, 2), name="norm").permute(0, 2, 3, 1)
         return _bottleneck(self, self._mlp, t, x, None, F.hardswish)

@@ -1,6 +1,7 @@
 """HorNet (arXiv 2207.14284), after hornet.py of raoyongming/HorNet."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,19 @@ from ..ops.gated_recursion import fused_gated_recursion
 from ..ops.global_filter import fused_global_filter
 from ..ops.gnconv import fused_gnconv
 from ..reference.global_filter import global_filter
-from ._blocks import DropPath, convolve, fill_, inverted_bottleneck, layer_scale, mlp, mlp_layers, residual, tail_layers
-from ._layers import Layers, depthwise, pointwise
+from ._blocks import (
+    DropPath,
+    convolve,
+    fill_,
+    half_of,
+    inverted_bottleneck,
+    layer_scale,
+    mlp,
+    mlp_layers,
+    residual,
+    tail_layers,
+)
+from ._layers import Layers, computed, depthwise, layer_norm_2d, pointwise
 from .layer_norm import LayerNorm2d
 
 torch.fx.wrap("global_filter")  # it asks for the size and the dtype of x
@@ -59,6 +71,7 @@ class GlobalLocalFilter(nn.Module):
         return self.post_norm(torch.stack([local, globally], dim=2).flatten(1, 2))
 
 
+@computed
 class GnConv(nn.Module):
     """Recursive gated convolution.
 
@@ -115,12 +128,16 @@ class GnConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parameters = None if self._kernel is None else self._kernel.tensors(self, x)
         if parameters is not None:
-            into, out, pws = parameters[:4], parameters[4:6], parameters[6:]
-            given = *into, pws[::2], pws[1::2], *out
-            return fused_gnconv(x, *given, scale=self.scale)
+            return self.whole(x, parameters)
         pwa, abc = self.proj_in(x).split([self.dims[0], sum(self.dims)], dim=1)
         gates = self.dwconv(abc) if self._dwconv is None else convolve(self, self._dwconv, abc)
         return self.proj_out(self._recurse(pwa, gates * self.scale))
+
+    def whole(self, x: Tensor, parameters: list[Any], **half: Any) -> Tensor:
+        """As one op. half: what it takes as a half-block."""
+        into, out, pws = parameters[:4], parameters[4:6], parameters[6:]
+        given = *into, pws[::2], pws[1::2], *out
+        return fused_gnconv(x, *given, scale=self.scale, **half)
 
     def _recurse(self, p: Tensor, gates: Tensor) -> Tensor:
         parameters = self._recursion.tensors(self, p)
@@ -164,7 +181,11 @@ class HorBlock(nn.Module):
         self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
         scaled = layer_scale_init_value > 0
-        self._tail = tail_layers("gamma1" if scaled else None)
+        gamma1 = "gamma1" if scaled else None
+        self._tail, self._half = tail_layers(gamma1), None
+        if type(self.gnconv) is GnConv:
+            kernel, norm = self.gnconv._kernel, layer_norm_2d(dim)
+            self._half = half_of(kernel, "gnconv", GnConv, gamma=gamma1, norm="norm1", norms=norm)
         self._mlp = mlp_layers(dim, 4 * dim, norm="norm2", gamma="gamma2" if scaled else None)
 
     def reset_parameters(self) -> None:
@@ -173,9 +194,13 @@ class HorBlock(nn.Module):
             fill_(gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = residual(self, self._tail, x, self.gnconv(self.norm1(x)))
+        given = None if self._half is None else self._half.given(self, x, x)
+        if given is None:
+            x = residual(self, self._tail, x, self.gnconv(self.norm1(x)))
+        else:
+            x = self.gnconv.whole(x, given[0], **given[1])
         pixels = x.permute(0, 2, 3, 1)
-        y = mlp(self, self._mlp, pixels, pixels, eps=self.norm2.eps)
+        y = mlp(self, self._mlp, pixels, pixels)
         if y is not None:
             return y.permute(0, 3, 1, 2)
         y = inverted_bottleneck(self.norm2(pixels), self.pwconv1, F.gelu, self.pwconv2, self.gamma2)

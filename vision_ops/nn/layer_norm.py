@@ -5,11 +5,12 @@ from torch import Tensor, nn
 
 from ..ops.layer_norm_2d import fused_layer_norm_2d
 from ..reference.layer_norm_2d import layer_norm_2d
-from ._layers import Layers
+from ._layers import Layers, computed
 
 torch.fx.wrap("layer_norm_2d")  # it asks for the dtype and the layout of x
 
 
+@computed
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of (N, C, H, W): `fused_layer_norm_2d` with parameters.
 

@@ -4,6 +4,7 @@ The article's PyTorch code is another network, that of `moat_article.py`: no exp
 no norm in the stem, other shortcuts; it cannot load the official weights and misses the paper's parameter counts.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,28 +14,23 @@ from torch import Tensor, nn
 
 from ..ops._checks import check_integer, check_sequence
 from ..ops.dwconv import fused_dwconv
+from ..ops.mbconv import fused_mbconv
+from ..ops.relative_attention import check_window, fused_relative_attention
+from ..ops.relative_self_attention import fused_relative_self_attention
+from ..reference.mbconv import pad_same, pool_same, same_padding
 from ..reference.relative_attention import relative_attention
-from ._blocks import DropPath, convolve
-from ._layers import Layers, depthwise
+from ._blocks import DropPath, convolve, of_call
+from ._layers import Layer, Layers, computed, depthwise, layer_norm, linear, module, pointwise, unbiased
+from ._layers import batch_norm as batch_norm_layer
 
 torch.fx.wrap("relative_attention")  # it asks for the size of the table
-
-
-def same_padding(height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of TensorFlow's "SAME" for a kernel of 3 at stride 2."""
-    return height % 2, 1, width % 2, 1
-
-
-def pad_same(x: Tensor) -> Tensor:
-    height, width = x.shape[2:]
-    top, bottom, left, right = same_padding(height, width)
-    return F.pad(x, (left, right, top, bottom))
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
+@computed
 class SqueezeExcite(nn.Module):
     """x * sigmoid(expand_conv2d(SiLU(reduce_conv2d(mean(x))))). Keys: reduce_conv2d, expand_conv2d."""
 
@@ -88,19 +84,34 @@ class MBConv(nn.Module):
         self.expand_norm = batch_norm(hidden)
         padding = 1 if stride == 1 else 0  # at stride 2 it depends on the size: pad_same
         self.depthwise_conv = nn.Conv2d(hidden, hidden, 3, stride, padding, groups=hidden, bias=False)
-        self._kernel = Layers("dwconv", {"depthwise_conv": depthwise(hidden, 3, stride=stride, padding=padding)})
         self.depthwise_norm = batch_norm(hidden)
         self.se = SqueezeExcite(hidden, max(1, out_channels // 4)) if se else None
         self.shrink_conv = nn.Conv2d(hidden, out_channels, 1)
         self.drop_path = DropPath(drop_path)
+        dw = {"depthwise_conv": depthwise(hidden, 3, stride=stride, padding=padding)}
+        layers = {
+            "pre_norm": batch_norm_layer(in_channels),
+            "expand_conv": unbiased(pointwise(in_channels, hidden)),
+            "expand_norm": batch_norm_layer(hidden),
+            "depthwise_conv": unbiased(dw["depthwise_conv"]),
+            "depthwise_norm": batch_norm_layer(hidden),
+            "shrink_conv": pointwise(hidden, out_channels),
+            "drop_path": module(DropPath),
+        }
+        if self.se is not None:
+            reduced = self.se.reduce_conv2d.out_channels
+            layers |= {
+                "se": module(SqueezeExcite),
+                "se.reduce_conv2d": pointwise(hidden, reduced),
+                "se.expand_conv2d": pointwise(reduced, hidden),
+            }
+        if self.shortcut_conv is not None:
+            layers["shortcut_conv"] = pointwise(in_channels, out_channels)
+        self._whole, self._kernel = Layers("mbconv", layers), Layers("dwconv", dw)
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        if self.stride == 2 and self.pool_size == 2:
-            # Windows that reach over the border average what is inside, as "SAME" pooling does.
-            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-        elif self.stride == 2:
-            inside = pad_same(torch.ones_like(x[:1, :1]))
-            x = F.avg_pool2d(pad_same(x), 3, 2) / F.avg_pool2d(inside, 3, 2)
+        if self.stride == 2:
+            x = pool_same(x, self.pool_size)
         return x if self.shortcut_conv is None else self.shortcut_conv(x)
 
     def _depthwise(self, x: Tensor) -> Tensor:
@@ -119,12 +130,38 @@ class MBConv(nn.Module):
         y = F.gelu(self.depthwise_norm(self._depthwise(y)))
         return self.shrink_conv(y if self.se is None else self.se(y))
 
+    def _norms_agree(self) -> bool:
+        """Whether they are called alike, as the op's are."""
+        first, *rest = (
+            (norm.training, norm.momentum, norm.eps) for norm in (self.pre_norm, self.expand_norm, self.depthwise_norm)
+        )
+        return first[1] is not None and all(other == first for other in rest)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._shortcut(x) + self.drop_path(self._residual(x))
+        parameters = self._whole.tensors(self, x)
+        if parameters is None or not self._norms_agree():
+            return self._shortcut(x) + self.drop_path(self._residual(x))
+        pre, expand, expand_norm, dw, dw_norm = (parameters[i:j] for i, j in itertools.pairwise((0, 4, 6, 10, 12, 16)))
+        shrink, own = parameters[16:18], parameters[18:]
+        for norm in (self.pre_norm, self.expand_norm):
+            of_call(norm)
+        return fused_mbconv(
+            x,
+            *(pre, expand[0], expand_norm, dw[0], dw_norm, *shrink),
+            se=None if self.se is None else own[:4],
+            shortcut=own[-2:] if self.shortcut_conv is not None else None,
+            path_scale=self.drop_path.draw(x),
+            stride=self.stride,
+            pool_size=self.pool_size,
+            **of_call(self.depthwise_norm),
+        )
 
 
+@computed
 class RelativeSelfAttention(nn.Module):
     """Self-attention between all positions of (B, H, W, C): softmax(q k^T / sqrt(head_dim) + bias) v.
+
+    It runs as `fused_relative_self_attention`; where it calls its layers, as `fused_relative_attention` between them.
 
     Args:
         channels: C, a multiple of head_dim.
@@ -154,18 +191,27 @@ class RelativeSelfAttention(nn.Module):
             self.relative_position_embedding = nn.Parameter(torch.empty(self.num_heads, *table_size))
         self.reset_parameters()
         self.q, self.k, self.v, self.o = (nn.Linear(channels, channels) for _ in range(4))
+        own = () if table_size is None else ("relative_position_embedding",)
+        self._kernel = Layers("relative_self_attention", dict.fromkeys("qkvo", linear(channels, channels)), own)
+        self._attention = Layers("relative_attention", own=own)
 
     def reset_parameters(self) -> None:
         """Of the table; the layers have their own."""
         if self.relative_position_embedding is not None:
             nn.init.normal_(self.relative_position_embedding, std=0.02)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: added to the logits, of a shape that broadcasts with (B, heads, H * W, H * W)."""
+    def forward(self, x: Tensor, window_size: Sequence[int] | None = None) -> Tensor:
+        """window_size: (height, width) of the windows that attend each within itself, None for the whole map."""
+        parameters = self._kernel.tensors(self, x)
+        table = self.relative_position_embedding
+        if parameters is not None:
+            given = x, *(parameters if table is None else parameters[1:]), table
+            return fused_relative_self_attention(*given, num_heads=self.num_heads, window_size=window_size)
         height, width = x.shape[1:3]
         tokens = x.flatten(1, 2)
         q, k, v = (p(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = relative_attention(q, k, v, self.relative_position_embedding, height=height, width=width, mask=mask)
+        attend = relative_attention if self._attention.tensors(self, q) is None else fused_relative_attention
+        y = attend(q, k, v, table, height=height, width=width, window_size=window_size)
         return self.o(y.transpose(1, 2).flatten(2)).unflatten(1, (height, width))
 
 
@@ -202,31 +248,37 @@ class MOATBlock(MBConv):
             "drop_path": drop_path,
         }
         super().__init__(in_channels, out_channels, se=False, fused=fused, **shared)
-        if window_size is not None:
-            check_sequence("window_size", window_size, 2)
+        check_window(window_size)
         self.window_size = None if window_size is None else tuple(window_size)
         self.attention_norm = nn.LayerNorm(out_channels, eps=1e-5)
         self.attention = RelativeSelfAttention(out_channels, head_dim=head_dim, table_size=table_size, fused=fused)
+        self._half_block = Layers("relative_self_attention", self._layers_of_attention(out_channels))
 
-    def _windowed_attention(self, x: Tensor) -> Tensor:
-        """Attention within windows of (N, H, W, C)."""
-        assert self.window_size is not None
-        n, height, width, channels = x.shape
-        h, w = self.window_size
-        bottom, right = -height % h, -width % w
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        rows, columns = (height + bottom) // h, (width + right) // w
-
-        def windows(t: Tensor) -> Tensor:
-            return t.reshape(-1, rows, h, columns, w, t.shape[-1]).transpose(2, 3).reshape(-1, h, w, t.shape[-1])
-
-        padding = F.pad(x.new_zeros(1, height, width, 1), (0, 0, 0, right, 0, bottom), value=float("-inf"))
-        mask = windows(padding).reshape(-1, 1, 1, h * w).repeat(n, 1, 1, 1)
-        y = self.attention(windows(x), mask)
-        y = y.reshape(n, rows, columns, h, w, channels).transpose(2, 3).reshape(n, rows * h, columns * w, channels)
-        return y[:, :height, :width]
+    def _layers_of_attention(self, channels: int) -> dict[str, Layer]:
+        attention = module(RelativeSelfAttention, num_heads=self.attention.num_heads, fused=True)
+        table = self.attention.relative_position_embedding
+        if table is not None:
+            attention = attention._replace(tensors=("relative_position_embedding",), shape=tuple(table.shape))
+        products = {f"attention.{name}": linear(channels, channels) for name in "qkvo"}
+        norm = {"attention_norm": layer_norm(channels)}
+        return {"attention": attention, **products, **norm, "drop_path": module(DropPath)}
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x).permute(0, 2, 3, 1)
-        attend = self.attention if self.window_size is None else self._windowed_attention
-        return (x + self.drop_path(attend(self.attention_norm(x)))).permute(0, 3, 1, 2)
+        parameters = self._half_block.tensors(self, x)
+        if parameters is None:
+            return (x + self.drop_path(self.attention(self.attention_norm(x), self.window_size))).permute(0, 3, 1, 2)
+        *products, norm_weight, norm_bias = parameters
+        table = products.pop(0) if len(products) == 9 else None
+        given = x, *products, table
+        y = fused_relative_self_attention(
+            *given,
+            num_heads=self.attention.num_heads,
+            window_size=self.window_size,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=self.attention_norm.eps,
+            residual=x,
+            path_scale=self.drop_path.draw(x),
+        )
+        return y.permute(0, 3, 1, 2)

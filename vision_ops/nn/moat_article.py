@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops._checks import check_integer, check_sequence
+from ..ops.relative_attention import fused_relative_attention
 from ..reference.relative_attention import relative_attention
-from ._blocks import DropPath, convolve
-from ._layers import Layers, depthwise
+from ._blocks import DropPath, convolve_normalize, normalize
+from ._layers import Layers, batch_norm, depthwise
 
 # What looks at shapes. torch.fx then does not trace them, but calls them, wherever they are wrapped by name.
 fx.wrap("relative_attention")
@@ -50,10 +51,14 @@ class DepthwiseSeparable(nn.Module):
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self._bn1, self._bn2 = (
+            Layers("batch_norm_act", {name: batch_norm(channels)})
+            for name, channels in (("bn1", in_channels), ("bn2", out_channels))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = convolve(self, self._kernel, x, self.stride)
-        return self.bn2(self.conv_pw(F.gelu(self.bn1(y))))
+        y = convolve_normalize(self, self._kernel, self._bn1, x, "gelu", stride=self.stride, name="bn1")
+        return normalize(self, self._bn2, self.conv_pw(y), name="bn2")
 
 
 class ArticleMBConv(nn.Module):
@@ -110,6 +115,7 @@ class ArticleSelfAttention(nn.Module):
         in_channels: C, a multiple of num_heads.
         num_heads: heads.
         window_size: (height, width) of the map that the tokens are, N = height * width.
+        fused: False runs plain PyTorch.
 
     The table of biases, ((2 height - 1) (2 width - 1), heads), is Swin's: indexed by query - key, of this size only.
     Checkpoints also hold that index, `relative_position_index`, which is computed here and ignored when it is loaded.
@@ -117,7 +123,9 @@ class ArticleSelfAttention(nn.Module):
     Keys: relative_position_bias_table, qkv_mapping, proj.
     """
 
-    def __init__(self, in_channels: int, num_heads: int = 32, window_size: Sequence[int] = (7, 7)) -> None:
+    def __init__(
+        self, in_channels: int, num_heads: int = 32, window_size: Sequence[int] = (7, 7), *, fused: bool = True
+    ) -> None:
         super().__init__()
         check_integer("num_heads", num_heads, 1)
         if in_channels % num_heads:
@@ -125,11 +133,12 @@ class ArticleSelfAttention(nn.Module):
         check_sequence("window_size", window_size, 2)
         for side in window_size:
             check_integer("window_size", side, 1)
-        self.num_heads, self.window_size = num_heads, tuple(window_size)
+        self.num_heads, self.window_size, self.fused = num_heads, tuple(window_size), fused
         height, width = self.window_size
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * height - 1) * (2 * width - 1), num_heads))
         self.qkv_mapping = nn.Linear(in_channels, 3 * in_channels)
         self.proj = nn.Linear(in_channels, in_channels)
+        self._kernel = Layers("relative_attention", own=("relative_position_bias_table",))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -146,17 +155,26 @@ class ArticleSelfAttention(nn.Module):
         q, k, v = self.qkv_mapping(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         # `relative_attention` has its table by head, and indexes it by key - query.
         table = self.relative_position_bias_table.t().unflatten(1, (2 * height - 1, 2 * width - 1)).flip(1, 2)
-        y = relative_attention(q, k, v, table, height=height, width=width)
+        attend = relative_attention if self._kernel.tensors(self, q) is None else fused_relative_attention
+        y = attend(q, k, v, table, height=height, width=width)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class ArticleMOATAttention(nn.Module):
     """x + attention(norm_1(x)) within each window of (N, C, H, W). Keys: norm_1, attention."""
 
-    def __init__(self, channels: int, num_heads: int, window_size: Sequence[int], drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window_size: Sequence[int],
+        drop_path: float = 0.0,
+        *,
+        fused: bool = True,
+    ) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(channels)
-        self.attention = ArticleSelfAttention(channels, num_heads, window_size)
+        self.attention = ArticleSelfAttention(channels, num_heads, window_size, fused=fused)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +215,7 @@ class ArticleMOATBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.mb_conv = ArticleMBConv(in_channels, out_channels, downscale, drop_path=drop_path, fused=fused)
-        self.moat_attention = ArticleMOATAttention(out_channels, num_heads, window_size, drop_path)
+        self.moat_attention = ArticleMOATAttention(out_channels, num_heads, window_size, drop_path, fused=fused)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moat_attention(self.mb_conv(x))

@@ -11,8 +11,8 @@ from ..ops.dwconv import fused_dwconv
 from ..ops.feature_decompose import fused_feature_decompose
 from ..ops.moga_aggregation import fused_moga_aggregation
 from ..ops.multi_order_dwconv import check_multi_order, fused_multi_order_dwconv
-from ._blocks import DropPath, convolve
-from ._layers import Layer, Layers, computed, depthwise, dropout, module, pointwise
+from ._blocks import DropPath, convolve, evaluated, normalize
+from ._layers import Layer, Layers, batch_norm, computed, depthwise, dropout, module, pointwise
 from .layer_norm import LayerNorm2d
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"GELU": F.gelu, "ReLU": F.relu, "SiLU": F.silu}
@@ -175,6 +175,7 @@ class MultiOrderGatedAggregation(nn.Module):
         return self.proj_2(gate * value) + x
 
 
+@computed
 class ChannelAggregationFFN(nn.Module):
     """Feed-forward network with a depthwise convolution and channel aggregation.
 
@@ -287,6 +288,18 @@ class MogaBlock(nn.Module):
         self.norm2 = build_norm("norm_type", norm_type, embed_dims, fused)
         hidden = int(embed_dims * ffn_ratio)
         self.mlp = ChannelAggregationFFN(embed_dims, hidden, act_type=act_type, ffn_drop=drop_rate, fused=fused)
+        self.fused = fused
+        self._norm1: Layers | None = None
+        self._norm2: Layers | None = None
+        self._mlp: Layers | None = None
+        if norm_type in ("BN", "SyncBN"):
+            self._norm1, self._norm2 = (
+                Layers("batch_norm_act", {name: batch_norm(embed_dims)}) for name in ("norm1", "norm2")
+            )
+            if self.mlp._kernel is not None:
+                layers = {f"mlp.{name}": layer for name, layer in self.mlp._kernel.layers.items()}
+                whole = {"mlp": module(ChannelAggregationFFN, fused=True), **layers}
+                self._mlp = Layers("channel_aggregation_ffn", whole)
 
     def reset_parameters(self) -> None:
         """Of the layer scales; the layers have their own."""
@@ -294,5 +307,19 @@ class MogaBlock(nn.Module):
             nn.init.constant_(scale, self.init_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.layer_scale_1 * self.attn(self.norm1(x)))
-        return x + self.drop_path(self.layer_scale_2 * self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.layer_scale_1 * self.attn(normalize(self, self._norm1, x, name="norm1")))
+        return x + self.drop_path(self.layer_scale_2 * self._feed_forward(x))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """mlp(norm2(x)): in evaluation norm2 is part of fc1, of maps that are larger than its weight. A half type would
+        round the constant."""
+        affine, parameters = evaluated(self, self._norm2, x, name="norm2"), None
+        folds = affine is not None and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
+        if folds and self._mlp is not None and x.numel() > self.mlp.fc1.weight.numel():
+            parameters = self._mlp.tensors(self, x)
+        if affine is None or parameters is None:
+            return self.mlp(normalize(self, self._norm2, x, name="norm2"))
+        (scale, shift), (weight, bias, *rest) = affine, parameters
+        constant = weight.flatten(1) @ shift
+        bias = constant if bias is None else bias + constant
+        return fused_channel_aggregation_ffn(x, weight * scale[:, None, None], bias, *rest)

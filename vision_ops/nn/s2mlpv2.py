@@ -1,6 +1,7 @@
 """S2-MLPv2 (arXiv 2108.01072); its authors published no code: after s2_mlp_v2.py of liuruiyang98/Jittor-MLP."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from ..ops import fused_s2_attention, fused_shift_split_attention
 from ..ops._checks import check_integer
 from ..reference.shift_split_attention import spatial_shift, weigh_branches
-from ._blocks import Blocks, DropPath, mlp, mlp_layers
-from ._layers import Layers, computed, dropout, linear, module
+from ._blocks import Blocks, DropPath, half_of, mlp, mlp_layers
+from ._layers import Layers, computed, dropout, layer_norm, linear, module
 
 
 @computed
@@ -36,6 +37,7 @@ class SplitAttention(nn.Module):
         return weigh_branches(x_all, self.mlp2(hidden))
 
 
+@computed
 class S2Attention(nn.Module):
     """Spatial shifts of three branches, weighed by split attention, between two linear layers.
 
@@ -67,8 +69,12 @@ class S2Attention(nn.Module):
         parameters = self._kernel.tensors(self, x)
         if parameters is None:
             return self.mlp2(self._attend(self.mlp1(x)))
+        return self.whole(x, parameters)
+
+    def whole(self, x: Tensor, parameters: list[Any], **half: Any) -> Tensor:
+        """As one op. half: what it takes as a half-block."""
         weight1, bias1, weight2, bias2, split_weight1, _, split_weight2, _ = parameters
-        return fused_s2_attention(x, weight1, bias1, weight2, bias2, split_weight1, split_weight2)
+        return fused_s2_attention(x, weight1, bias1, weight2, bias2, split_weight1, split_weight2, **half)
 
     def _attend(self, x: Tensor) -> Tensor:
         parameters = self._split.tensors(self, x)
@@ -91,13 +97,18 @@ class PreNormResidual(nn.Module):
     def __init__(self, dim: int, fn: nn.Module, drop_path: float = 0.0, *, fused: bool = True) -> None:
         super().__init__()
         self.norm, self.fn, self.drop_path = nn.LayerNorm(dim), fn, DropPath(drop_path)
-        self.fused, self._mlp = fused, None
+        self.fused, self._mlp, self._half = fused, None, None
+        if type(fn) is S2Attention:
+            self._half = half_of(fn._kernel, "fn", S2Attention, gamma=None, norm="norm", norms=layer_norm(dim))
         if isinstance(fn, nn.Sequential):
             others = {"fn.1": module(nn.GELU, approximate="none"), "fn.2": dropout(), "fn.4": dropout()}
             self._mlp = mlp_layers(dim, fn[0].out_features, ("fn.0", "fn.3"), norm="norm", others=others)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None if self._mlp is None else mlp(self, self._mlp, x, x, eps=self.norm.eps)
+        given = None if self._half is None else self._half.given(self, x, x)
+        if given is not None:
+            return self.fn.whole(x, given[0], **given[1])
+        y = None if self._mlp is None else mlp(self, self._mlp, x, x)
         return x + self.drop_path(self.fn(self.norm(x))) if y is None else y
 
 

@@ -59,6 +59,9 @@ def keep(
 ) -> None:
     """For `gradients`."""
     ctx.options, ctx.lengths = options, lengths
+    if op.passes is not None:
+        passed = tensors[op.places(lengths)[op.passes]]
+        ctx.passed_dtype = None if passed is None else passed.dtype
     if op.unread is not None:
         tensors = op.without_unread(tensors, needs, lengths, options)
     if op._saved:
@@ -86,8 +89,7 @@ def _graded(op: "FusedOp", ctx: Any, grad: Tensor, needs: list[bool]) -> list[Te
         needs[places[name]] = False
     found = list(_computed(op, ctx, grad, needs)) if any(needs) else [None] * len(needs)
     if op.passes is not None and asked[places[op.passes]]:
-        place = places[op.passes]
-        found[place] = grad.to(ctx.saved_tensors[place].dtype)
+        found[places[op.passes]] = grad.to(ctx.passed_dtype)
     return found
 
 

@@ -90,6 +90,13 @@ def check_eps(eps: Any) -> None:
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
 
 
+def check_momentum(momentum: Any) -> None:
+    if not isinstance(momentum, (int, float)) or isinstance(momentum, bool):
+        raise TypeError(f"momentum must be a float, got {type(momentum).__name__}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
+
+
 def check_sequence(name: str, value: Any, length: int | None = None) -> None:
     if isinstance(value, (Tensor, str)) or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
         size = "" if length is None else f" of {length}"

@@ -22,3 +22,16 @@ def channels_last_dense(t: Tensor) -> Tensor:
 def product_dense(t: Tensor) -> Tensor:
     """The same for the products and sums of CPUs, without a copy of what ours take as it is."""
     return t if multiplies_as_is(t) else operand(channels_last_dense(t))
+
+
+def as_map(t: Tensor) -> Tensor:
+    """(N, ..., C) as (N, C, H, W), a view wherever there is one."""
+    if t.ndim == 4:
+        return t.permute(0, 3, 1, 2)
+    tokens = t[:, None] if t.ndim == 2 else t.flatten(1, -2)
+    return tokens.transpose(1, 2)[..., None]
+
+
+def as_tokens(t: Tensor, like: Tensor) -> Tensor:
+    """A map in the shape of what it was made from."""
+    return t.permute(0, 2, 3, 1) if like.ndim == 4 else t[..., 0].transpose(1, 2).reshape(like.shape)

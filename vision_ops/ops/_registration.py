@@ -188,6 +188,7 @@ class FusedOp:
         unread: Callable[[Any, Any], Sequence[str]] | None = None,
         parts: Callable[[Any], dict[str, str]] | None = None,
         dims: str = "N, C, H, W",
+        public: bool = True,
     ) -> None:
         self.name, self.arguments, self.reference, self.output = name, arguments, reference, output
         self.predicate, self.kernels, self._triton = predicate, kernels, triton
@@ -210,24 +211,32 @@ class FusedOp:
         if is_new:
             implement(definition)
             count_flops(definition)
-        fused_ops[name] = self
+        if public:
+            fused_ops[name] = self
 
     def __call__(self, *given: Any, backend: str | None = None) -> Any:
         """Runs the op on checked arguments."""
+        return self.with_saved(*given, backend=backend)[0]
+
+    def with_saved(
+        self, *given: Any, backend: str | None = None, reference: Callable[[], Tensor] | None = None
+    ) -> Sequence[Any]:
+        """The same, with what the forward kernel saves; y alone where the reference runs. reference: in its place."""
         if type(backend) is Question:
-            return self.explain(*given, backend=backend)
+            return (self.explain(*given, backend=backend),)
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
         in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if backend == "reference" or is_transformed(arguments) or (in_graph and self._cannot_export()):
-            return self.reference(arguments)
-        cannot, slower = self.predicate(arguments)
-        if cannot and backend == "fused":
-            raise ValueError(f"backend='fused', but fused_{self.name} cannot run: {'; '.join(cannot)}")
-        if cannot or (slower and backend == "auto"):
-            return self.reference(arguments)
+        takes_reference = backend == "reference" or is_transformed(arguments) or (in_graph and self._cannot_export())
+        if not takes_reference:
+            cannot, slower = self.predicate(arguments)
+            if cannot and backend == "fused":
+                raise ValueError(f"backend='fused', but fused_{self.name} cannot run: {'; '.join(cannot)}")
+            takes_reference = bool(cannot) or (bool(slower) and backend == "auto")
+        if takes_reference:
+            return (self.reference(arguments) if reference is None else reference(),)
         result = self._forward(*arguments) if in_graph else self._run(arguments)
-        return result[0] if self._saved else result
+        return result if self._saved else (result,)
 
     def _cannot_export(self) -> bool:
         """Whether the graph that is being made takes only PyTorch's own ops. torch.jit.trace knows no lists of optional

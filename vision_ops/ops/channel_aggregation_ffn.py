@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
+from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
 from ._pointwise import channel_sums, crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
 from ._registration import FusedOp, allocate, device_reasons, empty, on_devices, without_autocast
@@ -452,6 +453,7 @@ _op = FusedOp(
     saved=(Tensor.contiguous, channels_last_dense),
     parts=_parts,
 )
+_half = HalfBlock(_op, last=("fc2_weight", "fc2_bias"), norm=False, maps=True)
 
 
 def fused_channel_aggregation_ffn(
@@ -466,6 +468,9 @@ def fused_channel_aggregation_ffn(
     decompose_bias: Tensor | None,
     sigma: Tensor,
     *,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    path_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """h = GELU(dwconv(fc1 x)); d = GELU(decompose h), one number a pixel; y = fc2(h + sigma * (h - d)).
@@ -478,6 +483,8 @@ def fused_channel_aggregation_ffn(
         fc2_weight, fc2_bias: (C, h) or (C, h, 1, 1), and (C,) or None.
         decompose_weight, decompose_bias: (1, h) or (1, h, 1, 1), and (1,) or None.
         sigma: (h,) or (1, h, 1, 1); autocast leaves it as it is.
+        gamma, residual, path_scale: of residual + path_scale * gamma * (the above), as in `fused_mlp`; residual is as
+            x in its shape, and is given with the others.
         backend: as in `vision_ops.use_backend`.
 
     Parameters have the dtype of x, or float32 beside a half x. GELU is the erf form. GEMMs are PyTorch's, but for those
@@ -512,4 +519,5 @@ def fused_channel_aggregation_ffn(
     check_sigma(sigma, hidden, "h", x)
     given = x, fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias, decompose_weight, decompose_bias, sigma
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    return _op(*given, keep, backend=backend)
+    tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
+    return _half(given, keep, **tail)

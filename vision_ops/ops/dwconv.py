@@ -135,18 +135,35 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
         kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, room.data_ptr(), *target)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y = the convolution that keeps the size, for the ops that contain one. Parameters are contiguous."""
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str | None = None,
+    *,
+    conv: tuple[int, ...] | None = None,
+) -> None:
+    """y = the convolution, for the ops that contain one; it keeps the size unless conv says what the kernels are to do.
+    Parameters are contiguous."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.kernels().dwconv(*views, _same_size(weight), 0)
+    _native.kernels().dwconv(*views, conv or _same_size(weight), ACTIVATION_CODES[activation])
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    conv: tuple[int, ...] | None = None,
 ) -> None:
     """The gradients of `convolve`, into tensors of any strides; dweight may be weight."""
-    kernels, conv, grad_view = _native.kernels(), _same_size(weight), _native.view(grad)
-    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
+    kernels, conv, grad_view = _native.kernels(), conv or _same_size(weight), _native.view(grad)
+    if dx is not None:
+        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
     if dweight is not None or dbias is not None:
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
         kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv)
@@ -157,17 +174,35 @@ def _same_size(weight: Tensor) -> tuple[int, ...]:
     return size, 1, 1, size // 2, size // 2
 
 
-def convolve_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None = None) -> None:
+def convolve_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str | None = None,
+    *,
+    conv: tuple[int, ...] | None = None,
+) -> None:
     """The same on a GPU, of channels_dense tensors."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.cuda_kernels().dwconv(*views, _same_size(weight), ACTIVATION_CODES[activation], *_native.target(x))
+    options = conv or _same_size(weight), ACTIVATION_CODES[activation], *_native.target(x)
+    _native.cuda_kernels().dwconv(*views, *options)
 
 
 def convolve_backward_cuda(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    conv: tuple[int, ...] | None = None,
 ) -> None:
-    kernels, conv, target, grad_view = _native.cuda_kernels(), _same_size(weight), _native.target(x), _native.view(grad)
-    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
+    kernels, conv, target = _native.cuda_kernels(), conv or _same_size(weight), _native.target(x)
+    grad_view = _native.view(grad)
+    if dx is not None:
+        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
@@ -192,10 +227,12 @@ def convolve_torch(
     y: Tensor,
     activation: str | None = None,
     *,
+    stride: int = 1,
+    padding: int | None = None,
     dilation: int = 1,
 ) -> None:
-    bias, padding = None if bias is None else bias.to(x.dtype), dilation * (weight.shape[-1] // 2)
-    u = F.conv2d(x, weight.to(x.dtype), bias, padding=padding, dilation=dilation, groups=len(weight))
+    bias, padding = None if bias is None else bias.to(x.dtype), _torch_padding(weight, padding, dilation)
+    u = F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, len(weight))
     y.copy_(ACTIVATIONS[activation](u))
 
 
@@ -203,19 +240,24 @@ def convolve_backward_torch(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
+    stride: int = 1,
+    padding: int | None = None,
     dilation: int = 1,
 ) -> None:
-    padding = dilation * (weight.shape[-1] // 2)
-    geometry = [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(weight)
-    needs = [True, dweight is not None, dbias is not None]
+    geometry = [stride] * 2, [_torch_padding(weight, padding, dilation)] * 2, [dilation] * 2, False, [0, 0], len(weight)
+    needs = [dx is not None, dweight is not None, dbias is not None]
     found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), [len(weight)], *geometry, needs)
     for given, t in zip((dx, dweight, dbias), found, strict=True):
         if given is not None:
             given.copy_(t)
+
+
+def _torch_padding(weight: Tensor, padding: int | None, dilation: int) -> int:
+    return dilation * (weight.shape[-1] // 2) if padding is None else padding
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
 from ._pointwise import crew_pays, linear, operand, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
@@ -155,6 +156,7 @@ _op = FusedOp(
     saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
+_half = HalfBlock(_op, last=("proj_out_weight", "proj_out_bias"), norm=True, maps=True)
 
 
 def fused_gnconv(
@@ -169,6 +171,12 @@ def fused_gnconv(
     proj_out_bias: Tensor | None,
     *,
     scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    path_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """[p_0, a] = proj_in x; q = scale * dwconv(a); p_1 = p_0 * q_0; p_{k+1} = (pw_k p_k + b_k) * q_k; y = proj_out p_n.
@@ -183,6 +191,9 @@ def fused_gnconv(
         pw_weights, pw_biases: n - 1 of each, (2d, d) or (2d, d, 1, 1), and (2d,); each or all biases may be None.
         proj_out_weight, proj_out_bias: (C, C) or (C, C, 1, 1), and (C,) or None.
         scale: of the depthwise convolution; 1/3 in the published networks.
+        norm_weight, norm_bias, eps: of a layer norm over C in front, (C,) each, both or none.
+        gamma, residual, path_scale: of residual + path_scale * gamma * (the above), as in `fused_mlp`; residual is as
+            x in its shape, and is given with the others.
         backend: as in `vision_ops.use_backend`.
 
     Parameters have the dtype of x, or float32 beside a half x. GEMMs are PyTorch's, but for those in float32 on CPUs
@@ -220,4 +231,6 @@ def fused_gnconv(
     if proj_out_bias is not None:
         check_parameter("proj_out_bias", proj_out_bias, (c,), "C", x)
     given = x, proj_in_weight, proj_in_bias, dw_weight, dw_bias, proj_out_weight, proj_out_bias, weights, biases
-    return _op(*given, float(scale), backend=backend)
+    tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
+    norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    return _half(given, float(scale), **norm, **tail)

@@ -1,13 +1,14 @@
 """LayerNorm over the channels of every pixel, as stems, downsampling and blocks of HorNet and EdgeNeXt have it."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_eps, check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, memory_format
+from ._registration import FusedOp, device_reasons, empty, memory_format, on_devices
 
 MOST_CHANNELS = 2048  # that the registers of a Triton program hold
 
@@ -27,37 +28,45 @@ def _output(a: _Arguments) -> Tensor:
     return empty(a.x.shape, a.x)
 
 
-def _forward_cpu(a: _Arguments) -> Tensor:
-    y, weight, bias = _output(a), a.weight.contiguous(), a.bias.contiguous()
-    parameters = _native.weight_view(weight), _native.weight_view(bias)
-    _native.kernels().layer_norm_2d(_native.view(a.x), *parameters, _native.view(y), a.eps)
-    return y
+class Norm(NamedTuple):
+    """The kernels of a device, for all ops that begin so. Maps have any strides."""
+
+    run: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
+    run_backward: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], None]
 
 
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
-    dx, dweight, dbias = grads
-    weight = a.weight.contiguous()
-    inputs = _native.view(grad), _native.view(a.x), _native.weight_view(weight)
-    outputs = _native.view(dx), _native.weight_view(dweight), _native.weight_view(dbias)
-    _native.kernels().layer_norm_2d_backward(*inputs, *outputs, a.eps)
+def cpu_norm() -> Norm:
+    return Norm(_norm, _norm_backward)
 
 
-def _forward_cuda(a: _Arguments) -> Tensor:
-    from ..kernels import layer_norm_2d
+def cuda_norm() -> Norm:
+    from ..kernels import layer_norm_2d as triton
 
+    return Norm(triton.forward, triton.backward)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
+    _native.run("layer_norm_2d", x, weight, bias, y, eps)
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, eps: float
+) -> None:
+    _native.run("layer_norm_2d_backward", grad, x, weight, dx, dweight, dbias, eps)
+
+
+def _forward(device: Callable[[], Norm], a: _Arguments) -> Tensor:
     y = _output(a)
-    layer_norm_2d.forward(a.x, a.weight, a.bias, y, a.eps)
+    device().run(a.x, a.weight, a.bias, y, a.eps)
     return y
 
 
-def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
-    from ..kernels import layer_norm_2d
-
+def _backward(device: Callable[[], Norm], grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     dx, dweight, dbias = grads
-    layer_norm_2d.backward(grad, a.x, a.weight, dx, dweight, dbias, a.eps)
+    device().run_backward(grad, a.x, a.weight, dx, dweight, dbias, a.eps)
 
 
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_norm, cuda=cuda_norm)
 
 
 def _torch_is_faster(a: _Arguments) -> bool:

@@ -18,7 +18,7 @@ from ._checks import (
     check_tensor,
     check_vector,
 )
-from ._maps import pixel_dense, product_dense
+from ._maps import as_map, as_tokens, pixel_dense, product_dense
 from ._pointwise import ACTIVATIONS as ACTIVATION_CODES
 from ._pointwise import (
     crew_pays,
@@ -41,8 +41,8 @@ from ._registration import (
     on_devices,
     without_autocast,
 )
-from .layer_norm_2d import MOST_CHANNELS
-from .scaled_residual import Tail, cpu_tail, cuda_tail, sum_dtype
+from .layer_norm_2d import MOST_CHANNELS, Norm, cpu_norm, cuda_norm
+from .scaled_residual import FoldedWeight, Tail, add, cpu_tail, cuda_tail, sum_dtype
 
 
 class _Arguments(NamedTuple):
@@ -93,48 +93,23 @@ def _result_dtype(a: _Arguments, dtype: torch.dtype) -> torch.dtype:
     return sum_dtype(_residual(a), dtype, a.gamma)
 
 
-def as_map(t: Tensor) -> Tensor:
-    """(N, ..., C) as (N, C, H, W), a view wherever there is one."""
-    if t.ndim == 4:
-        return t.permute(0, 3, 1, 2)
-    tokens = t[:, None] if t.ndim == 2 else t.flatten(1, -2)
-    return tokens.transpose(1, 2)[..., None]
-
-
-def as_tokens(t: Tensor, like: Tensor) -> Tensor:
-    """A map in the shape of what it was made from."""
-    return t.permute(0, 2, 3, 1) if like.ndim == 4 else t[..., 0].transpose(1, 2).reshape(like.shape)
-
-
 class _Device(NamedTuple):
     """The passes between the products."""
 
     tail: Tail
-    norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
-    norm_backward: Callable[..., None]
+    norm: Norm
     activate: Callable[[Tensor, Tensor, str], None]
     activate_backward: Callable[..., None]
 
 
 def _cpu() -> _Device:
-    return _Device(cpu_tail(), _norm, _norm_backward, _activate, _activate_backward)
+    return _Device(cpu_tail(), cpu_norm(), _activate, _activate_backward)
 
 
 def _cuda() -> _Device:
-    from ..kernels import layer_norm_2d, mlp
+    from ..kernels import mlp
 
-    norm = layer_norm_2d.forward, layer_norm_2d.backward
-    return _Device(cuda_tail(), *norm, mlp.activate, mlp.activate_backward)
-
-
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
-    _native.run("layer_norm_2d", x, weight, bias, y, eps)
-
-
-def _norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, eps: float
-) -> None:
-    _native.run("layer_norm_2d_backward", grad, x, weight, dx, dweight, dbias, eps)
+    return _Device(cuda_tail(), cuda_norm(), mlp.activate, mlp.activate_backward)
 
 
 def _activate(u: Tensor, a: Tensor, activation: str) -> None:
@@ -154,7 +129,7 @@ def _normed(device: _Device, a: _Arguments, x: Tensor, dtype: torch.dtype) -> Te
     if a.norm_weight is None or a.norm_bias is None:
         return product_dense(x.to(dtype))
     y = empty(x.shape, x)
-    device.norm(x, a.norm_weight, a.norm_bias, y, a.eps)
+    device.norm.run(x, a.norm_weight, a.norm_bias, y, a.eps)
     return product_dense(y.to(dtype))
 
 
@@ -206,7 +181,7 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
     dbranch = _branch_gradient(passes, grad, None if folds else a.gamma, a.path_scale, dtype)
     weight = a.fc2_weight.to(dtype)
     if folds and a.gamma is not None:
-        weight = (weight * a.gamma.to(dtype)[:, None]).to(dtype)
+        weight = FoldedWeight(passes.tail, weight, None, a.gamma).weight()
     du = allocate_channels_last(u.shape, u)
     act = None if dfc2 is None and dgamma is None else allocate_channels_last(u.shape, u)
     summed = not linear_activation_backward(dbranch, weight.t(), u, a.activation, du, act)
@@ -226,7 +201,8 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
     if dx is not None:
         dx = as_map(dx)
         into = dx if pixel_dense(dx, memory_format(x)) is dx else empty(x.shape, x)
-    _input_gradients(passes, a, grad if a.adds_x else None, x, du, into, dnorm, dnorm_bias)
+    plus = pixel_dense(grad, memory_format(x)) if a.adds_x else None
+    _input_gradients(passes, a, plus, x, du, into, dnorm, dnorm_bias)
     if into is not dx:
         dx.copy_(into)
 
@@ -245,14 +221,14 @@ def _input_gradients(
     dnormed = allocate(x.shape, x, memory_format(x), du.dtype)
     if a.norm_weight is not None:
         linear_to(du, a.fc1_weight.t(), None, dnormed)
-        passes.norm_backward(dnormed.to(x.dtype), x, a.norm_weight, dx, dnorm, dnorm_bias, a.eps)
+        passes.norm.run_backward(dnormed.to(x.dtype), x, a.norm_weight, dx, dnorm, dnorm_bias, a.eps)
     elif dx is not None:
         dnormed = dx if dx.dtype == du.dtype else dnormed
         linear_to(du, a.fc1_weight.t(), None, dnormed)
         if dnormed is not dx:
             dx.copy_(dnormed)
     if plus is not None and dx is not None:
-        dx.add_(plus)
+        add(passes.tail, plus, dx)
 
 
 def _branch_gradient(
@@ -278,8 +254,7 @@ def _second_gradients(
     dfc2_bias: Tensor | None,
     dgamma: Tensor | None,
 ) -> None:
-    """Of fc2 and gamma. Where gamma is folded into the weight, dbranch is the gradient of the weight times gamma, and
-    the gradient of gamma is the sum of that of a row of both, times the row."""
+    """Of fc2 and gamma. folds: gamma is folded into the weight, and dbranch not multiplied by it."""
     if act is None:
         if dfc2_bias is not None:
             weight_gradient(dbranch, dbranch, None, dfc2_bias)
@@ -298,18 +273,10 @@ def _second_gradients(
             passes.tail.run_backward(pixel_dense(grad, form), branch, a.gamma, a.path_scale, None, dgamma)
         return
     assert a.gamma is not None
-    wide = torch.promote_types(act.dtype, torch.float32)
-    folded = allocate(a.fc2_weight.shape, a.fc2_weight, dtype=wide)
-    folded_bias = None if a.fc2_bias is None else allocate((len(folded),), folded)
-    weight_gradient(dbranch, act, folded, folded_bias)
-    if dgamma is not None:
-        sums = (folded * a.fc2_weight).sum(1)
-        dgamma.copy_(sums if a.fc2_bias is None else sums.addcmul_(folded_bias, a.fc2_bias.to(wide)))
-    if dfc2 is not None:
-        torch.mul(folded, a.gamma.to(wide)[:, None], out=folded)
-        dfc2.copy_(folded)
-    if dfc2_bias is not None:
-        dfc2_bias.copy_(folded_bias * a.gamma)
+    folded = FoldedWeight(passes.tail, a.fc2_weight, a.fc2_bias, a.gamma)
+    dweight, dbias = folded.empty_gradients(act.dtype)
+    weight_gradient(dbranch, act, dweight, dbias)
+    folded.gradients(dweight, dbias, dfc2, dfc2_bias, dgamma)
 
 
 _KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)

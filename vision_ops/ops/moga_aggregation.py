@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
+from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
 from ._pointwise import channel_sums, crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
 from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
@@ -179,6 +180,7 @@ _op = FusedOp(
     saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )
+_half = HalfBlock(_op, last=None, norm=False, maps=True)
 
 
 def fused_moga_aggregation(
@@ -198,6 +200,9 @@ def fused_moga_aggregation(
     dilations: Sequence[int] = (1, 2, 3),
     split: Sequence[int] = (1, 3, 4),
     double_gate_act: bool = False,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    path_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """p = proj_1 x; u = SiLU(p + sigma * (p - mean(p over H, W))); y = proj_2(SiLU(gate u) * SiLU(v)) + x, where v is
@@ -206,10 +211,13 @@ def fused_moga_aggregation(
     Args:
         x: (N, C, H, W), any strides; float32, bfloat16, float16 or float64. The output has its shape, memory format and
             dtype.
-        proj_1_weight, gate_weight, pw_weight, proj_2_weight: (C, C) or (C, C, 1, 1); their biases (C,) or None.
+        proj_1_weight, gate_weight, pw_weight, proj_2_weight: (C, C) or (C, C, 1, 1).
+        proj_1_bias, gate_bias, pw_bias, proj_2_bias: (C,) or None.
         dw_weights, dw_biases, dilations, split: as in `fused_multi_order_dwconv`.
         sigma: (C,) or (1, C, 1, 1); autocast leaves it as it is.
         double_gate_act: as in `fused_moga_gate`.
+        gamma, residual, path_scale: of residual + path_scale * gamma * (the above), as in `fused_mlp`; residual is as
+            x in its shape, and is given with the others.
         backend: as in `vision_ops.use_backend`.
 
     Parameters have the dtype of x, or float32 beside a half x. GEMMs are PyTorch's, but for those in float32 on CPUs
@@ -243,4 +251,5 @@ def fused_moga_aggregation(
         raise TypeError(f"double_gate_act must be a bool, got {type(double_gate_act).__name__}")
     flat_given = [t for _, weight, bias in pointwise for t in (weight, bias)]
     given = x, *flat_given, sigma, list(dw_weights), list(dw_biases)
-    return _op(*given, list(dilations), double_gate_act, backend=backend)
+    tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
+    return _half(given, list(dilations), double_gate_act, **tail)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ._checks import check_parameter, check_tensor
+from ._half_block import HalfBlock
 from ._pointwise import (
     crew_pays_for_tokens,
     linear_tokens,
@@ -175,6 +176,7 @@ _op = FusedOp(
     parts=lambda a: parts(a.x) | {"mlp1 and mlp2": products_of_tokens(a.x)},
     dims="B, H, W, C",
 )
+_half = HalfBlock(_op, last=("mlp2_weight", "mlp2_bias"), norm=True, maps=False)
 
 
 def fused_s2_attention(
@@ -186,6 +188,12 @@ def fused_s2_attention(
     split_mlp1_weight: Tensor,
     split_mlp2_weight: Tensor,
     *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    path_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """mlp2(shift_split_attention(mlp1(x))), see `fused_shift_split_attention`; its shifts are clean, too.
@@ -195,6 +203,9 @@ def fused_s2_attention(
         mlp1_weight, mlp1_bias: (3C, C), and (3C,) or None.
         mlp2_weight, mlp2_bias: (C, C), and (C,) or None.
         split_mlp1_weight, split_mlp2_weight: (hidden, C) and (3C, hidden), any hidden width.
+        norm_weight, norm_bias, eps: of a layer norm over C in front, (C,) each, both or none.
+        gamma, residual, path_scale: of residual + path_scale * gamma * (the above), as in `fused_mlp`; residual is as
+            x in its shape, and is given with the others.
         backend: as in `vision_ops.use_backend`.
 
     Returns (B, H, W, C), contiguous, in the dtype of x; parameters have that dtype, or float32 beside a half x. The
@@ -219,4 +230,6 @@ def fused_s2_attention(
         check_parameter("mlp2_bias", mlp2_bias, (c,), "C", x)
     check_split_mlps(c, split_mlp1_weight, split_mlp2_weight, x)
     given = x, mlp1_weight, mlp1_bias, mlp2_weight, mlp2_bias, split_mlp1_weight, split_mlp2_weight
-    return _op(*given, torch.is_grad_enabled() and _any_requires_grad(given), backend=backend)
+    tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
+    norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    return _half(given, torch.is_grad_enabled() and _any_requires_grad(given), **norm, **tail)

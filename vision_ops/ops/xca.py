@@ -1,7 +1,7 @@
 """Cross-covariance attention of XCiT and EdgeNeXt, whole: attention between channels and the projections around it."""
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from .. import _native, reference
 from .._internals import statically_known_true
 from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
+from ._half_block import HalfBlock
 from ._heads import by_head
 from ._pointwise import (
     crew_pays_for_tokens,
@@ -226,6 +227,7 @@ _op = FusedOp(
     parts=_parts,
     dims="B, N, C",
 )
+_half = HalfBlock(_op, last=("proj_weight", "proj_bias"), norm=True, maps=False)
 
 
 def fused_xca(
@@ -237,6 +239,12 @@ def fused_xca(
     proj_bias: Tensor | None,
     *,
     num_heads: int,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    path_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """proj(A v), [q | k | v] = qkv(x), A = softmax(temperature * normalize(q) normalize(k)^T), d x d in each head.
@@ -248,6 +256,9 @@ def fused_xca(
         temperature: (num_heads, 1, 1) or (num_heads,). Autocast leaves it alone.
         proj_weight, proj_bias: (C, C), and (C,) or None.
         num_heads: a divisor of C.
+        norm_weight, norm_bias, eps: of a layer norm over C in front, (C,) each, both or none.
+        gamma, residual, path_scale: of residual + path_scale * gamma * (the above), as in `fused_mlp`; residual is as
+            x in its shape, and is given with the others.
         backend: as in `vision_ops.use_backend`.
 
     Parameters have the dtype of x, or float32 beside a half x. The attention is that of `fused_cross_covariance`, and
@@ -277,4 +288,6 @@ def fused_xca(
     if proj_bias is not None:
         check_parameter("proj_bias", proj_bias, (c,), "C", x)
     given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
-    return _op(*given, num_heads, _takes_gram(x), backend=backend)
+    tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
+    norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    return _half(given, num_heads, _takes_gram(x), **norm, **tail)

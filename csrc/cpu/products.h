@@ -1,0 +1,80 @@
+// Small matrix products in registers, for heads of attention: too small for a GEMM library to be fast.
+#pragma once
+#include "panel.h"
+
+namespace vops {
+namespace VOPS_ISA {
+
+// A product in registers has 4 or kMostRows rows and kMostColumns vectors at most.
+constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostColumns = kLanes >= 8 ? 3 : 2;
+
+VOPS_INLINE int64_t blocks_of(int64_t channels) { return ceil_div(channels, kLanes); }
+VOPS_INLINE int64_t padded(int64_t channels) { return blocks_of(channels) * kLanes; }
+
+// sum[r][j] += a[r * a_row + k * a_step] * (vector j of b at k), over k.
+template <class A, int rows, int columns>
+VOPS_INLINE void multiply_add(Vec<A> (&sum)[rows][columns], const A* a, int64_t a_row, int64_t a_step, const A* b,
+                              int64_t b_step, int64_t b_block, int64_t count) {
+  for (int64_t k = 0; k < count; k++, a += a_step, b += b_step) {
+    Vec<A> v[columns];
+#pragma GCC unroll 4
+    for (int j = 0; j < columns; j++) v[j] = load(b + j * b_block);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < columns; j++) sum[r][j] += v[j] * a[r * a_row];
+    }
+  }
+}
+
+template <int value>
+struct Count {
+  static constexpr int kValue = value;
+};
+// Calls f(rows, columns, first row, first column) for the products that make up a matrix of rows x vectors.
+template <class A, class F>
+VOPS_INLINE void for_each_product(int64_t rows, int64_t vectors, const F& f) {
+  for (int64_t j = 0; j < vectors;) {
+    const int64_t columns = sizeof(A) == sizeof(double) ? 1 : min64(vectors - j, kMostColumns);
+    for (int64_t r = 0; r < rows;) {
+      const bool many = sizeof(A) == sizeof(float) && kMostRows == 8 && rows - r > 4;
+      if constexpr (sizeof(A) == sizeof(double)) {
+        f(Count<4>(), Count<1>(), r, j);
+      } else if (many) {
+        if (columns == 1) f(Count<kMostRows>(), Count<1>(), r, j);
+        if (columns == 2) f(Count<kMostRows>(), Count<2>(), r, j);
+        if (columns == 3) f(Count<kMostRows>(), Count<kMostColumns>(), r, j);
+      } else {
+        if (columns == 1) f(Count<4>(), Count<1>(), r, j);
+        if (columns == 2) f(Count<4>(), Count<2>(), r, j);
+        if (columns == 3) f(Count<4>(), Count<kMostColumns>(), r, j);
+      }
+      r += many ? 8 : 4;
+    }
+    j += columns;
+  }
+}
+VOPS_INLINE int64_t whole_rows(int64_t channels) { return ceil_div(channels, 4) * 4; }
+
+// Vectors of a row of d numbers: f(offset, load, store).
+template <class A, class F>
+VOPS_INLINE void for_each_vector(int64_t d, const F& f) {
+  for (int64_t j = 0; j < d; j += kLanes) {
+    const int n = (int)min64(kLanes, d - j);
+    f(
+        j, n, [n](const A* p) { return n == kLanes ? load(p) : load_n(p, n); },
+        [n](A* p, Vec<A> v) { n == kLanes ? store(p, v) : store_n(p, v, n); });
+  }
+}
+
+template <class A>
+VOPS_INLINE A largest_lane(Vec<A> v) {
+  A lanes[kLanes], most;
+  store(lanes, v);
+  most = lanes[0];
+  for (int k = 1; k < kLanes; k++) most = lanes[k] > most ? lanes[k] : most;
+  return most;
+}
+
+}  // namespace VOPS_ISA
+}  // namespace vops
