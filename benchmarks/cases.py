@@ -337,15 +337,17 @@ def build_relative_self_attention(shape: shapes.RelativeAttentionShape, setting:
     return Problem((x, *products[:3], None, *products[4:], table, *norm), flops, {"num_heads": shape.heads})
 
 
-def attention_half_block(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """x + attend(LN(x)), of positional tensors."""
+def attention_half_block(x: Tensor, *given: Any, num_heads: int, **options: Any) -> Tensor:
+    """x + attention(LN(x)), of positional tensors."""
+    *products, norm_weight, norm_bias = given
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": 1e-5}
+    return vision_ops.fused_relative_self_attention(x, *products, num_heads=num_heads, residual=x, **norm, **options)
 
-    def run(x: Tensor, *given: Tensor | None, num_heads: int, **options: Any) -> Tensor:
-        *products, norm_weight, norm_bias = given
-        norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-        return attend(x, *products, num_heads=num_heads, residual=x, **norm, **options)
 
-    return run
+def eager_attention_half_block(x: Tensor, *given: Any, num_heads: int) -> Tensor:
+    *products, norm_weight, norm_bias = given
+    normed = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-5)
+    return x + reference.relative_self_attention(normed, *products, num_heads=num_heads)
 
 
 def sdpa_relative_self_attention(x: Tensor, *given: Any, num_heads: int) -> Tensor:
@@ -498,8 +500,8 @@ OPS = {
         ),
         Op(
             "relative_self_attention",
-            attention_half_block(vision_ops.fused_relative_self_attention),
-            attention_half_block(reference.relative_self_attention),
+            attention_half_block,
+            eager_attention_half_block,
             shapes.relative_attention_cases(),
             build_relative_self_attention,
             quick=("MOAT-0.3", "MOAT-0.4"),

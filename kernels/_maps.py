@@ -59,6 +59,18 @@ def pixels_of_block(block, pixels, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def load_map(ptr, n, p, c, stride_n, stride_p, stride_c, inside):
+    """Pixels p and channels c of image n."""
+    return tl.load(ptr + n * stride_n + p * stride_p + c * stride_c, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_map(ptr, values, n, p, c, stride_n, stride_p, stride_c, inside):
+    """values, rounded to the dtype of the tensor."""
+    tl.store(ptr + n * stride_n + p * stride_p + c * stride_c, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def silu_and_slope(x):
     s = tl.sigmoid(x)
     y = x * s

@@ -100,7 +100,12 @@ def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) 
     biases = [absent(o, dtype=dtype) for o in widths[1:]]
     out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
     expected = channels <= 256 and dtype != torch.float32
-    assert gated_recursion.chain(*slices(channels, widths, size, dtype, last), weights, biases, out) == expected
+    pwa, dw = slices(channels, widths, size, dtype, last)
+    assert gated_recursion.chain(pwa, dw, weights, biases, out) == expected
+    du = absent(128, sum(widths[1:]), size, size, dtype=dtype, channels_last=last)
+    if expected:
+        sums = [absent(width, dtype=torch.float32) for width in widths]
+        gated_recursion.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
 
 
 HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))
@@ -228,7 +233,15 @@ def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> No
     h = room[:, :hidden]
     channel_aggregation_ffn.scores(h, 8, weight, bias, scores)
     channel_aggregation_ffn.scores_backward(x, of_d, scores, scores)
-    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight)
+    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight, absent(1, dtype=dtype))
+    matrix, product = absent(channels, hidden + 8, dtype=dtype), absent(channels, hidden + 8, dtype=wide(dtype))
+    fc2, sigma, of_d = (
+        absent(channels, hidden, dtype=dtype),
+        absent(hidden, dtype=dtype),
+        absent(channels, dtype=wide(dtype)),
+    )
+    channel_aggregation_ffn.fold(fc2, sigma, hidden + 2, matrix, of_d)
+    channel_aggregation_ffn.unfold(product, fc2, sigma, fc2, sigma)
 
 
 MOGANET = (

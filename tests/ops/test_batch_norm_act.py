@@ -238,3 +238,18 @@ def test_explains():
         assert "C++" in explain("batch_norm_act", X, *C, training=training, backend="fused").parts["batch_norm_act"]
     with use_backend("reference"):
         assert explain("batch_norm_act", X, *C, training=True).parts == {"batch_norm_act": "PyTorch"}
+
+
+def test_hands_over_where_torch_is_faster():
+    large = torch.randn(4, 8, 256, 128)
+    last = large.contiguous(memory_format=torch.channels_last)
+    ours = {
+        (x is last, training, activation): "C++" in explain("batch_norm_act", x, *C, **options).parts["batch_norm_act"]
+        for x in (large, last)
+        for training in (True, False)
+        for activation in (None, "gelu")
+        for options in [{"training": training, "activation": activation}]
+    }
+    alone = {key for key in ours if key[2] is None}
+    assert {key for key, runs in ours.items() if not runs} == alone - {(False, True, None)}
+    assert explain("batch_norm_act", X, *C, training=True, activation="gelu").parts == {"batch_norm_act": "PyTorch"}

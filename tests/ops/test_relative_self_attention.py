@@ -38,7 +38,7 @@ def make(
         added = t[0] if residual is True else t[13]
         of_keys = None if key_bias is None else key_bias.to(t[3])
         given = *t[:4], of_keys, *t[5:10]
-        return fused_relative_self_attention(*given, **options, **around, residual=added, backend=backend)
+        return fused_relative_self_attention(*given, **options, **around, eps=1e-5, residual=added, backend=backend)
 
     x = torch.randn(batch, height, width, channels, dtype=dtype)
     if layout == "channels_first":
@@ -61,7 +61,8 @@ CASES = [
     {"bias": False, "table": None},
     {"norm": False},
     {"residual": None},
-    {"residual": None, "norm": False, "path_scale": True},
+    {"residual": None, "norm": False},
+    {"norm": False, "path_scale": True},
     {"residual": "another", "path_scale": True},
     {"path_scale": True, "batch": 3},
     {"window": (4, 4)},
@@ -152,7 +153,7 @@ def test_compiles_for_every_size():
 
 def test_explain():
     found = explain("relative_self_attention", make().tensors[0], num_heads=2)
-    assert "C++ kernel" in found.parts["norm, attention and residual"] and not found.cannot
+    assert "C++ kernel" in found.parts["attention"] and not found.cannot
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,13 @@ def test_explain():
         ({}, {"num_heads": 3}, ValueError, "x must have a multiple of num_heads=3 channels, got 64"),
         ({}, {"norm_bias": None}, ValueError, "norm_weight and norm_bias must both be given, or none"),
         ({}, {"norm_weight": torch.ones(32)}, ValueError, r"norm_weight must have shape \(64,\)"),
-        ({}, {"path_scale": torch.ones(3)}, ValueError, r"path_scale must have shape \(2,\) \(N\)"),
+        ({}, {"path_scale": torch.ones(2)}, ValueError, "gamma and path_scale scale what is added to a residual"),
+        (
+            {},
+            {"residual": torch.ones(2, 5, 6, 64), "path_scale": torch.ones(3)},
+            ValueError,
+            r"path_scale must have shape \(2,\) \(N\)",
+        ),
         ({}, {"residual": torch.ones(2, 5, 6, 32)}, ValueError, r"residual must have the shape of x, \(2, 5, 6, 64\)"),
         ({}, {"eps": -1.0}, ValueError, "eps must be finite"),
         ({}, {"window_size": (7,)}, ValueError, "window_size must be a sequence of 2"),

@@ -144,10 +144,10 @@ def residual(block: nn.Module, tail: Layers, x: Tensor, branch: Tensor) -> Tenso
     """x + drop_path(gamma * branch) of (N, C, H, W)."""
     parameters = tail.tensors(block, branch)
     if parameters is not None and x.shape == branch.shape:
-        gamma = parameters[0] if tail.own else None
+        gamma = parameters[0].flatten() if tail.own else None
         return fused_scaled_residual(x, branch, gamma, block.drop_path.draw(branch))
     if tail.own:
-        branch = getattr(block, tail.own[0])[:, None, None] * branch
+        branch = getattr(block, tail.own[0]).flatten()[:, None, None] * branch
     return x + block.drop_path(branch)
 
 
@@ -189,14 +189,20 @@ class HalfBlock(Layers):
 
 
 def half_of(
-    kernel: Layers | None, part: str, kind: type[nn.Module], *, gamma: str | None, norm: str | None, norms: Layer | None
+    kernel: Layers | None,
+    part: str,
+    kind: type[nn.Module],
+    *,
+    gamma: str | None,
+    norm: str | None = None,
+    norms: Layer | None = None,
 ) -> HalfBlock | None:
     """The half-block whose f is the module of this name and type, which `kernel` computes alone."""
     if kernel is None:
         return None
     layers = {f"{part}.{name}": layer for name, layer in kernel.layers.items()}
     own = tuple(f"{part}.{name}" for name in kernel.own)
-    return HalfBlock(kernel.op, {part: module(kind), **layers}, own, gamma=gamma, norm=norm, norms=norms)
+    return HalfBlock(kernel.op, {part: module(kind, fused=True), **layers}, own, gamma=gamma, norm=norm, norms=norms)
 
 
 def mlp_layers(

@@ -23,8 +23,22 @@ _KINDS: dict[str, tuple[type[nn.Module], Any, Any]] = {}
 
 def computed(kind: type[nn.Module]) -> type[nn.Module]:
     """Decorates a class of modules that a kernel computes."""
-    _KINDS[_key(kind)] = kind, _own(kind, "forward"), _own(kind, "_conv_forward")
+    register(kind)
     return kind
+
+
+def register(kind: type[nn.Module], key: str | None = None) -> str:
+    """Makes a class one that a kernel computes, under a key of its own, or under the one that another process gave."""
+    if key is None:
+        key = _key(kind)
+        while key in _KINDS and _KINDS[key][0] is not kind:  # classes of functions, and of modules that were reloaded
+            key += "'"
+    _KINDS.setdefault(key, (kind, _own(kind, "forward"), _own(kind, "_conv_forward")))
+    return key
+
+
+def registered(key: str) -> type[nn.Module]:
+    return _KINDS[key][0]
 
 
 def _key(kind: type[nn.Module]) -> str:
@@ -144,7 +158,7 @@ class Layers:
         Raises:
             ValueError: it is to call them though the backend is "fused".
         """
-        if not block.fused:
+        if not getattr(block, "fused", True):  # which modules that are not ours lack
             return None
         found: list[Any] = []
         odd = self._odd(block, x, found)
@@ -214,7 +228,7 @@ class Layers:
 
     def reasons(self, block: nn.Module, x: Any) -> list[str]:
         """In words, why the block calls its layers."""
-        if not block.fused:
+        if not getattr(block, "fused", True):
             return [_UNFUSED]
         found, odd = [], self._odd(block, x, [])
         while odd is not None:

@@ -19,8 +19,8 @@ from ..ops.relative_attention import check_window, fused_relative_attention
 from ..ops.relative_self_attention import fused_relative_self_attention
 from ..reference.mbconv import pad_same, pool_same, same_padding
 from ..reference.relative_attention import relative_attention
-from ._blocks import DropPath, convolve, of_call
-from ._layers import Layer, Layers, computed, depthwise, layer_norm, linear, module, pointwise, unbiased
+from ._blocks import DropPath, convolve, half_of, of_call
+from ._layers import Layers, computed, depthwise, layer_norm, linear, module, pointwise, unbiased
 from ._layers import batch_norm as batch_norm_layer
 
 torch.fx.wrap("relative_attention")  # it asks for the size of the table
@@ -203,16 +203,21 @@ class RelativeSelfAttention(nn.Module):
     def forward(self, x: Tensor, window_size: Sequence[int] | None = None) -> Tensor:
         """window_size: (height, width) of the windows that attend each within itself, None for the whole map."""
         parameters = self._kernel.tensors(self, x)
-        table = self.relative_position_embedding
         if parameters is not None:
-            given = x, *(parameters if table is None else parameters[1:]), table
-            return fused_relative_self_attention(*given, num_heads=self.num_heads, window_size=window_size)
+            return self.whole(x, parameters, window_size)
         height, width = x.shape[1:3]
         tokens = x.flatten(1, 2)
         q, k, v = (p(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
         attend = relative_attention if self._attention.tensors(self, q) is None else fused_relative_attention
+        table = self.relative_position_embedding
         y = attend(q, k, v, table, height=height, width=width, window_size=window_size)
         return self.o(y.transpose(1, 2).flatten(2)).unflatten(1, (height, width))
+
+    def whole(self, x: Tensor, parameters: list[Any], window_size: Sequence[int] | None, **half: Any) -> Tensor:
+        """As one op. half: what it takes as a half-block."""
+        *table, products = [*parameters[:-8], parameters[-8:]]
+        given = x, *products, *table
+        return fused_relative_self_attention(*given, num_heads=self.num_heads, window_size=window_size, **half)
 
 
 class MOATBlock(MBConv):
@@ -252,33 +257,14 @@ class MOATBlock(MBConv):
         self.window_size = None if window_size is None else tuple(window_size)
         self.attention_norm = nn.LayerNorm(out_channels, eps=1e-5)
         self.attention = RelativeSelfAttention(out_channels, head_dim=head_dim, table_size=table_size, fused=fused)
-        self._half_block = Layers("relative_self_attention", self._layers_of_attention(out_channels))
-
-    def _layers_of_attention(self, channels: int) -> dict[str, Layer]:
-        attention = module(RelativeSelfAttention, num_heads=self.attention.num_heads, fused=True)
-        table = self.attention.relative_position_embedding
-        if table is not None:
-            attention = attention._replace(tensors=("relative_position_embedding",), shape=tuple(table.shape))
-        products = {f"attention.{name}": linear(channels, channels) for name in "qkvo"}
-        norm = {"attention_norm": layer_norm(channels)}
-        return {"attention": attention, **products, **norm, "drop_path": module(DropPath)}
+        kernel, norm = self.attention._kernel, layer_norm(out_channels)
+        self._half = half_of(kernel, "attention", RelativeSelfAttention, gamma=None, norm="attention_norm", norms=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x).permute(0, 2, 3, 1)
-        parameters = self._half_block.tensors(self, x)
-        if parameters is None:
-            return (x + self.drop_path(self.attention(self.attention_norm(x), self.window_size))).permute(0, 3, 1, 2)
-        *products, norm_weight, norm_bias = parameters
-        table = products.pop(0) if len(products) == 9 else None
-        given = x, *products, table
-        y = fused_relative_self_attention(
-            *given,
-            num_heads=self.attention.num_heads,
-            window_size=self.window_size,
-            norm_weight=norm_weight,
-            norm_bias=norm_bias,
-            eps=self.attention_norm.eps,
-            residual=x,
-            path_scale=self.drop_path.draw(x),
-        )
-        return y.permute(0, 3, 1, 2)
+        given = None if self._half is None else self._half.given(self, x, x)
+        if given is None:
+            x = x + self.drop_path(self.attention(self.attention_norm(x), self.window_size))
+        else:
+            x = self.attention.whole(x, given[0], self.window_size, **given[1])
+        return x.permute(0, 3, 1, 2)

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _native
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def autocast_enabled(x: Tensor) -> bool:
-    kind = x.device.type
+    kind = _native.device_kind(x)
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

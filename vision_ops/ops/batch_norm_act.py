@@ -184,8 +184,26 @@ def _backward(
 _KERNELS = on_devices(_forward, _backward, cpu=cpu_batch_norm, cuda=cuda_batch_norm)
 
 
+def _torch_is_faster(a: _Arguments) -> bool:
+    """PyTorch's own norm has less around it, and is as fast alone but for planes in training (measured, AVX-512)."""
+    x = a.x
+    if x.device.type != "cpu":
+        return False
+    planes, trains = memory_format(x) == torch.contiguous_format, a.mean is None
+    if x.dtype == torch.float64 or (a.activation is None and not (planes and trains)):
+        return True
+    if torch.compiler.is_compiling():  # a graph must not depend on the size
+        return False
+    if planes:
+        return x.shape[2] * x.shape[3] < 100 or x.numel() < 400_000
+    return x.numel() < (1_000_000 if trains else 150_000)
+
+
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.x, _KERNELS, triton=True), []
+    cannot = device_reasons(a.x, _KERNELS, triton=True)
+    if cannot or not _torch_is_faster(a):
+        return cannot, []
+    return cannot, ["PyTorch's batch norm is faster for few elements and, but for planes in training, alone"]
 
 
 _op = FusedOp(
@@ -231,8 +249,9 @@ def fused_batch_norm_act(
 
     Statistics are float32 (float64 for float64), those of some pixels at a time about their own mean, merged. Gradients
     are bitwise repeatable and come in each argument's own dtype; backward keeps the arguments and the batch's
-    statistics. Without a kernel for the device, `reference.batch_norm_act` runs. Statistics over several processes are
-    SyncBatchNorm's, which is left to PyTorch.
+    statistics. Without a kernel for the device, `reference.batch_norm_act` runs; so it does on CPUs where PyTorch's own
+    is faster: for small tensors and float64, and without activation but for contiguous ones in training (`explain`
+    tells). Statistics over several processes are SyncBatchNorm's, which is left to PyTorch.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or a batch has one value per channel in training.

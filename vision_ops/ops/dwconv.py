@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.dwconv import ACTIVATIONS, four_paddings
-from ._checks import check_integer, check_kernel, check_parameter, check_tensor
+from ._checks import autocast_enabled, check_integer, check_kernel, check_parameter, check_tensor
 from ._registration import (
     FusedOp,
     allocate_channels_last,
@@ -52,9 +52,10 @@ def _torch_is_faster(a: _Arguments) -> bool:
     x = a.x
     if a.weight.shape[-1] != 3 or a.stride != 1 or a.dilation != 1:
         return False
-    if a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype):
+    mixed = a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype)
+    if mixed and not autocast_enabled(x):
         return False
-    if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
+    if _native.device_kind(x) != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
     wide = x.shape[2] * x.shape[3] >= 56 * 56
     if x.dtype == torch.float32:
@@ -132,7 +133,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
-        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, room.data_ptr(), *target)
+        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, 1.0, room.data_ptr(), *target)
 
 
 def convolve(
@@ -198,7 +199,9 @@ def convolve_backward_cuda(
     dbias: Tensor | None,
     *,
     conv: tuple[int, ...] | None = None,
+    scale: float = 1.0,
 ) -> None:
+    """scale: of dweight and dbias, where weight has it already."""
     kernels, conv, target = _native.cuda_kernels(), conv or _same_size(weight), _native.target(x)
     grad_view = _native.view(grad)
     if dx is not None:
@@ -206,17 +209,17 @@ def convolve_backward_cuda(
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
-        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, room.data_ptr(), *target)
+        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, scale, room.data_ptr(), *target)
 
 
 def convolves_cuda(x: Tensor) -> bool:
     """Whether the compiled CUDA kernels run on the device of x; else PyTorch convolves there."""
-    return x.device.type == "cuda" and not device_reasons(x, _KERNELS)
+    return _native.device_kind(x) == "cuda" and not device_reasons(x, _KERNELS)
 
 
 def convolution_name(x: Tensor) -> str:
     """What convolves x in the ops whose own kernels are Triton's on a GPU."""
-    device = x.device.type
+    device = _native.device_kind(x)
     return "PyTorch" if device == "cuda" and not convolves_cuda(x) else _native.kernel_name(device)
 
 
@@ -268,7 +271,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     # A compiled graph must not depend on the size. In training without activation our backward pass makes up for it.
     if a.weight is None or torch.compiler.is_compiling() or cannot:
         return cannot, []
-    if a.x.device.type == "cuda":
+    if _native.device_kind(a.x) == "cuda":
         return [], [] if _marches(a) else ["only an untuned kernel takes this dtype, kernel size, stride and dilation"]
     trains = torch.is_grad_enabled() and (a.x.requires_grad or a.weight.requires_grad)
     if (a.activation is None and trains) or not _torch_is_faster(a):
@@ -277,8 +280,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    if a.x.device.type != "cpu" and a.weight is not None:
+    kernel = _native.kernel_name(_native.device_kind(a.x))
+    if _native.device_kind(a.x) != "cpu" and a.weight is not None:
         if not _marches(a):
             kernel += " (untuned)"
         elif not channels_dense(a.x):
@@ -293,6 +296,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("weight", "bias"),
     parts=_parts,
 )
 

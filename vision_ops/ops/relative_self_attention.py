@@ -1,30 +1,27 @@
-"""MOAT's self-attention, whole: the norm, the products around `fused_relative_attention` and the residual."""
+"""MOAT's self-attention, whole: the products around `fused_relative_attention`, and the half-block around these."""
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..reference.mlp import product_dtype
 from . import _relative
-from ._checks import check_beside, check_eps, check_integer, check_parameter, check_path_scale, check_tensor
-from ._maps import as_map, as_tokens, pixel_dense, product_dense
-from ._pointwise import crew_pays, linear, linear_scaled, linear_to, products, weight_gradient
+from ._checks import check_integer, check_parameter, check_tensor
+from ._half_block import HalfBlock
+from ._maps import as_map, as_tokens, product_dense
+from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
 from ._registration import (
     FusedOp,
     allocate,
     allocate_contiguous,
     device_reasons,
-    empty,
     memory_format,
     on_devices,
     without_autocast,
 )
 from ._relative import Geometry
-from .layer_norm_2d import MOST_CHANNELS, Norm, cpu_norm, cuda_norm
 from .relative_attention import (
     attend_backward,
     check_scale,
@@ -34,7 +31,6 @@ from .relative_attention import (
     resized,
     triton_reasons,
 )
-from .scaled_residual import Tail, cpu_tail, cuda_tail, sum_dtype
 
 
 class _Arguments(NamedTuple):
@@ -48,60 +44,23 @@ class _Arguments(NamedTuple):
     o_weight: Tensor
     o_bias: Tensor | None
     bias_table: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    residual: Tensor | None
-    path_scale: Tensor | None
     num_heads: int
     window_height: int
     window_width: int
     scale: float
-    eps: float
-    adds_x: bool  # x is the residual
 
 
 def _reference(a: _Arguments) -> Tensor:
-    return reference.relative_self_attention(
-        *a[:10],
-        num_heads=a.num_heads,
-        window_size=(a.window_height, a.window_width),
-        scale=a.scale,
-        norm_weight=a.norm_weight,
-        norm_bias=a.norm_bias,
-        eps=a.eps,
-        residual=_residual(a),
-        path_scale=a.path_scale,
-    )
-
-
-def _residual(a: _Arguments) -> Tensor | None:
-    return a.x if a.adds_x else a.residual
+    window = a.window_height, a.window_width
+    return reference.relative_self_attention(*a[:10], num_heads=a.num_heads, window_size=window, scale=a.scale)
 
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; and for the backward pass [q | k | v], what the heads give, and lse."""
-    (b, h, w, c), x, dtype = a.x.shape, as_map(a.x), product_dtype(a.x, a.q_weight)
-    y = allocate(x.shape, x, memory_format(x), sum_dtype(_residual(a), dtype, None))
-    qkv, mixed = (allocate_contiguous((b, h, w, n * c), a.x, dtype) for n in (3, 1))
-    return as_tokens(y, a.x), qkv, mixed, empty_lse(_heads(mixed, a))
-
-
-class _Device(NamedTuple):
-    """The passes between the products."""
-
-    attention: ModuleType
-    tail: Tail
-    norm: Norm
-
-
-def _cpu() -> _Device:
-    return _Device(_relative, cpu_tail(), cpu_norm())
-
-
-def _cuda() -> _Device:
-    from ..kernels import relative_attention
-
-    return _Device(relative_attention, cuda_tail(), cuda_norm())
+    (b, h, w, c), x = a.x.shape, as_map(a.x)
+    y = as_tokens(allocate(x.shape, x, memory_format(x)), a.x)
+    qkv, mixed = (allocate_contiguous((b, h, w, n * c), a.x) for n in (3, 1))
+    return y, qkv, mixed, empty_lse(_heads(mixed, a))
 
 
 def _of_qkv(a: _Arguments) -> list[tuple[Any, Any]]:
@@ -123,51 +82,33 @@ def _geometry(a: _Arguments) -> Geometry:
     return Geometry(height, width, a.window_height, a.window_width, a.scale)
 
 
-def _normed(device: _Device, a: _Arguments) -> Tensor:
-    """What q, k and v multiply, (B, C, H, W)."""
-    u = x = as_map(a.x)
-    if a.norm_weight is not None and a.norm_bias is not None:
-        u = empty(x.shape, x)
-        device.norm.run(x, a.norm_weight, a.norm_bias, u, a.eps)
-    return product_dense(u.to(product_dtype(a.x, a.q_weight)))
+def _cpu() -> ModuleType:
+    return _relative
+
+
+def _cuda() -> ModuleType:
+    from ..kernels import relative_attention
+
+    return relative_attention
 
 
 @without_autocast
-def _forward(of_device: Callable[[], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(attention: Callable[[], ModuleType], a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, qkv, mixed, lse = result = _output(a)
     if y.numel() == 0:
         return result
-    device, geometry = of_device(), _geometry(a)
-    u = _normed(device, a)
+    x, geometry = product_dense(as_map(a.x)), _geometry(a)
     for (weight, bias), t in zip(_of_qkv(a), _thirds(qkv), strict=True):
-        linear(u, weight, bias, as_map(t))
+        linear(x, weight, bias, as_map(t))
     q, k, v = (_heads(t, a) for t in _thirds(qkv))
-    device.attention.forward(q, k, v, resized(a.bias_table, geometry, q), geometry, _heads(mixed, a), lse)
-    _project(device, a, as_map(mixed), as_map(y))
+    attention().forward(q, k, v, resized(a.bias_table, geometry, q), geometry, _heads(mixed, a), lse)
+    linear_to(as_map(mixed), a.o_weight, a.o_bias, as_map(y))
     return result
-
-
-def _project(device: _Device, a: _Arguments, mixed: Tensor, y: Tensor) -> None:
-    """o and the residual."""
-    residual, form = _residual(a), memory_format(y)
-    if residual is None and a.path_scale is None:
-        return linear_to(mixed, a.o_weight, a.o_bias, y)
-    if residual is not None:
-        residual = pixel_dense(as_map(residual).to(y.dtype), form)
-        if linear_scaled(mixed, a.o_weight, a.o_bias, None, a.path_scale, residual, y):
-            return None
-    branch = allocate(y.shape, y, form, mixed.dtype)
-    linear_to(mixed, a.o_weight, a.o_bias, branch)
-    if residual is not None:
-        device.tail.run(residual, branch, None, a.path_scale, y)
-    elif a.path_scale is not None:
-        torch.mul(branch, a.path_scale.to(branch.dtype).view(-1, 1, 1, 1), out=y)
-    return None
 
 
 @without_autocast
 def _backward(
-    of_device: Callable[[], _Device],
+    attention: Callable[[], ModuleType],
     grads: list[Tensor | None],
     grad: Tensor,
     a: _Arguments,
@@ -181,53 +122,27 @@ def _backward(
             if t is not None:
                 t.zero_()
         return
-    device, grad = of_device(), as_map(grad)
-    dout = _branch_gradient(device, grad, a.path_scale, mixed.dtype)
-    weight_gradient(dout, as_map(mixed), of.o_weight, of.o_bias)
+    dy = product_dense(as_map(grad))
+    weight_gradient(dy, as_map(mixed), of.o_weight, of.o_bias)
     products_need = any(t is not None for pair in _of_qkv(of) for t in pair)
-    input_needs = any(t is not None for t in (of.x, of.norm_weight, of.norm_bias))
-    if not products_need and not input_needs and of.bias_table is None:
+    if not products_need and of.x is None and of.bias_table is None:
         return
     dmixed, dqkv = allocate_contiguous(mixed.shape, mixed), allocate_contiguous(qkv.shape, qkv)
-    linear(dout, a.o_weight.t(), None, as_map(dmixed))
-    q, k, v, y, dy, *of_tokens = (_heads(t, a) for t in (*_thirds(qkv), mixed, dmixed, *_thirds(dqkv)))
-    attend_backward(device.attention, dy, q, k, v, a.bias_table, _geometry(a), y, lse, [*of_tokens, of.bias_table])
+    linear(dy, a.o_weight.t(), None, as_map(dmixed))
+    q, k, v, given, dgiven, *of_tokens = (_heads(t, a) for t in (*_thirds(qkv), mixed, dmixed, *_thirds(dqkv)))
+    tokens, grads_of = (dgiven, q, k, v), [*of_tokens, of.bias_table]
+    attend_backward(attention(), *tokens, a.bias_table, _geometry(a), given, lse, grads_of)
     parts = [as_map(t) for t in _thirds(dqkv)]
     if products_need:
-        u = _normed(device, a)
+        x = product_dense(as_map(a.x))
         for part, (dweight, dbias) in zip(parts, _of_qkv(of), strict=True):
-            weight_gradient(part, u, dweight, dbias)
-    if input_needs:
-        _input_gradients(device, a, of, grad, parts)
-
-
-def _branch_gradient(device: _Device, grad: Tensor, path_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """That of o's output, as the products take it."""
-    if path_scale is None:
-        return product_dense(grad.to(dtype))
-    form = memory_format(grad)
-    found = allocate(grad.shape, grad, form, dtype)
-    device.tail.run_backward(pixel_dense(grad, form), found, None, path_scale, found, None)
-    return product_dense(found)
-
-
-def _input_gradients(device: _Device, a: _Arguments, of: _Arguments, grad: Tensor, parts: list[Tensor]) -> None:
-    """Through q, k, v and the norm, and that of the residual if it is x."""
-    x, dx = as_map(a.x), None if of.x is None else as_map(of.x)
-    du = allocate(x.shape, x, memory_format(x), parts[0].dtype)
-    for i, (part, (weight, _)) in enumerate(zip(parts, _of_qkv(a), strict=True)):
-        linear(part, weight.t(), None, du, plus=du if i else None)
-    if a.norm_weight is not None:
-        into = dx
-        if dx is not None and pixel_dense(dx, memory_format(x)) is not dx:
-            into = empty(x.shape, x)
-        device.norm.run_backward(du.to(x.dtype), x, a.norm_weight, into, of.norm_weight, of.norm_bias, a.eps)
-        du = du if into is None else into
-    if dx is not None:
-        if du is not dx:
-            dx.copy_(du)
-        if a.adds_x:
-            dx.add_(grad)
+            weight_gradient(part, x, dweight, dbias)
+    if of.x is not None:
+        # Into the memory of what is not needed any more.
+        dx = as_map(dmixed)
+        for i, (part, (weight, _)) in enumerate(zip(parts, _of_qkv(a), strict=True)):
+            linear(part, weight.t(), None, dx, plus=dx if i else None)
+        of.x.copy_(dmixed)
 
 
 def _crew_pays(x: Tensor) -> bool:
@@ -238,21 +153,13 @@ _KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=_crew_pays
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    c = a.x.shape[3]
-    cannot = device_reasons(a.x, _KERNELS, triton=True) + triton_reasons(a.x, c // a.num_heads)
-    if a.x.device.type == "cuda" and a.norm_weight is not None and c > MOST_CHANNELS:
-        cannot.append(f"the Triton kernel of the norm takes at most {MOST_CHANNELS} channels, x has {c}")
-    return cannot, []
+    return device_reasons(a.x, _KERNELS, triton=True) + triton_reasons(a.x, a.x.shape[3] // a.num_heads), []
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
     device = a.x.device.type
     kernel = "Triton kernel" if device == "cuda" else _native.kernel_name(device)
-    return {"norm, attention and residual": kernel, "q, k, v and o": products(as_map(a.x))}
-
-
-def _unread(a: _Arguments, needs: _Arguments) -> tuple[str, ...]:
-    return ("residual",)
+    return {"attention": kernel, "q, k, v and o": products(as_map(a.x))}
 
 
 _op = FusedOp(
@@ -263,14 +170,12 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
-    uncast=("x", "bias_table", "norm_weight", "norm_bias", "residual", "path_scale"),
+    uncast=("bias_table",),
     saved=(Tensor.contiguous,) * 3,
-    passes="residual",
-    constants=("path_scale",),
-    unread=_unread,
     parts=_parts,
     dims="B, H, W, C",
 )
+_half = HalfBlock(_op, last=("o_weight", "o_bias"), norm=True, maps=False)
 
 
 def fused_relative_self_attention(
@@ -291,11 +196,12 @@ def fused_relative_self_attention(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    gamma: Tensor | None = None,
     residual: Tensor | None = None,
     path_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """residual + path_scale * o(attention(q(u), k(u), v(u))), u = LayerNorm(x), with `fused_relative_attention`.
+    """o(attention(q(x), k(x), v(x))), with `fused_relative_attention`.
 
     Args:
         x: (B, H, W, C), any strides; float32, bfloat16, float16 or float64. The output has its shape and layout.
@@ -303,18 +209,15 @@ def fused_relative_self_attention(
         q_bias, k_bias, v_bias, o_bias: (C,), each may be None.
         bias_table, window_size, scale: as in `fused_relative_attention`.
         num_heads: a divisor of C.
-        norm_weight, norm_bias: of a layer norm over C in front, (C,), both or none.
-        eps: of the norm, 0 or more.
-        residual: what is added, in the shape of x, in any of these dtypes. It may be x.
-        path_scale: stochastic depth, (B,), 0 or 1 / keep_prob as a rule; it has no gradient.
+        norm_weight, norm_bias, eps: of a layer norm over C in front, (C,) each, both or none.
+        gamma, residual, path_scale: of residual + path_scale * gamma * (the above), as in `fused_mlp`; residual is as
+            x in its shape, and is given with the others.
         backend: as in `vision_ops.use_backend`.
 
-    The output has the dtype that PyTorch gives the formula: under autocast the products are in its dtype, and a float32
-    residual makes the sum float32. The products are PyTorch's, but for those in float32 on CPUs with AVX2 or AVX-512.
-    Backward keeps, besides x and the parameters, [q | k | v], what the heads give, and a number for each query and
-    head. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads.
-    Without a kernel for the device, and on GPUs for float64, for heads of more than 64 channels and for norms of more
-    than 2048, `reference.relative_self_attention` runs.
+    The products are PyTorch's, but for those in float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides x and the
+    parameters, [q | k | v], what the heads give, and a number for each query and head. Gradients come in each
+    argument's own dtype and are bitwise repeatable with the same number of threads. Without a kernel for the device,
+    and on GPUs for float64 and for heads of more than 64 channels, `reference.relative_self_attention` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -335,17 +238,9 @@ def fused_relative_self_attention(
         check_table(bias_table, num_heads, x, "x")
     check_window(window_size)
     check_scale(scale)
-    if (norm_weight is None) != (norm_bias is None):
-        raise ValueError("norm_weight and norm_bias must both be given, or none")
-    if norm_weight is not None:
-        check_parameter("norm_weight", norm_weight, (c,), "C", x)
-        check_parameter("norm_bias", norm_bias, (c,), "C", x)
-    check_eps(eps)
-    check_path_scale(path_scale, x)
-    if residual is not None and residual is not x:
-        check_beside("residual", residual, x, "B, H, W, C")
-    given = x, *(t for pair in weights.values() for t in pair), bias_table, norm_weight, norm_bias
-    around = None if residual is x else residual, path_scale
+    given = x, *(t for pair in weights.values() for t in pair), bias_table
     window = (height, width) if window_size is None else window_size
     scale = (c // num_heads) ** -0.5 if scale is None else float(scale)
-    return _op(*given, *around, num_heads, *window, scale, float(eps), residual is x, backend=backend)
+    tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
+    norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
+    return _half(given, num_heads, *window, scale, **norm, **tail)
