@@ -299,10 +299,10 @@ def fused_xca(
     is merged into the projection where that means less work. With many tokens for its channels (`explain` tells), a
     float32 or float64 x takes the Gram form instead, which has no q, k and v: everything follows from the second
     moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's, but for 16 tokens or more in
-    float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides the arguments, [q | k | v], or in the Gram form
-    nothing. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads.
-    Without a kernel for the device, and on GPUs for float64 and for heads
-    of more than 96 channels, `reference.xca` runs.
+    float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides the arguments, [q | k | v] and of every sample
+    the products of q and k and their norms, or in the Gram form nothing. Gradients come in each argument's own dtype
+    and are bitwise repeatable with the same number of threads. Without a kernel for the device, and on GPUs for float64
+    and for heads of more than 96 channels, `reference.xca` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
