@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 # OpenMP threads that spin while they wait slow each other down when the machine is shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help env build bench test test-all lint format clean settings
+.PHONY: help env build bench test test-all lint format docs clean settings
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make test-all  all the tests'
 	@echo 'make lint      ruff, mypy, clang-format; changes nothing'
 	@echo 'make format    ruff and clang-format, in place'
+	@echo 'make docs      the pages of docs/, in build/docs'
 	@echo 'make build     compiles what changed, in seconds; VISION_OPS_BUILD=cpu leaves nvcc out'
 	@echo 'make env       only what bench and test need: .venv, torch, the package with its kernels'
 	@echo 'make clean     removes what the build made, not .venv'
@@ -116,6 +117,15 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# --- documentation
+
+$(VENV)/.docs: $(VENV)/.installed pyproject.toml
+	@$(PIP) install -c $(VENV)/constraint -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist *.egg-info .editable vision_ops/kernels vision_ops/*.so vision_ops/_build_info.json $(VENV)/.installed

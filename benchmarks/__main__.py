@@ -109,6 +109,15 @@ def add_gpu_check(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(module="benchmarks.gpu_check.main", error=parser.error, threads=None)
 
 
+def add_ledger(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("ledger", help="what a GPU would launch, move and multiply, counted without one")
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops, of both kinds by default all")
+    parser.add_argument("--network", nargs="+", metavar="NAME", help="only these networks, such as HorNet-T")
+    parser.add_argument("--launches", action="store_true", help="instead of the totals every kernel of ours")
+    parser.add_argument("--write", action="store_true", help="benchmarks/results/ledger.json and .md anew")
+    parser.set_defaults(module="benchmarks.ledger.main", error=parser.error, threads=None)
+
+
 def prepare_environment(threads: int | None) -> None:
     """What OpenMP and the profiler read once, when torch is loaded."""
     # Threads that spin after their work is done take the processor from the next provider's.
@@ -139,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_networks(commands)
     add_calls(commands)
     add_gpu_check(commands)
+    add_ledger(commands)
     args = parser.parse_args(argv)
     for name, package in REQUIRED.items():
         if importlib.util.find_spec(name) is None:

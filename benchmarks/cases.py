@@ -73,6 +73,56 @@ def build_layer_norm(shape: shapes.LayerNormShape, setting: Setting) -> Problem:
     return Problem((x, weight, bias), 8 * x.numel())
 
 
+def build_batch_norm(shape: shapes.BatchNormShape, setting: Setting) -> Problem:
+    x = setting.normal(setting.batch, shape.channels, shape.size, shape.size)
+    weight, bias = setting.normal(shape.channels), setting.normal(shape.channels)
+    # Mean, deviation, square and sum; scale, shift; an error function.
+    return Problem(
+        (x, weight, bias), (8 if shape.activation is None else 28) * x.numel(), {"activation": shape.activation}
+    )
+
+
+def in_training(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A batch norm by the statistics of the batch, and none that run."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, **options: str) -> Tensor:
+        return norm(x, weight, bias, None, None, training=True, **options)
+
+    return run
+
+
+def build_mbconv(shape: shapes.MBConvShape, setting: Setting) -> Problem:
+    c, o, hidden = shape.before, shape.channels, shapes.MOAT_EXPANSION * shape.channels
+    x = setting.normal(setting.batch, c, shape.size, shape.size)
+
+    def drawn(*size: int) -> Tensor:
+        return setting.normal(*size) / math.prod(size[1:]) ** 0.5
+
+    weights = drawn(hidden, c, 1, 1), setting.normal(hidden), setting.normal(hidden), drawn(hidden, 1, 3, 3)
+    rest = setting.normal(hidden), setting.normal(hidden), drawn(o, hidden, 1, 1), setting.normal(o)
+    reduced = o // 4
+    se = (drawn(reduced, hidden, 1, 1), setting.normal(reduced), drawn(hidden, reduced, 1, 1), setting.normal(hidden))
+    own = (drawn(o, c, 1, 1), setting.normal(o)) if c != o else None
+    size = shape.size // shape.stride
+    padding = (1, 1, 1, 1) if shape.stride == 1 else (0, 1, 0, 1)
+    dw = dwconv_flops(setting.batch, hidden, shape.size, 3, stride=shape.stride, padding=padding)
+    products = 2 * c * hidden * x[:, 0].numel() + 2 * (hidden + (c if own else 0)) * o * setting.batch * size * size
+    options = {"stride": shape.stride}
+    return Problem((x, setting.normal(c), *weights, *rest, se if shape.se else None, own), dw + products, options)
+
+
+def in_its_norms(mbconv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """MBConv in training, without running statistics. The gradient of pre_norm's bias is zero: it is left out."""
+
+    def run(x: Tensor, pre: Tensor, expand: Tensor, *given: Any, **options: int) -> Tensor:
+        ew, eb, dw, dww, dwb, shrink, bias, se, shortcut = given
+        norms = [(weight, shift, None, None) for weight, shift in ((pre, torch.zeros_like(pre)), (ew, eb), (dww, dwb))]
+        weights = norms[0], expand, norms[1], dw, norms[2], shrink, bias
+        return mbconv(x, *weights, se=se, shortcut=shortcut, training=True, **options)
+
+    return run
+
+
 def build_moga_gate(shape: shapes.MultiOrderShape, setting: Setting) -> Problem:
     gate, value = (setting.normal(setting.batch, shape.channels, shape.size, shape.size) for _ in range(2))
     # Exponential, sum and division for each, two products.
@@ -476,6 +526,22 @@ OPS = {
             quick=("S2-MLPv2-S.2",),
             compile_in_short=True,
             pixels=True,
+        ),
+        Op(
+            "batch_norm_act",
+            in_training(vision_ops.fused_batch_norm_act),
+            in_training(reference.batch_norm_act),
+            shapes.batch_norm_cases(),
+            build_batch_norm,
+            quick=("MogaNet-T.2", "MOAT-0.2"),
+        ),
+        Op(
+            "mbconv",
+            in_its_norms(vision_ops.fused_mbconv),
+            in_its_norms(reference.mbconv),
+            shapes.mbconv_cases(),
+            build_mbconv,
+            quick=("MOAT-0.2", "MOAT-0.2 entry", "MOAT-tiny0.3"),
         ),
         Op(
             "mlp",

@@ -37,6 +37,7 @@ CONVNEXT_WIDTHS = {"T": (96, 192, 384, 768)}
 
 MOAT_WIDTHS = {"tiny0": (32, 64, 128, 256), "0": (96, 192, 384, 768)}
 MOAT_EXPANSION = 4
+MOAT_STEMS = {"tiny0": 32, "0": 64}
 
 S2MLPV2_WIDTHS = {"S": (192, 384), "M": (256, 512)}
 S2MLPV2_STAGES_224 = (32, 16)
@@ -326,6 +327,53 @@ class MlpShape:
 
     def __str__(self) -> str:
         return f"{self.channels}x{self.size}x{self.size} hidden {self.hidden}"
+
+
+@dataclass(frozen=True)
+class BatchNormShape:
+    channels: int
+    size: int
+    activation: str | None
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.size}x{self.size} {self.activation or 'norm alone'}"
+
+
+def batch_norm_cases() -> dict[str, BatchNormShape]:
+    """MogaNet's before both halves of a block; MOAT's with GELU in hidden channels, which `mbconv` contains."""
+    moganet = (
+        (label, BatchNormShape(width, size, None))
+        for label, _, width, size in stages({"T": MOGANET_WIDTHS["T"]}, "MogaNet", STAGES_224)
+    )
+    moat = (
+        (label, BatchNormShape(MOAT_EXPANSION * width, size, "gelu"))
+        for label, _, width, size in stages(MOAT_WIDTHS, "MOAT", STAGES_224)
+    )
+    return distinct((*moganet, *moat))
+
+
+@dataclass(frozen=True)
+class MBConvShape:
+    before: int  # channels of x
+    channels: int
+    size: int  # of x
+    stride: int
+    se: bool
+
+    def __str__(self) -> str:
+        strided = " stride 2" if self.stride == 2 else ""
+        return f"{self.before}->{self.channels} {self.size}x{self.size}{strided}{' se' if self.se else ''}"
+
+
+def mbconv_cases() -> dict[str, MBConvShape]:
+    """The blocks of MOAT's stages, and those that enter them; the stem is as wide as tiny MOAT's first stage."""
+    found = []
+    for variant, widths in MOAT_WIDTHS.items():
+        before = (MOAT_STEMS[variant], *widths)
+        for label, stage, width, size in stages({variant: widths}, "MOAT", STAGES_224):
+            found.append((label, MBConvShape(width, width, size, 1, stage < 2)))
+            found.append((f"{label} entry", MBConvShape(before[stage], width, 2 * size, 2, stage < 2)))
+    return distinct(found)
 
 
 def mlp_cases() -> dict[str, MlpShape]:

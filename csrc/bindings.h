@@ -116,6 +116,7 @@ inline PyObject* returned(Error error) {
   if (error) raise(error);
   Py_RETURN_NONE;
 }
+inline PyObject* returned(const std::string& text) { return PyUnicode_FromStringAndSize(text.data(), text.size()); }
 inline PyObject* returned(bool value) { return PyBool_FromLong(value); }
 inline PyObject* returned(int64_t value) { return PyLong_FromLongLong(value); }
 inline PyObject* returned(const std::pair<int, int>& values) {

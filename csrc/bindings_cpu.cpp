@@ -1,5 +1,6 @@
 #include <omp.h>
 
+#include "batch_norm_act.h"
 #include "bindings.h"
 #include "channel_aggregation_ffn.h"
 #include "cross_covariance.h"
@@ -40,6 +41,7 @@ void prepare() {
   told = true;
 }
 
+VOPS_CPU_OP(BatchNormActOps, batch_norm_act)
 VOPS_CPU_OP(ChannelAggregationFfnOps, channel_aggregation_ffn)
 VOPS_CPU_OP(CrossCovarianceOps, cross_covariance)
 VOPS_CPU_OP(DwConvOps, dwconv)
@@ -76,6 +78,8 @@ using TensorArray = std::array<Tensor4, N>;
 ChannelAggregationFfn channel_aggregation_ffn_of(const TensorArray<9>& t) {
   return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]};
 }
+
+BatchNormCoefficients batch_norm_of(const TensorArray<5>& t) { return {t[0], t[1], t[2], t[3], t[4]}; }
 
 // with_crew(function, *arguments). Python, too, runs on the thread that called: the others only ever run kernels.
 PyObject* run_with_crew(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -208,6 +212,27 @@ void define_attention(PyObject* m) {
   define(m, "weigh_backward_input", cpu_shift_split_attention().weigh_backward_input);
 }
 
+void define_batch_norm(PyObject* m) {
+  define(m, "batch_norm_moments", cpu_batch_norm_act().moments);
+  define(
+      m, "batch_norm_act", +[](Tensor4 x, TensorArray<5> c, Tensor4 y, Tensor4 sums, Activation act) {
+        return cpu_batch_norm_act().forward(x, batch_norm_of(c), y, sums, act);
+      });
+  define(
+      m, "batch_norm_act_backward_gate", +[](Tensor4 dy, Tensor4 x, TensorArray<5> c, Tensor4 sums, Activation act) {
+        return cpu_batch_norm_act().backward_gate(dy, x, batch_norm_of(c), sums, act);
+      });
+  define(
+      m, "batch_norm_act_backward_sums", +[](Tensor4 dy, Tensor4 x, TensorArray<5> c, Tensor4 sums, Activation act) {
+        return cpu_batch_norm_act().backward_sums(dy, x, batch_norm_of(c), sums, act);
+      });
+  define(
+      m, "batch_norm_act_backward_input",
+      +[](Tensor4 dy, Tensor4 x, TensorArray<5> c, Tensor4 line, Tensor4 dx, Activation act) {
+        return cpu_batch_norm_act().backward_input(dy, x, batch_norm_of(c), line, dx, act);
+      });
+}
+
 void fill(PyObject* m) {
   if (PyModule_AddStringConstant(m, "isa", instruction_set_name())) throw PythonError();
   add_function(m, &follow_method, nullptr);
@@ -222,6 +247,7 @@ void fill(PyObject* m) {
   define_moganet(m);
   define_hornet(m);
   define_attention(m);
+  define_batch_norm(m);
 }
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -46,7 +46,28 @@ void define_multi_order_dwconv(PyObject* m) {
       });
 }
 
+#ifdef VOPS_EMU
+// Since the last call, a launch a line: threads, blocks, bytes of shared memory, the three numbers of VOPS_COST,
+// kernel.
+std::string recorded() {
+  std::string text;
+  for (const emu::Launch& l : emu::state().recorded) {
+    const int64_t blocks = int64_t(l.grid.x) * l.grid.y * l.grid.z, threads = l.threads, shared = l.shared;
+    for (int64_t n : {threads, blocks, shared, l.cost.bytes_read, l.cost.bytes_written, l.cost.multiply_adds}) {
+      text += std::to_string(n) + ' ';
+    }
+    text += l.kernel + std::string("\n");
+  }
+  emu::state().recorded.clear();
+  return text;
+}
+#endif
+
 void fill(PyObject* m) {
+#ifdef VOPS_EMU
+  define(m, "record", +[](bool on) { return emu::state().recording = on; });
+  define(m, "recorded", &recorded);
+#endif
   define(m, "versions", &versions);
   define(m, "has_march_kernel", &has_march_kernel);
   define(m, "dwconv", &dwconv_cuda);

@@ -59,6 +59,18 @@ def pixels_of_block(block, pixels, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def load_map(ptr, n, p, c, stride_n, stride_p, stride_c, inside):
+    """Pixels p and channels c of image n."""
+    return tl.load(ptr + n * stride_n + p * stride_p + c * stride_c, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_map(ptr, values, n, p, c, stride_n, stride_p, stride_c, inside):
+    """values, rounded to the dtype of the tensor."""
+    tl.store(ptr + n * stride_n + p * stride_p + c * stride_c, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def silu_and_slope(x):
     s = tl.sigmoid(x)
     y = x * s
@@ -74,3 +86,23 @@ def gelu(x):
 def gelu_and_slope(x):
     cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     return x * cdf, cdf + x * (tl.exp(-0.5 * x * x) * 0.3989422804014327)
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    """And the slope, of which nothing remains where nobody uses it."""
+    if ACTIVATION == "silu":
+        y, slope = silu_and_slope(z)
+    elif ACTIVATION == "gelu":
+        y, slope = gelu_and_slope(z)
+    else:
+        y, slope = z, tl.zeros_like(z) + 1.0
+    return y, slope
+
+
+@triton.jit
+def share_of_image(pixels, shares, BLOCK_P: tl.constexpr):
+    """Image, first pixel and end of a program: whole blocks, but for the last one of an image."""
+    length = tl.cdiv(tl.cdiv(pixels, shares), BLOCK_P) * BLOCK_P
+    begin = tl.program_id(0) % shares * length
+    return (tl.program_id(0) // shares).to(tl.int64), begin, tl.minimum(begin + length, pixels)

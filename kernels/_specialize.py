@@ -10,7 +10,18 @@ from typing import Any
 
 import triton
 
-_COUNTS = ("blocks", "programs", "shares", "chunks", "count", "height", "width", "window_height", "window_width")
+_COUNTS = (
+    "blocks",
+    "programs",
+    "shares",
+    "chunks",
+    "count",
+    "images",
+    "height",
+    "width",
+    "window_height",
+    "window_width",
+)
 _LENGTHS = ("pixels", "tokens")
 
 

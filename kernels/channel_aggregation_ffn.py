@@ -6,6 +6,8 @@ what the rounding took off, then zeros, as many as fc2's matrix has columns for.
 program; those over the pixels have two stages of fixed order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,9 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import Tile, gelu, gelu_and_slope, pixels_of_block, sum_type, walk
+from ._moves import moves
 from ._specialize import counted
+from .sums import sum_parts
 
 MOST_PROGRAMS = 1056  # along the pixels, each with a row of partial sums: eight on every multiprocessor of an H200
 
@@ -48,6 +52,7 @@ def _store_d(d, to, inside, columns, COLUMNS: tl.constexpr):
 
 
 @counted
+@moves("scores_ptr", partly=("h_ptr",))
 def scores_kernel(
     h_ptr,
     weight_ptr,
@@ -73,6 +78,7 @@ def scores_kernel(
 
 
 @counted
+@moves("dscores_ptr")
 def scores_bwd_kernel(
     grad_ptr,
     weight_ptr,
@@ -95,13 +101,14 @@ def scores_bwd_kernel(
 
 
 @counted
+@moves("sums_ptr", updated=("u_ptr", "dh_ptr"))
 def gelu_bwd_kernel(
     u_ptr,  # becomes h
     dh_ptr,  # becomes du
     weight_ptr,
     scores_ptr,
     dscores_ptr,
-    sums_ptr,  # [program][channels]: the gradient of the weight
+    sums_ptr,  # [program][channels + 1]: the gradients of the weight and of the bias
     blocks,
     pixels,
     channels,
@@ -120,6 +127,7 @@ def gelu_bwd_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    of_bias = tl.zeros((BLOCK_P, 1), SUM_TYPE)
     for block in range(program * share, tl.minimum(program * share + share, blocks)):
         n, p = pixels_of_block(block, pixels, BLOCK_P)
         inside = (p < pixels) & (c < channels)[None, :]
@@ -128,16 +136,121 @@ def gelu_bwd_kernel(
         h, slope = gelu_and_slope(tl.load(u_at + c[None, :], mask=inside, other=0.0).to(SUM_TYPE))
         dscore = tl.load(dscores_ptr + n * pixels + p, mask=p < pixels, other=0.0)
         total += dscore * h
+        of_bias += dscore
         du = (tl.load(dh_at, mask=inside, other=0.0).to(SUM_TYPE) + dscore * weight) * slope
         tl.store(u_at + c[None, :], h.to(u_ptr.dtype.element_ty), mask=inside)
         tl.store(dh_at, du.to(dh_ptr.dtype.element_ty), mask=inside)
         if tl.program_id(1) == 0:
             d = gelu(tl.load(scores_ptr + n * pixels + p, mask=p < pixels, other=0.0))
             _store_d(d, u_at + channels, p < pixels, columns, COLUMNS)
-    tl.store(sums_ptr + program.to(tl.int64) * channels + c, tl.sum(total, axis=0), mask=c < channels)
+    own = sums_ptr + program.to(tl.int64) * (channels + 1)
+    tl.store(own + c, tl.sum(total, axis=0), mask=c < channels)
+    if tl.program_id(1) == 0:
+        tl.store(own + channels, tl.sum(tl.sum(of_bias, axis=0), axis=0))
 
 
-KERNELS = (scores_kernel, scores_bwd_kernel, gelu_bwd_kernel)
+@triton.jit
+@moves("matrix_ptr", "of_d_ptr")
+def fold_kernel(
+    weight_ptr,
+    sigma_ptr,
+    matrix_ptr,
+    of_d_ptr,
+    rows,
+    hidden,
+    end,
+    columns,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """fc2's matrix of [h | d]: behind the channels, up to end, what d is multiplied with, then zeros."""
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    total = tl.zeros((BLOCK_R, BLOCK_C), SUM_TYPE)
+    for first in range(0, hidden, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)[None, :]
+        inside = (r < rows) & (c < hidden)
+        weight = tl.load(weight_ptr + r * hidden + c, mask=inside, other=0.0).to(SUM_TYPE)
+        sigma = tl.load(sigma_ptr + c, mask=c < hidden, other=0.0).to(SUM_TYPE)
+        total += weight * sigma
+        folded = weight * (1.0 + sigma)
+        tl.store(matrix_ptr + r * columns + c, folded.to(matrix_ptr.dtype.element_ty), mask=inside)
+    of_d = -tl.sum(total, axis=1)[:, None]
+    tl.store(of_d_ptr + r, of_d, mask=r < rows)
+    c = hidden + tl.arange(0, COLUMNS)[None, :]
+    behind = tl.where(c < end, of_d, tl.zeros_like(of_d)).to(matrix_ptr.dtype.element_ty)
+    tl.store(matrix_ptr + r * columns + c, behind, mask=(r < rows) & (c < columns))
+
+
+@triton.jit
+@moves("dweight_ptr", "dsigma_ptr")
+def unfold_kernel(
+    product_ptr,  # the gradient of fc2's matrix, float32 at least
+    weight_ptr,
+    sigma_ptr,
+    dweight_ptr,  # may be None
+    dsigma_ptr,  # may be None
+    rows,
+    hidden,
+    columns,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    behind = hidden + tl.arange(0, COLUMNS)[None, :]
+    sigma = tl.load(sigma_ptr + c, mask=c < hidden, other=0.0).to(SUM_TYPE)[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_C), SUM_TYPE)
+    for first in range(0, rows, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)[:, None]
+        inside = (r < rows) & (c < hidden)[None, :]
+        of_h = tl.load(product_ptr + r * columns + c[None, :], mask=inside, other=0.0)
+        of_d = tl.load(product_ptr + r * columns + behind, mask=(r < rows) & (behind < columns), other=0.0)
+        difference = tl.where(inside, of_h - tl.sum(of_d, axis=1)[:, None], 0.0)
+        if dweight_ptr is not None:
+            dweight = (of_h + difference * sigma).to(dweight_ptr.dtype.element_ty)
+            tl.store(dweight_ptr + r * hidden + c[None, :], dweight, mask=inside)
+        total += difference * tl.load(weight_ptr + r * hidden + c[None, :], mask=inside, other=0.0).to(SUM_TYPE)
+    if dsigma_ptr is not None:
+        tl.store(dsigma_ptr + c, tl.sum(total, axis=0).to(dsigma_ptr.dtype.element_ty), mask=c < hidden)
+
+
+KERNELS = (scores_kernel, scores_bwd_kernel, gelu_bwd_kernel, fold_kernel, unfold_kernel)
+
+
+class FoldTile(NamedTuple):
+    BLOCK_R: int
+    BLOCK_C: int
+    num_warps: int
+
+
+FOLD_TILE, UNFOLD_TILE = FoldTile(4, 256, num_warps=4), FoldTile(32, 32, num_warps=4)
+
+
+def fold(weight: Tensor, sigma: Tensor, end: int, matrix: Tensor, of_d: Tensor) -> None:
+    """matrix (rows, columns) = [weight (1 + sigma) | of_d up to the column end | 0], of_d = -weight sigma."""
+    (rows, hidden), columns = weight.shape, matrix.shape[1]
+    with torch.cuda.device_of(weight):
+        fold_kernel[(triton.cdiv(rows, FOLD_TILE.BLOCK_R),)](
+            *(weight, sigma, matrix, of_d, rows, hidden, end, columns),
+            SUM_TYPE=sum_type(of_d),
+            COLUMNS=power_of_two(columns - hidden),
+            **FOLD_TILE._asdict(),
+        )
+
+
+def unfold(product: Tensor, weight: Tensor, sigma: Tensor, dweight: Tensor | None, dsigma: Tensor | None) -> None:
+    """The gradients of weight and sigma from that of the matrix."""
+    (rows, hidden), columns = weight.shape, product.shape[1]
+    with torch.cuda.device_of(weight):
+        unfold_kernel[(triton.cdiv(hidden, UNFOLD_TILE.BLOCK_C),)](
+            *(product, weight, sigma, dweight, dsigma, rows, hidden, columns),
+            SUM_TYPE=sum_type(product),
+            COLUMNS=power_of_two(columns - hidden),
+            **UNFOLD_TILE._asdict(),
+        )
 
 
 def scores(h: Tensor, columns: int, weight: Tensor, bias: Tensor | None, scores: Tensor) -> None:
@@ -185,19 +298,28 @@ def scores_backward(grad: Tensor, weight: Tensor, scores: Tensor, dscores: Tenso
 
 
 def gelu_backward(
-    u: Tensor, dh: Tensor, columns: int, weight: Tensor, scores: Tensor, dscores: Tensor, dweight: Tensor
+    u: Tensor,
+    dh: Tensor,
+    columns: int,
+    weight: Tensor,
+    scores: Tensor,
+    dscores: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None = None,
 ) -> None:
     """u becomes h = GELU(u), with d behind its channels; dh becomes du = (dh + dscores * weight) * GELU'(u); dweight =
-    the sum of dscores * h over the pixels."""
+    the sum of dscores * h over the pixels, dbias that of dscores."""
     if u.numel() == 0:
         dweight.zero_()
+        if dbias is not None:
+            dbias.zero_()
         return
     images, pixels, ((u_n, _, u_p), (dh_n, _, dh_p), _) = walk([u, dh, scores])
     channels = u.shape[1]
     chosen = tile(u)
     blocks, bundles = images * triton.cdiv(pixels, chosen.BLOCK_P), triton.cdiv(channels, chosen.BLOCK_C)
     programs = min(blocks, triton.cdiv(MOST_PROGRAMS, bundles))
-    sums = scratch((programs, channels), dweight.dtype, u.device)
+    sums = scratch((programs, channels + 1), dscores.dtype, u.device)
     with torch.cuda.device_of(u):
         gelu_bwd_kernel[(programs, bundles)](
             u,
@@ -218,4 +340,4 @@ def gelu_backward(
             SUM_TYPE=sum_type(u),
             **chosen._asdict(),
         )
-    dweight.copy_(sums.sum(0))
+    sum_parts(sums[None], [dweight, dbias], [channels, 1])

@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
-from ._specialize import ByLayout, counted
+from ._moves import moves
+from ._specialize import ByLayout
+from .sums import sum_parts
 
 MOST_CHUNKS, LEAST_TOKENS = 16, 256  # of a sum over the tokens
 
@@ -47,18 +49,21 @@ def _channels(group, first, heads, d, GROUP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @ByLayout
+@moves("sums_ptr", "norms_ptr", multiply_adds=lambda a_ptr, d, **_: a_ptr.numel() * d)
 def gram_kernel(
     a_ptr,
     b_ptr,
     u_ptr,  # None for a itself, and v_ptr for b
     v_ptr,
-    sums_ptr,  # [sample][chunk][head][d][d]
-    norms_ptr,  # [sample][chunk][2][head][d]; may be None
+    sums_ptr,  # [sample][chunk][head][d][d], rows of chunks that are sums_row apart
+    norms_ptr,  # [sample][chunk][2][head][d], likewise; may be None
     heads,
     d,
     tokens,
     share,
     chunks,
+    sums_row,
+    norms_row,
     a_b,
     a_h,
     a_d,
@@ -111,24 +116,13 @@ def gram_kernel(
                 of_b += tl.sum(wide_b * tl.load(v_at, mask=in_b, other=0.0).to(SUM_TYPE), axis=0)
     part = sample * chunks + chunk
     own = (head_i[:, None] == head_j[None, :]) & there_i[:, None] & there_j[None, :]
-    to = sums_ptr + part * heads * d * d + ((head_i * d + i) * d)[:, None] + j[None, :]
+    to = sums_ptr + part * sums_row + ((head_i * d + i) * d)[:, None] + j[None, :]
     tl.store(to, gram, mask=own)
     if norms_ptr is not None:
-        norms_ptr += part * 2 * heads * d
+        norms_ptr += part * norms_row
         tl.store(norms_ptr + head_i * d + i, of_a, mask=there_i)
         if tl.program_id(2) == 0:
             tl.store(norms_ptr + heads * d + head_j * d + j, of_b, mask=there_j)
-
-
-@counted
-def sum_chunks_kernel(sums_ptr, out_ptr, elements, chunks, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """[sample][chunk][element] -> [sample][element]."""
-    sample = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), SUM_TYPE)
-    for chunk in range(chunks):
-        total += tl.load(sums_ptr + (sample * chunks + chunk) * elements + i, mask=i < elements, other=0.0)
-    tl.store(out_ptr + sample * elements + i, total, mask=i < elements)
 
 
 @triton.jit
@@ -140,6 +134,7 @@ def _norms(norms_ptr, sample, side, head, heads, d, i, there):
 
 
 @triton.jit
+@moves("weights_ptr")
 def cosine_softmax_kernel(
     gram_ptr, norms_ptr, temperature_ptr, weights_ptr, heads, d, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
@@ -157,6 +152,7 @@ def cosine_softmax_kernel(
 
 
 @triton.jit
+@moves("scales_ptr", "dtemperature_ptr", updated=("grad_ptr",))
 def cosine_softmax_bwd_kernel(
     grad_ptr,  # in place
     weights_ptr,
@@ -199,6 +195,7 @@ def cosine_softmax_bwd_kernel(
 
 
 @ByLayout
+@moves("y_ptr", multiply_adds=lambda x_ptr, d, **_: x_ptr.numel() * d)
 def apply_kernel(
     matrix_ptr,
     x_ptr,
@@ -265,7 +262,7 @@ def apply_kernel(
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_y)
 
 
-KERNELS = (gram_kernel, sum_chunks_kernel, cosine_softmax_kernel, cosine_softmax_bwd_kernel, apply_kernel)
+KERNELS = (gram_kernel, cosine_softmax_kernel, cosine_softmax_bwd_kernel, apply_kernel)
 
 
 def _grid(first: int, heads: int, d: int, t: Tile) -> tuple[int, int, int]:
@@ -283,10 +280,12 @@ def gram(
         t = t._replace(BLOCK_N=16)  # without tensor cores the operands of a whole tile are in registers
     share = triton.cdiv(triton.cdiv(tokens, min(max(1, tokens // LEAST_TOKENS), MOST_CHUNKS)), t.BLOCK_N) * t.BLOCK_N
     chunks = triton.cdiv(tokens, share)
-    sums, sums_of_norms = out, norms
+    lengths = [heads * d * d] if norms is None else [heads * d * d, 2 * heads * d]
+    sums, sums_of_norms, rows = out, norms, (lengths[0], lengths[-1])
     if chunks > 1:
-        sums = scratch((batch, chunks, heads, d, d), out.dtype, out.device)
-        sums_of_norms = None if norms is None else scratch((batch, chunks, 2, heads, d), out.dtype, out.device)
+        partial = scratch((batch, chunks, sum(lengths)), out.dtype, out.device)
+        sums, sums_of_norms = partial, None if norms is None else partial[:, :, lengths[0] :]
+        rows = (sum(lengths),) * 2
     with torch.cuda.device_of(a):
         gram_kernel.of(a.stride(2) == b.stride(2) == 1)[_grid(batch * chunks, heads, d, t)](
             a,
@@ -300,6 +299,7 @@ def gram(
             tokens,
             share,
             chunks,
+            *rows,
             *a.stride(),
             *b.stride(),
             *(a if u is None else u).stride(),
@@ -308,12 +308,8 @@ def gram(
             DOT_TYPE=_dot_type(a, b),
             **t._asdict(),
         )
-        for parts, total in ((sums, out), (sums_of_norms, norms)):
-            if parts is not total:
-                elements = total.numel() // batch
-                sum_chunks_kernel[(batch, triton.cdiv(elements, SUM_BLOCK))](
-                    parts, total, elements, chunks, SUM_TYPE=_SUM_TYPES[out.dtype], BLOCK=SUM_BLOCK
-                )
+        if chunks > 1:
+            sum_parts(partial, [out] if norms is None else [out, norms], lengths)
 
 
 def softmax(gram: Tensor, norms: Tensor, temperature: Tensor, weights: Tensor) -> None:
@@ -384,7 +380,6 @@ def apply(
         )
 
 
-SUM_BLOCK = 256
 _SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 _DOT_TYPES = {**_SUM_TYPES, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

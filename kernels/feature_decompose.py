@@ -6,8 +6,6 @@ have two stages of fixed order: a program's share of an image, then the shares, 
 Means, and all sums, are contiguous and float32 at least.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,49 +13,24 @@ from torch import Tensor
 
 from . import scratch
 from ._maps import (
-    gelu_and_slope,
+    activated,
     map_tile,
     pixel_count,
     pixels_of_block,
-    silu_and_slope,
+    share_of_image,
     strides_of,
     sum_type,
 )
-from ._specialize import ByLayout, counted
+from ._moves import moves
+from ._specialize import ByLayout
+from .sums import sum_parts
 
 SHARE_PIXELS = 256  # at least, of an image that several programs sum
 PROGRAMS = 2112  # that share the sums of a batch: sixteen for every multiprocessor of an H200
 
 
-class SumTile(NamedTuple):
-    BLOCK: int
-    num_warps: int
-
-
-SUM_TILE = SumTile(BLOCK=128, num_warps=4)
-
-
-@triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
-    """And the slope, of which nothing remains where nobody uses it."""
-    if ACTIVATION == "silu":
-        y, slope = silu_and_slope(z)
-    elif ACTIVATION == "gelu":
-        y, slope = gelu_and_slope(z)
-    else:
-        y, slope = z, tl.zeros_like(z) + 1.0
-    return y, slope
-
-
-@triton.jit
-def _share(pixels, shares, BLOCK_P: tl.constexpr):
-    """Image, first pixel and end of a program: whole blocks, but for the last one of an image."""
-    length = tl.cdiv(tl.cdiv(pixels, shares), BLOCK_P) * BLOCK_P
-    begin = tl.program_id(0) % shares * length
-    return (tl.program_id(0) // shares).to(tl.int64), begin, tl.minimum(begin + length, pixels)
-
-
 @ByLayout
+@moves("partial_ptr")
 def image_sums_kernel(
     x_ptr,
     partial_ptr,  # [image][share][channels]
@@ -71,7 +44,7 @@ def image_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n, begin, end = _share(pixels, shares, BLOCK_P)
+    n, begin, end = share_of_image(pixels, shares, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel.to(tl.int64)[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
@@ -83,24 +56,8 @@ def image_sums_kernel(
     tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
 
 
-@counted
-def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, count, BLOCK: tl.constexpr):
-    """[image][share][length] -> [image][length], divided by count: rounded, not approximated as by Triton's float32
-    division, so that a constant image is its mean."""
-    n = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), sums_ptr.dtype.element_ty)
-    for share in range(shares):
-        total += tl.load(partial_ptr + (n * shares + share) * length + i, mask=i < length, other=0.0)
-    counts = tl.zeros_like(total) + count
-    if total.dtype == tl.float32:
-        mean = tl.div_rn(total, counts)
-    else:
-        mean = total / counts
-    tl.store(sums_ptr + n * length + i, mean, mask=i < length)
-
-
 @ByLayout
+@moves("y_ptr")
 def decompose_kernel(
     x_ptr,
     means_ptr,
@@ -125,11 +82,12 @@ def decompose_kernel(
     x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
     mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
     sigma = tl.load(sigma_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
-    y, _ = _activated(x + sigma * (x - mean), ACTIVATION)
+    y, _ = activated(x + sigma * (x - mean), ACTIVATION)
     tl.store(y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @ByLayout
+@moves("partial_ptr")
 def decompose_sums_kernel(
     grad_ptr,
     x_ptr,
@@ -150,7 +108,7 @@ def decompose_sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n, begin, end = _share(pixels, shares, BLOCK_P)
+    n, begin, end = share_of_image(pixels, shares, BLOCK_P)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = channel.to(tl.int64)[None, :]
     mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
@@ -162,7 +120,7 @@ def decompose_sums_kernel(
         inside = (p < end) & (c < channels)
         grad = tl.load(grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c, mask=inside, other=0.0)
         x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
-        _, slope = _activated(x + sigma * (x - mean), ACTIVATION)
+        _, slope = activated(x + sigma * (x - mean), ACTIVATION)
         dz = grad.to(SUM_TYPE) * slope
         of_dz += dz
         of_product += dz * (x - mean)
@@ -172,6 +130,7 @@ def decompose_sums_kernel(
 
 
 @ByLayout
+@moves("dx_ptr")
 def decompose_bwd_kernel(
     grad_ptr,
     x_ptr,
@@ -203,14 +162,14 @@ def decompose_bwd_kernel(
     mean = tl.load(means_ptr + n * channels + c, mask=c < channels, other=0.0)
     sigma = tl.load(sigma_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
     mean_dz = tl.load(sums_ptr + n * 2 * channels + c, mask=c < channels, other=0.0) / pixels
-    _, slope = _activated(x + sigma * (x - mean), ACTIVATION)
+    _, slope = activated(x + sigma * (x - mean), ACTIVATION)
     dz = grad.to(SUM_TYPE) * slope
     dx = dz + sigma * (dz - mean_dz)
     to = dx_ptr + n * dx_stride_n + p * dx_stride_p + c * dx_stride_c
     tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-KERNELS = (image_sums_kernel, sum_shares_kernel, decompose_kernel, decompose_sums_kernel, decompose_bwd_kernel)
+KERNELS = (image_sums_kernel, decompose_kernel, decompose_sums_kernel, decompose_bwd_kernel)
 
 
 def image_means(x: Tensor, means: Tensor) -> None:
@@ -225,7 +184,7 @@ def image_means(x: Tensor, means: Tensor) -> None:
         image_sums_kernel.of(x.stride(1) == 1)[(n * shares, columns)](
             x, partial, shares, pixels, channels, *strides_of(x), SUM_TYPE=sum_type(x), **tile._asdict()
         )
-        _sum_shares(partial, means, pixels)
+        sum_parts(partial, [means], pixels=pixels)
 
 
 def decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
@@ -248,36 +207,33 @@ def decompose_backward(
     activation: str | None,
     dx: Tensor | None,
     dsigma: Tensor | None,
+    dx_sums: Tensor | None = None,
 ) -> None:
-    """dx may be grad."""
+    """dx may be grad; dx_sums: over all pixels, which are those of dz."""
     if x.numel() == 0:
-        if dsigma is not None:
-            dsigma.zero_()
+        for t in (dsigma, dx_sums):
+            if t is not None:
+                t.zero_()
         return
     tile, (n, channels), pixels = map_tile(x), x.shape[:2], pixel_count(x)
     columns = triton.cdiv(channels, tile.BLOCK_C)
     shares = _shares(x, columns)
     partial = scratch((n, shares, 2, channels), means.dtype, x.device)
-    sums = scratch((n, 2, channels), means.dtype, x.device)
+    sums = partial if shares == 1 else scratch((n, 2, channels), means.dtype, x.device)
     strides = *strides_of(grad), *strides_of(x)
     constants = {"ACTIVATION": activation, "SUM_TYPE": sum_type(x), **tile._asdict()}
     with torch.cuda.device_of(x):
         decompose_sums_kernel.of(x.stride(1) == 1)[(n * shares, columns)](
             grad, x, means, sigma, partial, shares, pixels, channels, *strides, **constants
         )
-        _sum_shares(partial, sums, 1)
+        if shares > 1:
+            sum_parts(partial.flatten(2), [sums])
         if dx is not None:
             decompose_bwd_kernel.of(x.stride(1) == 1)[(n * triton.cdiv(pixels, tile.BLOCK_P), columns)](
                 grad, x, means, sigma, sums, dx, pixels, channels, *strides, *strides_of(dx), **constants
             )
-    if dsigma is not None:
-        dsigma.copy_(sums[:, 1].sum(0))
-
-
-def _sum_shares(partial: Tensor, sums: Tensor, count: int) -> None:
-    n, shares, length = len(partial), partial.shape[1], sums[0].numel()
-    grid = n, triton.cdiv(length, SUM_TILE.BLOCK)
-    sum_shares_kernel[grid](partial, sums, shares, length, count, **SUM_TILE._asdict())
+        if dsigma is not None or dx_sums is not None:
+            sum_parts(sums.view(1, n, -1), [dx_sums, dsigma])
 
 
 def _shares(x: Tensor, columns: int) -> int:

@@ -4,6 +4,7 @@ Sums over pixels take two stages of fixed order.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import map_tile, pixel_count, pixels_of_block, strides_of, sum_type
+from ._moves import moves
 from ._specialize import ByLayout
+from .sums import sum_parts
 
 MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums: four on every multiprocessor of an H200
 
@@ -32,6 +35,9 @@ CHAIN_TILES = {
     128: ChainTile(64, num_warps=4),
     256: ChainTile(64, num_warps=8),
 }
+WIDEST_BACKWARD_TILE = ChainTile(32, num_warps=8)
+
+MOST_OF_CHUNK = 32  # channels, in the backward pass
 
 
 def chain_tile(widths: Sequence[int], dtype: torch.dtype) -> ChainTile | None:
@@ -41,11 +47,21 @@ def chain_tile(widths: Sequence[int], dtype: torch.dtype) -> ChainTile | None:
     return CHAIN_TILES.get(max(map(_padded, widths)))
 
 
+def has_chain(widths: Sequence[int], dtype: torch.dtype) -> bool:
+    return chain_tile(widths, dtype) is not None
+
+
 def _padded(width: int) -> int:
     return max(16, power_of_two(width))  # a side of tl.dot is at least 16
 
 
+def _products(widths: Sequence[int]) -> int:
+    """Multiply-adds of the convolutions, of a pixel."""
+    return sum(i * o for i, o in pairwise(widths))
+
+
 @ByLayout
+@moves("p_ptr")
 def gate_kernel(
     u_ptr,
     bias_ptr,  # may be None
@@ -78,6 +94,7 @@ def gate_kernel(
 
 
 @ByLayout
+@moves("du_ptr", "dq_ptr", "sums_ptr")
 def gate_bwd_kernel(
     dp_ptr,
     u_ptr,
@@ -142,6 +159,7 @@ def gate_bwd_kernel(
 
 
 @ByLayout
+@moves("out_ptr", multiply_adds=lambda pwa_ptr, WIDTHS, **_: _products(WIDTHS) * pwa_ptr[:, :1].numel())
 def chain_kernel(
     pwa_ptr,
     dw_ptr,
@@ -186,7 +204,142 @@ def chain_kernel(
     tl.store(to, p.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-KERNELS = (gate_kernel, gate_bwd_kernel, chain_kernel)
+@ByLayout
+@moves(
+    *("p_ptr", "dpwa_ptr", "ddw_ptr", "du_ptr", "sums_ptr"),
+    multiply_adds=lambda pwa_ptr, WIDTHS, **_: 3 * _products(WIDTHS) * pwa_ptr[:, :1].numel(),
+)
+def chain_bwd_kernel(
+    pwa_ptr,
+    dw_ptr,
+    weights,  # as of chain_kernel
+    biases,
+    dp_ptr,
+    p_ptr,  # every p_k, in the layout of ddw
+    dpwa_ptr,
+    ddw_ptr,
+    du_ptr,  # the gradients of all weight p, the first of the second width
+    sums_ptr,  # [program][channels]: over the pixels of dpwa and du; of the pixels of a program so far, meanwhile
+    blocks,
+    pixels,
+    pwa_stride_n,
+    pwa_stride_c,
+    pwa_stride_p,
+    dw_stride_n,
+    dw_stride_c,
+    dw_stride_p,
+    dp_stride_n,
+    dp_stride_c,
+    dp_stride_p,
+    dpwa_stride_n,
+    dpwa_stride_c,
+    dpwa_stride_p,
+    ddw_stride_n,
+    ddw_stride_c,
+    ddw_stride_p,
+    du_stride_n,
+    du_stride_c,
+    du_stride_p,
+    WIDTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    STARTS: tl.constexpr,  # of the widths side by side
+    CHUNKS: tl.constexpr,  # of channels of a width that are computed at a time: whole tiles do not fit into registers
+    ORDER: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Every p_k goes to memory on the way up, for the gradient of its weight, and is read again on the way down; so is
+    the gradient of p_k, in the place of that of weight p_k. Barriers are in between, as other threads read it."""
+    program = tl.program_id(0)
+    share = tl.cdiv(blocks, tl.num_programs(0))
+    own = sums_ptr + program.to(tl.int64) * (STARTS[ORDER - 1] + WIDTHS[ORDER - 1])
+    first = tl.arange(0, PADDED[0])
+    for block in range(program * share, tl.minimum(program * share + share, blocks)):
+        n, pixel = pixels_of_block(block, pixels, BLOCK_P)
+        q_at = dw_ptr + n * dw_stride_n + pixel * dw_stride_p
+        p_at = p_ptr + n * ddw_stride_n + pixel * ddw_stride_p
+        dq_at = ddw_ptr + n * ddw_stride_n + pixel * ddw_stride_p
+        du_at = du_ptr + n * du_stride_n + pixel * du_stride_p
+        inside = (pixel < pixels) & (first < WIDTHS[0])[None, :]
+        pwa_at = pwa_ptr + n * pwa_stride_n + pixel * pwa_stride_p + first[None, :] * pwa_stride_c
+        pwa = tl.load(pwa_at, mask=inside, other=0.0).to(tl.float32)
+        pwa *= tl.load(q_at + first[None, :] * dw_stride_c, mask=inside, other=0.0).to(tl.float32)
+        tl.store(p_at + first[None, :] * ddw_stride_c, pwa.to(p_ptr.dtype.element_ty), mask=inside)
+        for k in tl.static_range(1, ORDER - 1):
+            tl.debug_barrier()
+            row = tl.arange(0, PADDED[k - 1])[None, :]
+            of_before = (pixel < pixels) & (row < WIDTHS[k - 1])
+            p = tl.load(p_at + (STARTS[k - 1] + row) * ddw_stride_c, mask=of_before, other=0.0)
+            for begin in range(0, WIDTHS[k], CHUNKS[k]):
+                c = begin + tl.arange(0, CHUNKS[k])
+                weight = _weight(weights[k - 1], c, WIDTHS[k], WIDTHS[k - 1], PADDED[k - 1])
+                u = _linear(p, weight, biases[k - 1], c, WIDTHS[k])
+                there = (pixel < pixels) & (c < WIDTHS[k])[None, :]
+                at = STARTS[k] + c[None, :]
+                u *= tl.load(q_at + at * dw_stride_c, mask=there, other=0.0).to(tl.float32)
+                tl.store(p_at + at * ddw_stride_c, u.to(p_ptr.dtype.element_ty), mask=there)
+        for k in tl.static_range(ORDER - 1, 0, -1):
+            tl.debug_barrier()
+            row = tl.arange(0, PADDED[k - 1])[None, :]
+            of_before = (pixel < pixels) & (row < WIDTHS[k - 1])
+            p = tl.load(p_at + (STARTS[k - 1] + row) * ddw_stride_c, mask=of_before, other=0.0)
+            before = tl.zeros_like(p).to(tl.float32)
+            for begin in range(0, WIDTHS[k], CHUNKS[k]):
+                c = begin + tl.arange(0, CHUNKS[k])
+                weight = _weight(weights[k - 1], c, WIDTHS[k], WIDTHS[k - 1], PADDED[k - 1])
+                u = _linear(p, weight, biases[k - 1], c, WIDTHS[k])
+                there = (pixel < pixels) & (c < WIDTHS[k])[None, :]
+                at, to = STARTS[k] + c[None, :], du_at + (STARTS[k] - WIDTHS[0] + c[None, :]) * du_stride_c
+                if k == ORDER - 1:
+                    from_above = dp_ptr + n * dp_stride_n + pixel * dp_stride_p + c[None, :] * dp_stride_c
+                    dp = tl.load(from_above, mask=there, other=0.0).to(tl.float32)
+                else:
+                    dp = tl.load(to, mask=there, other=0.0).to(tl.float32)
+                tl.store(dq_at + at * ddw_stride_c, (dp * u).to(ddw_ptr.dtype.element_ty), mask=there)
+                q = tl.load(q_at + at * dw_stride_c, mask=there, other=0.0).to(tl.float32)
+                if k == ORDER - 1:
+                    tl.store(p_at + at * ddw_stride_c, (u * q).to(p_ptr.dtype.element_ty), mask=there)
+                du = dp * q
+                _add_up(own + STARTS[k] + c, tl.sum(du, axis=0), c < WIDTHS[k], block > program * share)
+                rounded = du.to(weight.dtype)
+                before = tl.dot(rounded, tl.trans(weight), before)
+                tl.store(to, rounded.to(du_ptr.dtype.element_ty), mask=there)
+            if k > 1:
+                place = du_at + (STARTS[k - 1] - WIDTHS[0] + row) * du_stride_c
+                tl.store(place, before.to(du_ptr.dtype.element_ty), mask=of_before)
+            else:
+                pwa = tl.load(pwa_at, mask=of_before, other=0.0).to(tl.float32)
+                place = dq_at + row * ddw_stride_c
+                tl.store(place, (before * pwa).to(ddw_ptr.dtype.element_ty), mask=of_before)
+                before *= tl.load(q_at + row * dw_stride_c, mask=of_before, other=0.0).to(tl.float32)
+                place = dpwa_ptr + n * dpwa_stride_n + pixel * dpwa_stride_p + row * dpwa_stride_c
+                tl.store(place, before.to(dpwa_ptr.dtype.element_ty), mask=of_before)
+                _add_up(own + first, tl.sum(before, axis=0), first < WIDTHS[0], block > program * share)
+
+
+@triton.jit
+def _weight(weight_ptr, c, width, inputs: tl.constexpr, PADDED: tl.constexpr):
+    """Of the outputs c, (inputs, outputs)."""
+    row = tl.arange(0, PADDED)[:, None]
+    valid = (row < inputs) & (c < width)[None, :]
+    return tl.load(weight_ptr + c[None, :] * inputs + row, mask=valid, other=0.0)
+
+
+@triton.jit
+def _linear(p, weight, bias_ptr, c, width):
+    u = tl.dot(p.to(weight.dtype), weight)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + c, mask=c < width, other=0.0).to(tl.float32)[None, :]
+    return u
+
+
+@triton.jit
+def _add_up(at, values, inside, more):
+    """To what the threads themselves have stored there, if there is more than values."""
+    before = tl.load(at, mask=inside & more, other=0.0)
+    tl.store(at, before + values, mask=inside)
+
+
+KERNELS = (gate_kernel, gate_bwd_kernel, chain_kernel, chain_bwd_kernel)
 
 
 def gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
@@ -225,12 +378,13 @@ def gate_backward(
             dp, u, bias, q, du, dq, sums, blocks, pixels, channels, *strides, SUM_TYPE=sum_type(u), **tile._asdict()
         )
     if sums is not None:
-        dbias.copy_(sums.sum(0))
+        sum_parts(sums[None], [dbias])
 
 
 def channel_sums(t: Tensor, sums: Tensor | None) -> None:
+    """Half types are added in float32, and rounded once."""
     if sums is not None:
-        sums.copy_(t.sum((0, 2, 3), dtype=torch.promote_types(t.dtype, torch.float32)))
+        torch.sum(t, (0, 2, 3), dtype=sums.dtype, out=sums)
 
 
 def chain(pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], out: Tensor) -> bool:
@@ -258,3 +412,49 @@ def chain(pwa: Tensor, dw: Tensor, weights: Sequence[Tensor], biases: Sequence[T
             **tile._asdict(),
         )
     return True
+
+
+def chain_backward(
+    pwa: Tensor,
+    dw: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dp: Tensor,
+    p: Tensor,
+    dpwa: Tensor,
+    ddw: Tensor,
+    du: Tensor,
+    sums: Sequence[Tensor | None],
+) -> None:
+    """Of `chain`, where has_chain. All p_k go into p, laid out as ddw, the gradients of weight p_k
+    into du, and their sums over the pixels, that of dpwa first, into sums."""
+    widths = [pwa.shape[1], *(w.shape[0] for w in weights)]
+    if dp.numel() == 0:
+        for t in sums:
+            if t is not None:
+                t.zero_()
+        return
+    tile = WIDEST_BACKWARD_TILE if max(widths) > 128 else chain_tile(widths, pwa.dtype)
+    pixels = pixel_count(pwa)
+    blocks = len(pwa) * triton.cdiv(pixels, tile.BLOCK_P)
+    partial = scratch((min(MOST_PROGRAMS, blocks), sum(widths)), torch.float32, pwa.device)
+    strides = [stride for t in (pwa, dw, dp, dpwa, ddw, du) for stride in strides_of(t)]
+    with torch.cuda.device_of(pwa):
+        chain_bwd_kernel.of(pwa.stride(1) == 1)[(len(partial),)](
+            pwa,
+            dw,
+            tuple(w.to(pwa.dtype).contiguous() for w in weights),
+            tuple(None if b is None else b.contiguous() for b in biases),
+            *(dp, p, dpwa, ddw, du, partial),
+            blocks,
+            pixels,
+            *strides,
+            WIDTHS=tuple(widths),
+            PADDED=tuple(map(_padded, widths)),
+            STARTS=tuple(sum(widths[:k]) for k in range(len(widths))),
+            CHUNKS=tuple(min(MOST_OF_CHUNK, _padded(width)) for width in widths),
+            ORDER=len(widths),
+            **tile._asdict(),
+        )
+        if any(t is not None for t in sums):
+            sum_parts(partial[None], sums, widths)

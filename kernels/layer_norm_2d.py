@@ -6,8 +6,6 @@ that it has to read anyway. Gradients of weight and bias are summed in two stage
 pixels, then the programs, whose number depends on the shape only.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -15,18 +13,11 @@ from torch import Tensor
 
 from . import power_of_two, scratch
 from ._maps import Tile, sum_type, walk
-from ._specialize import ByLayout, counted
+from ._moves import moves
+from ._specialize import ByLayout
+from .sums import sum_parts
 
 MOST_PROGRAMS = 528  # of the backward pass, each with a row of partial sums: four on every multiprocessor of an H200
-
-
-class SumTile(NamedTuple):
-    BLOCK_S: int
-    BLOCK_C: int
-    num_warps: int
-
-
-SUM_TILE = SumTile(BLOCK_S=32, BLOCK_C=32, num_warps=4)
 
 
 def tile(channels: int, channels_last: bool, element_size: int, backward: bool) -> Tile:
@@ -67,6 +58,7 @@ def _distance_from_mean(x, inside, channels):
 
 
 @ByLayout
+@moves("y_ptr")
 def layer_norm_2d_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -96,6 +88,7 @@ def layer_norm_2d_fwd_kernel(
 
 
 @ByLayout
+@moves("dx_ptr", "sums_ptr")
 def layer_norm_2d_bwd_kernel(
     grad_ptr,
     x_ptr,
@@ -150,34 +143,7 @@ def layer_norm_2d_bwd_kernel(
         tl.store(own + channels, tl.sum(dbias, axis=0), mask=channel < channels)
 
 
-@counted
-def layer_norm_2d_sum_kernel(
-    sums_ptr,
-    dweight_ptr,  # may be None
-    dbias_ptr,  # may be None
-    programs,
-    channels,
-    SUM_TYPE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    which = tl.program_id(1)
-    total = tl.zeros((BLOCK_S, BLOCK_C), SUM_TYPE)
-    for first in range(0, programs, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        inside = (s < programs)[:, None] & (c < channels)[None, :]
-        total += tl.load(sums_ptr + (2 * s + which)[:, None] * channels + c[None, :], mask=inside, other=0.0)
-    summed = tl.sum(total, axis=0)
-    if which == 0:
-        if dweight_ptr is not None:
-            tl.store(dweight_ptr + c, summed.to(dweight_ptr.dtype.element_ty), mask=c < channels)
-    else:
-        if dbias_ptr is not None:
-            tl.store(dbias_ptr + c, summed.to(dbias_ptr.dtype.element_ty), mask=c < channels)
-
-
-KERNELS = (layer_norm_2d_fwd_kernel, layer_norm_2d_bwd_kernel, layer_norm_2d_sum_kernel)
+KERNELS = (layer_norm_2d_fwd_kernel, layer_norm_2d_bwd_kernel)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
@@ -243,9 +209,7 @@ def backward(
             **t._asdict(),
         )
         if sums is not None:
-            layer_norm_2d_sum_kernel[(triton.cdiv(channels, SUM_TILE.BLOCK_C), 2)](
-                sums, dweight, dbias, programs, channels, SUM_TYPE=sum_type(x), **SUM_TILE._asdict()
-            )
+            sum_parts(sums.view(1, programs, -1), [dweight, dbias])
 
 
 def _channels_last(t: Tensor) -> bool:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from . import scratch
 from ._maps import gelu_and_slope, map_tile, pixel_count, pixels_of_block, silu_and_slope, strides_of, sum_type
+from ._moves import moves
 from ._specialize import ByLayout
+from .sums import sum_parts
 
 MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums
 
@@ -33,6 +35,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 
 @ByLayout
+@moves("a_ptr")
 def activate_kernel(
     u_ptr,
     a_ptr,
@@ -58,6 +61,7 @@ def activate_kernel(
 
 
 @ByLayout
+@moves("du_ptr", "a_ptr", "sums_ptr")
 def activate_bwd_kernel(
     da_ptr,
     u_ptr,
@@ -161,4 +165,4 @@ def activate_backward(
             **tile._asdict(),
         )
     if dbias is not None and sums is not None:
-        dbias.copy_(sums.sum(0))
+        sum_parts(sums[None], [dbias])

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from . import scratch
 from ._maps import map_tile, pixel_count, pixels_of_block, strides_of, sum_type
+from ._moves import moves
 from ._specialize import ByLayout
+from .sums import sum_parts
 
 MOST_PROGRAMS = 528  # along the pixels, each with a row of partial sums
 
@@ -27,6 +29,7 @@ def _factor(gamma_ptr, path_scale_ptr, n, c, channels, SUM_TYPE: tl.constexpr):
 
 
 @ByLayout
+@moves("y_ptr")
 def scaled_residual_kernel(
     x_ptr,
     branch_ptr,
@@ -59,6 +62,7 @@ def scaled_residual_kernel(
 
 
 @ByLayout
+@moves("dbranch_ptr", "sums_ptr")
 def scaled_residual_bwd_kernel(
     grad_ptr,
     branch_ptr,  # None where sums_ptr is
@@ -168,7 +172,7 @@ def backward(
             **tile._asdict(),
         )
     if dgamma is not None and sums is not None:
-        dgamma.copy_(sums.sum(0))
+        sum_parts(sums[None], [dgamma])
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:

@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._moves import moves
 from ._specialize import counted
+from .sums import sum_parts
 
 SHARE_PIXELS = 128  # at least, of a share
 PROGRAMS = 2112  # that share the sums of a batch: sixteen for every multiprocessor of an H200
@@ -29,12 +31,18 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-class SumTile(NamedTuple):
-    BLOCK_R: int
+class SmallTile(NamedTuple):
+    BLOCK_C: int
     num_warps: int
 
 
-SUM_TILE = SumTile(BLOCK_R=128, num_warps=4)
+class BiasTile(NamedTuple):
+    BLOCK_N: int
+    BLOCK_C: int
+    num_warps: int
+
+
+SMALL_TILE, BIAS_TILE = SmallTile(128, num_warps=4), BiasTile(32, 32, num_warps=4)
 
 
 def tile(channels: int, element_size: int) -> Tile:
@@ -76,6 +84,7 @@ def _source(i, j, height, width, step, vertical, stride_h, stride_w):
 
 
 @counted
+@moves("partial_ptr")
 def edge_sums_kernel(
     map_ptr,
     partial_ptr,  # [image][share][3][channels]
@@ -112,18 +121,27 @@ def edge_sums_kernel(
     tl.store(to + 2 * channels, tl.sum(horizontal, axis=0), mask=c < channels)
 
 
-@counted
-def sum_shares_kernel(partial_ptr, sums_ptr, shares, length, BLOCK_R: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R,), sums_ptr.dtype.element_ty)
-    for share in range(shares):
-        total += tl.load(partial_ptr + (n * shares + share) * length + r, mask=r < length, other=0.0)
-    tl.store(sums_ptr + n * length + r, total, mask=r < length)
-
-
 @triton.jit
-def pool_kernel(sums_ptr, pooled_ptr, channels, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr):
+def _offset(bias_ptr, w1, w2, w3, channels, c, there, SUM_TYPE: tl.constexpr):
+    """What the biases (3, C) of the branches add to the weighed sum."""
+    b1 = tl.load(bias_ptr + c, mask=there, other=0.0).to(SUM_TYPE)
+    b2 = tl.load(bias_ptr + channels + c, mask=there, other=0.0).to(SUM_TYPE)
+    b3 = tl.load(bias_ptr + 2 * channels + c, mask=there, other=0.0).to(SUM_TYPE)
+    return w1 * b1 + w2 * b2 + w3 * b3
+
+
+@counted
+@moves("pooled_ptr")
+def pool_kernel(
+    sums_ptr,
+    bias_ptr,  # of the branches, which have pixels of it; may be None
+    pooled_ptr,
+    pixels,
+    channels,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     first, step, c, there = _quarter(tl.program_id(1), channels, BLOCK_C, ALIGN)
     total = sums_ptr + n * 9 * channels + c
@@ -132,14 +150,17 @@ def pool_kernel(sums_ptr, pooled_ptr, channels, BLOCK_C: tl.constexpr, ALIGN: tl
     moved = tl.load(along, mask=there, other=0.0) + tl.load(across, mask=there, other=0.0)
     pooled = tl.load(total, mask=there, other=0.0) + tl.load(total + channels, mask=there, other=0.0)
     pooled += tl.load(total + 2 * channels, mask=there, other=0.0) - moved * step
+    if bias_ptr is not None:
+        pooled += _offset(bias_ptr, 1.0, 1.0, 1.0, channels, c, there, SUM_TYPE) * pixels
     tl.store(pooled_ptr + n * channels + c, pooled, mask=there)
 
 
 @counted
+@moves("y_ptr")
 def weigh_kernel(
     x_ptr,
     weights_ptr,
-    offset_ptr,  # may be None
+    bias_ptr,  # of the branches; may be None
     y_ptr,
     height,
     width,
@@ -163,23 +184,27 @@ def weigh_kernel(
     x2 = x + _source(i, j, height, width, step, first == 0, x_stride_h, x_stride_w) + channels
     x3 = x + _at(i, j, x_stride_h, x_stride_w) + 2 * channels
     w = weights_ptr + n * 3 * channels + c
-    y = tl.load(x1, mask=inside, other=0.0).to(SUM_TYPE) * tl.load(w, mask=there, other=0.0)[None, :]
-    y += tl.load(x2, mask=inside, other=0.0).to(SUM_TYPE) * tl.load(w + channels, mask=there, other=0.0)[None, :]
-    y += tl.load(x3, mask=inside, other=0.0).to(SUM_TYPE) * tl.load(w + 2 * channels, mask=there, other=0.0)[None, :]
-    if offset_ptr is not None:
-        y += tl.load(offset_ptr + n * channels + c, mask=there, other=0.0)[None, :]
+    w1 = tl.load(w, mask=there, other=0.0)
+    w2 = tl.load(w + channels, mask=there, other=0.0)
+    w3 = tl.load(w + 2 * channels, mask=there, other=0.0)
+    y = tl.load(x1, mask=inside, other=0.0).to(SUM_TYPE) * w1[None, :]
+    y += tl.load(x2, mask=inside, other=0.0).to(SUM_TYPE) * w2[None, :]
+    y += tl.load(x3, mask=inside, other=0.0).to(SUM_TYPE) * w3[None, :]
+    if bias_ptr is not None:
+        y += _offset(bias_ptr, w1, w2, w3, channels, c, there, SUM_TYPE)[None, :]
     to = y_ptr + (n * height * width + p[:, None]) * channels + c[None, :]
     tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @counted
+@moves("partial_ptr", "y_ptr")
 def weigh_backward_weights_kernel(
     dy_ptr,
     x_ptr,
     weights_ptr,
-    offset_ptr,
+    bias_ptr,  # of the branches; may be None
     partial_ptr,  # [image][share][4][channels]
-    y_ptr,  # may be None; only then are there weights and an offset
+    y_ptr,  # may be None
     shares,
     height,
     width,
@@ -204,10 +229,12 @@ def weigh_backward_weights_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     if y_ptr is not None:
         w = weights_ptr + n * 3 * channels + c
-        w1 = tl.load(w, mask=there, other=0.0)[None, :]
-        w2 = tl.load(w + channels, mask=there, other=0.0)[None, :]
-        w3 = tl.load(w + 2 * channels, mask=there, other=0.0)[None, :]
-        offset = tl.load(offset_ptr + n * channels + c, mask=there, other=0.0)[None, :]
+        w1 = tl.load(w, mask=there, other=0.0)
+        w2 = tl.load(w + channels, mask=there, other=0.0)
+        w3 = tl.load(w + 2 * channels, mask=there, other=0.0)
+        offset = tl.zeros_like(w1)
+        if bias_ptr is not None:
+            offset = _offset(bias_ptr, w1, w2, w3, channels, c, there, SUM_TYPE)
     length = tl.cdiv(height * width, shares)
     for begin in range(share * length, tl.minimum(share * length + length, height * width), BLOCK_P):
         p = begin + tl.arange(0, BLOCK_P)
@@ -225,7 +252,7 @@ def weigh_backward_weights_kernel(
         sum3 += dy * x3
         total += dy
         if y_ptr is not None:
-            y = offset + w1 * x1 + w2 * x2 + w3 * x3
+            y = offset[None, :] + w1[None, :] * x1 + w2[None, :] * x2 + w3[None, :] * x3
             to = y_ptr + (n * height * width + p[:, None]) * channels + c[None, :]
             tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside)
     to_sums = partial_ptr + tl.program_id(0).to(tl.int64) * 4 * channels + c
@@ -248,6 +275,7 @@ def _taken(g, own, i, j, height, width, step, vertical, stride_h, stride_w, insi
 
 
 @counted
+@moves("dx_ptr")
 def weigh_backward_input_kernel(
     dy_ptr,
     weights_ptr,
@@ -288,13 +316,80 @@ def weigh_backward_input_kernel(
     tl.store(to + 2 * channels, dx3.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+@moves("dlogits_ptr")
+def softmax_bwd_kernel(
+    sums_ptr,  # [image][4][channels]: gradients of the weights, but for the biases' part, and sums of dy
+    weights_ptr,
+    bias_ptr,  # may be None
+    dlogits_ptr,
+    channels,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of the softmax over the three branches."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    there = c < channels
+    w, grad, to = (
+        weights_ptr + n * 3 * channels + c,
+        sums_ptr + n * 4 * channels + c,
+        dlogits_ptr + n * 3 * channels + c,
+    )
+    w1 = tl.load(w, mask=there, other=0.0)
+    w2 = tl.load(w + channels, mask=there, other=0.0)
+    w3 = tl.load(w + 2 * channels, mask=there, other=0.0)
+    g1 = tl.load(grad, mask=there, other=0.0)
+    g2 = tl.load(grad + channels, mask=there, other=0.0)
+    g3 = tl.load(grad + 2 * channels, mask=there, other=0.0)
+    if bias_ptr is not None:
+        total = tl.load(grad + 3 * channels, mask=there, other=0.0)
+        g1 += tl.load(bias_ptr + c, mask=there, other=0.0).to(SUM_TYPE) * total
+        g2 += tl.load(bias_ptr + channels + c, mask=there, other=0.0).to(SUM_TYPE) * total
+        g3 += tl.load(bias_ptr + 2 * channels + c, mask=there, other=0.0).to(SUM_TYPE) * total
+    mean = w1 * g1 + w2 * g2 + w3 * g3
+    tl.store(to, w1 * (g1 - mean), mask=there)
+    tl.store(to + channels, w2 * (g2 - mean), mask=there)
+    tl.store(to + 2 * channels, w3 * (g3 - mean), mask=there)
+
+
+@counted
+@moves("dbias_ptr")
+def bias_bwd_kernel(
+    sums_ptr,  # as above
+    weights_ptr,
+    dpooled_ptr,
+    dbias_ptr,
+    images,
+    pixels,
+    channels,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of the biases of the branches: no pixel of dy goes to two pixels of a branch, none is lost."""
+    branch = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_C), SUM_TYPE)
+    for first in range(0, images, BLOCK_N):
+        n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        inside = (n < images) & (c < channels)
+        weight = tl.load(weights_ptr + (n * 3 + branch) * channels + c, mask=inside, other=0.0)
+        dy = tl.load(sums_ptr + (n * 4 + 3) * channels + c, mask=inside, other=0.0)
+        total += weight * dy + tl.load(dpooled_ptr + n * channels + c, mask=inside, other=0.0) * pixels
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    summed = tl.sum(total, axis=0).to(dbias_ptr.dtype.element_ty)
+    tl.store(dbias_ptr + branch * channels + c, summed, mask=c < channels)
+
+
 KERNELS = (
     edge_sums_kernel,
-    sum_shares_kernel,
     pool_kernel,
     weigh_kernel,
     weigh_backward_weights_kernel,
     weigh_backward_input_kernel,
+    softmax_bwd_kernel,
+    bias_bwd_kernel,
 )
 
 
@@ -309,22 +404,31 @@ def edge_sums(t: Tensor, sums: Tensor) -> None:
     constants = {"SUM_TYPE": _sum_type(t), **chosen._asdict()}
     with torch.cuda.device_of(t):
         edge_sums_kernel[(b * shares, columns)](t, partial, shares, h, w, channels, *t.stride()[:3], **constants)
-        _sum_shares(partial, sums)
+        sum_parts(partial.flatten(2), [sums])
 
 
-def pool(sums: Tensor, pooled: Tensor) -> None:
+def pool(sums: Tensor, pooled: Tensor, bias: Tensor | None = None, pixels: int = 0) -> None:
     if pooled.numel() == 0:
         return
     chosen = tile(pooled.shape[1], pooled.element_size())
+    constants = {"SUM_TYPE": _sum_type(pooled), "BLOCK_C": chosen.BLOCK_C, "ALIGN": chosen.ALIGN}
     with torch.cuda.device_of(sums):
         pool_kernel[(len(pooled), _columns(pooled.shape[1], chosen))](
-            sums, pooled, pooled.shape[1], chosen.BLOCK_C, chosen.ALIGN, num_warps=1
+            sums, bias, pooled, pixels, pooled.shape[1], **constants, num_warps=1
         )
 
 
-def pool_linear(sums: Tensor, weight: Tensor, biases: Tensor, pixels: int, pooled: Tensor) -> None:
-    pool(sums @ weight.to(sums.dtype).t(), pooled)
-    pooled.add_(biases.sum(0), alpha=pixels)
+def pool_linear(sums: Tensor, weight: Tensor, bias: Tensor | None, pixels: int, pooled: Tensor) -> None:
+    pool(sums @ weight.to(sums.dtype).t(), pooled, bias, pixels)
+
+
+def offset(weights: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The kernels take the bias itself."""
+    return bias
+
+
+def sum_pixels(t: Tensor, sums: Tensor) -> None:
+    torch.sum(t.flatten(0, 2), 0, dtype=sums.dtype, out=sums)
 
 
 def branch_weights(pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor, hidden: Tensor, weights: Tensor) -> None:
@@ -334,7 +438,8 @@ def branch_weights(pooled: Tensor, mlp1_weight: Tensor, mlp2_weight: Tensor, hid
 
 
 def branch_weights_backward(
-    dweights: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
     weights: Tensor,
     hidden: Tensor,
     pooled: Tensor,
@@ -343,26 +448,43 @@ def branch_weights_backward(
     dpooled: Tensor,
 ) -> None:
     mlp1_weight, mlp2_weight = (weight.to(pooled.dtype) for weight in mlps)
-    dlogits = torch.ops.aten._softmax_backward_data(dweights[:, :3], weights, 1, weights.dtype).flatten(1)
+    channels, dlogits = pooled.shape[1], scratch((len(sums), 3 * pooled.shape[1]), weights.dtype, weights.device)
+    if len(sums):
+        grid = len(sums), triton.cdiv(channels, SMALL_TILE.BLOCK_C)
+        with torch.cuda.device_of(sums):
+            softmax_bwd_kernel[grid](
+                sums, weights, bias, dlogits, channels, SUM_TYPE=_sum_type(sums), **SMALL_TILE._asdict()
+            )
     dhidden = torch.ops.aten.gelu_backward(dlogits @ mlp2_weight, hidden)
     for dmlp, grad, x in (dmlps[0], dhidden, pooled), (dmlps[1], dlogits, F.gelu(hidden)):
-        if dmlp is not None:
+        if dmlp is not None and dmlp.dtype == grad.dtype:
+            torch.mm(grad.t(), x, out=dmlp)
+        elif dmlp is not None:
             dmlp.copy_(grad.t() @ x)
     torch.mm(dhidden, mlp1_weight, out=dpooled)
 
 
-def weigh(x: Tensor, weights: Tensor, offset: Tensor | None, y: Tensor) -> None:
+def bias_backward(sums: Tensor, weights: Tensor, dpooled: Tensor, pixels: int, dbias: Tensor) -> None:
+    """Of the biases (3C,) of the branches."""
+    images, channels = dpooled.shape
+    with torch.cuda.device_of(sums):
+        bias_bwd_kernel[(triton.cdiv(channels, BIAS_TILE.BLOCK_C), 3)](
+            sums, weights, dpooled, dbias, images, pixels, channels, SUM_TYPE=_sum_type(sums), **BIAS_TILE._asdict()
+        )
+
+
+def weigh(x: Tensor, weights: Tensor, bias: Tensor | None, y: Tensor) -> None:
     if y.numel() == 0:
         return
     (b, h, w, channels), chosen = y.shape, tile(y.shape[3], y.element_size())
     grid = b * triton.cdiv(h * w, chosen.BLOCK_P), _columns(channels, chosen)
     constants = {"SUM_TYPE": _sum_type(x), **chosen._asdict()}
     with torch.cuda.device_of(x):
-        weigh_kernel[grid](x, weights, offset, y, h, w, channels, *x.stride()[:3], **constants)
+        weigh_kernel[grid](x, weights, bias, y, h, w, channels, *x.stride()[:3], **constants)
 
 
 def weigh_backward_weights(
-    dy: Tensor, x: Tensor, weights: Tensor, offset: Tensor | None, sums: Tensor, y: Tensor | None
+    dy: Tensor, x: Tensor, weights: Tensor, bias: Tensor | None, sums: Tensor, y: Tensor | None
 ) -> None:
     if dy.numel() == 0:
         return
@@ -375,9 +497,9 @@ def weigh_backward_weights(
     constants = {"SUM_TYPE": _sum_type(x), **chosen._asdict()}
     with torch.cuda.device_of(x):
         weigh_backward_weights_kernel[(b * shares, columns)](
-            dy, x, weights, offset, partial, y, shares, h, w, channels, *strides, **constants
+            dy, x, weights, bias, partial, y, shares, h, w, channels, *strides, **constants
         )
-        _sum_shares(partial, sums)
+        sum_parts(partial.flatten(2), [sums])
 
 
 def weigh_backward_input(dy: Tensor, weights: Tensor, dpooled: Tensor, dx: Tensor) -> None:
@@ -389,12 +511,6 @@ def weigh_backward_input(dy: Tensor, weights: Tensor, dpooled: Tensor, dx: Tenso
     constants = {"SUM_TYPE": _sum_type(dy), **chosen._asdict()}
     with torch.cuda.device_of(dy):
         weigh_backward_input_kernel[grid](dy, weights, dpooled, dx, h, w, channels, *strides, **constants)
-
-
-def _sum_shares(partial: Tensor, sums: Tensor) -> None:
-    b, shares, length = len(partial), partial.shape[1], sums[0].numel()
-    grid = b, triton.cdiv(length, SUM_TILE.BLOCK_R)
-    sum_shares_kernel[grid](partial, sums, shares, length, **SUM_TILE._asdict())
 
 
 def _columns(channels: int, chosen: Tile) -> int:

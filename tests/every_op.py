@@ -60,6 +60,15 @@ def every_op(
     linears = [*pointwise(96, 32), *pointwise(32, 32)]
     by_position = [t.transpose(2, 3) for t in tokens]
     table = torch.randn(4, 27, 27, device=device).to(dtype) if bias else None
+    inverted = [draw(64, 32), draw(64), draw(64), draw(64, 1, 3, 3), draw(64), draw(64), *pointwise(32, 64)]
+
+    def mbconv(t: Sequence[Tensor | None], backend: str) -> Tensor:
+        """In training. The bias of pre_norm, whose gradient is zero, is none of the tensors."""
+        x, pre, expand, *rest = t
+        norms = [[weight, bias, None, None] for weight, bias in ((pre, torch.zeros_like(pre)), rest[:2], rest[3:5])]
+        given = norms[0], expand, norms[1], rest[2], norms[2], *rest[5:7]
+        return ops.fused_mbconv(x, *given, se=rest[7:], training=True, backend=backend)
+
     return {
         "dwconv": Case(lambda t, b: ops.fused_dwconv(*t, activation="gelu", backend=b), [maps(), *depthwise(32, 7)]),
         "multi_order_dwconv": Case(
@@ -69,6 +78,11 @@ def every_op(
         "global_filter": Case(
             lambda t, b: ops.fused_global_filter(*t, backend=b), [maps(), draw(32, size, size // 2 + 1, 2)]
         ),
+        "batch_norm_act": Case(
+            lambda t, b: ops.fused_batch_norm_act(*t, None, None, training=True, activation="gelu", backend=b),
+            [maps(), draw(32), draw(32)],
+        ),
+        "mbconv": Case(mbconv, [maps(), draw(32), *inverted, *pointwise(8, 64), *pointwise(64, 8)]),
         "layer_norm_2d": Case(lambda t, b: ops.fused_layer_norm_2d(*t, backend=b), [maps(), draw(32), draw(32)]),
         "dwconv_layer_norm": Case(
             lambda t, b: ops.fused_dwconv_layer_norm(*t, backend=b), [maps(), *depthwise(32, 7), draw(32), draw(32)]

@@ -18,11 +18,14 @@ if find_spec("torch") is not None:
     from . import nn as nn
     from . import ops as ops
     from . import reference as reference
+    from ._accelerate import accelerate as accelerate
+    from ._accelerate import restore as restore
     from ._explain import explain as explain
     from .dispatch import use_backend as use_backend
     from .ops import *  # noqa: F403
 
     if not TYPE_CHECKING:  # which see the imports
-        __all__ = ["__version__", "explain", "models", "nn", "reference", "use_backend", *ops.__all__]
+        names = ["accelerate", "explain", "models", "nn", "reference", "restore", "use_backend"]
+        __all__ = ["__version__", *names, *ops.__all__]
 elif not _is_main():
     raise ImportError("vision_ops needs PyTorch 2.11 or later: pip install 'torch>=2.11'")

@@ -47,6 +47,12 @@ cuda, cuda_missing = _load("cuda")
 _triton_absent = None if find_spec("triton") else "Triton is not installed (pip install triton)"
 
 
+def device_kind(t: Tensor) -> str:
+    """The type of the device of t, which decides what runs. The ledger (benchmarks/ledger) puts its own function in the
+    place of this one, so that meta tensors take CUDA's way: nothing else asks for the type to choose by it."""
+    return t.device.type
+
+
 def kernels() -> ModuleType:
     """The CPU kernels, where a predicate has found that they are there."""
     assert cpu is not None

@@ -35,6 +35,8 @@ CASES = {
     "moga_gate": ("MogaNet-S.1",),
     "feature_decompose": ("MogaNet-S.1",),
     "scaled_residual": ("HorNet-T.1",),
+    "mbconv": ("MOAT-0.2", "MOAT-0.3"),
+    "batch_norm_act": ("MogaNet-T.2", "MOAT-0.2"),
 }
 # Those with depthwise convolutions, which cuDNN may have a kernel for.
 DEPTHWISE = (*tuple(CASES)[:4], "dwconv", "moga_aggregation", "split_cascade")

@@ -9,7 +9,7 @@ namespace vops {
 namespace VOPS_ISA {
 namespace {
 
-constexpr int64_t kTile = 32;  // tokens: panels of 96 channels fit the first-level cache
+constexpr int64_t kTile = 32;          // tokens: panels of 96 channels fit the first-level cache
 constexpr int64_t kLeastTokens = 256;  // of a partial sum
 
 int64_t panel_size(int64_t channels) { return kTile * padded(channels); }

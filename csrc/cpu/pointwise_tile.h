@@ -1,7 +1,8 @@
 // Tiles of C = A B: the rows of a tile are broadcast, its columns are vectors, and its sums stay in registers while the
 // depth, the common index, is run through. B is packed in panels of kTileColumns columns and in steps of kDepth, so
-// that a panel stays in a first-level cache for many tiles; A in tiles of kTileRows rows, where it cannot be read in
-// place. A last tile of few rows is shorter: 64 rows, of which many layers are, are ten tiles of six and one of four.
+// that a panel stays in a first-level cache for many tiles; A in tiles of kTileRows rows, or read in place. A last tile
+// of few rows is shorter, and of few columns narrower: 64 rows, of which many layers are, are ten tiles of six and one
+// of four, 48 columns a panel and a half.
 #pragma once
 #include "lines.h"
 #include "pointwise.h"
@@ -9,19 +10,25 @@
 namespace vops {
 namespace VOPS_ISA {
 
+// kEmbedded: rows whose numbers the multiply-adds broadcast themselves, once for every vector: that is a micro-op less
+// and a load more each, which Intel's processors balance so, and is the same to AMD's. Tiles are then read faster than
+// rows in place, which at a pitch of 4 KB lie in one set of a cache. AVX2 has six rows and no such broadcasts.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 14, kShortRows = 8;
+constexpr int kTileRows = 14, kShortRows = 8, kEmbedded = 7;
+constexpr bool kReadsRowsInPlace = false;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 6, kShortRows = 4;
+constexpr int kTileRows = 6, kShortRows = 4, kEmbedded = 0;
+constexpr bool kReadsRowsInPlace = true;
 #else
-constexpr int kTileRows = 4, kShortRows = 2;
+constexpr int kTileRows = 4, kShortRows = 2, kEmbedded = 0;
+constexpr bool kReadsRowsInPlace = true;
 #endif
 constexpr int kTileVectors = 2, kTileColumns = kTileVectors * kLanes;
 // Sums are complete every so many terms, and are then added to those before: longer ones would round more.
 constexpr int64_t kDepth = 192;
 constexpr int64_t kLine = 64 / sizeof(float);  // of a cache
-// Of packed tiles. Powers of two would crowd a few sets of a cache.
-constexpr int64_t kDepthPitch = kDepth + 16, kPackedTile = kTileRows * kDepthPitch + 16;
+// Of packed tiles, which are [depth][kTilePitch]. Powers of two would crowd a few sets of a cache.
+constexpr int64_t kTilePitch = kLanes, kPackedTile = kTilePitch * kDepth + 16;
 
 // Element (row, depth) of A, or (column, depth) of B.
 struct Matrix {
@@ -38,34 +45,41 @@ struct Steps {
 };
 static inline Steps cut_depth(int64_t depth) { return {max64(ceil_div(depth, kDepth), 1), depth}; }
 
-VOPS_INLINE void copy_line(const float* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  if (i < count) store_n(to + i, load_n(from + i, (int)(count - i)), (int)(count - i));
+// Rows that are contiguous along the depth. In the place of rows that are not there is the last one, again.
+static inline void transpose_tile(const Matrix& a, int64_t rows, int64_t depth, float* tile) {
+  const float* from[kLanes];
+  for (int i = 0; i < kLanes; i++) from[i] = a.data + min64(i, rows - 1) * a.line;
+  for (int64_t k = 0; k < depth; k += kLanes, tile += kLanes * kTilePitch) {
+    const int count = (int)min64(kLanes, depth - k);
+    Float v[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+      __builtin_prefetch(from[i] + k + 2 * kLanes);
+      v[i] = count == kLanes ? load(from[i] + k) : load_n(from[i] + k, count);
+    }
+    transpose(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+      if (i < count) store(tile + i * kTilePitch, v[i]);
+    }
+  }
 }
 
-// [row][depth] where A is contiguous along the depth, [depth][row] else: copied, never transposed.
+// Tiles of [depth][kTilePitch].
 static inline void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, int64_t step, float* tiles) {
   if (a.depth == 1) {
-    for (int64_t r = 0; r < rows; r++) {
-      copy_line(a.data + r * a.line, depth, tiles + r / kTileRows * step + r % kTileRows * kDepthPitch);
-    }
-    for (int64_t r = rows; r % kTileRows; r++) {
-      memset(tiles + r / kTileRows * step + r % kTileRows * kDepthPitch, 0, depth * sizeof(float));
+    for (int64_t r = 0; r < rows; r += kTileRows, tiles += step) {
+      transpose_tile(a.from(r, 0), min64(kTileRows, rows - r), depth, tiles);
     }
     return;
   }
   for (int64_t k = 0; k < depth; k++) {
     const float* from = a.data + k * a.depth;
-    float* to = tiles + k * kTileRows;
-    int64_t r = 0;  // the next in depth overwrites what is beyond a tile
-    if (a.line == 1) {
-      for (; r + kLanes <= rows; r += kTileRows, to += step) store(to, load(from + r));
-    }
-    for (; r < rows; r += kTileRows, to += step) {
+    float* to = tiles + k * kTilePitch;
+    for (int64_t r = 0; r < rows; r += kTileRows, to += step) {
       const int count = (int)min64(kLanes, rows - r);
-      if (a.line == 1 && count < kLanes) {
-        store(to, load_n(from + r, count));
+      if (a.line == 1) {
+        store(to, count == kLanes ? load(from + r) : load_n(from + r, count));
       } else {
         for (int i = 0; i < kLanes; i++) to[i] = i < count ? from[(r + i) * a.line] : 0.f;
       }
@@ -73,30 +87,28 @@ static inline void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, int6
   }
 }
 
-// The tiles of some rows of A.
+// The tiles of some rows of A: packed, or in place but for a last one that lacks rows.
 struct Tiles {
   const float* data;
-  int64_t step;  // of tiles
-  bool by_row;   // [row][depth], else [depth][row]
-  int64_t pitch;
-  const float* last;  // the last tile, if it lacks rows
+  int64_t step;   // of tiles
+  int64_t pitch;  // of rows in place, else 0
+  const float* last;
 };
-static inline Tiles packed_tiles(const Matrix& a, int64_t rows, const float* data, int64_t step) {
-  return {data, step, a.depth == 1, kDepthPitch, data + rows / kTileRows * step};
+static inline Tiles packed_tiles(int64_t rows, const float* data, int64_t step) {
+  return {data, step, 0, data + rows / kTileRows * step};
 }
-// In place where neighbours in memory follow the depth, but for a last tile that lacks rows; else packed.
 static inline Tiles make_tiles(const Matrix& a, int64_t rows, int64_t depth, float* scratch) {
-  const int64_t step = kTileRows * depth + 16;
-  if (a.depth != 1) {
+  const int64_t step = kTilePitch * depth + 16;
+  if (a.depth != 1 || !kReadsRowsInPlace) {
     pack_tiles(a, rows, depth, step, scratch);
-    return packed_tiles(a, rows, scratch, step);
+    return packed_tiles(rows, scratch, step);
   }
   const int64_t whole = rows / kTileRows * kTileRows;
   pack_tiles(a.from(whole, 0), rows - whole, depth, step, scratch);
-  return {a.data, kTileRows * a.line, true, a.line, scratch};
+  return {a.data, kTileRows * a.line, a.line, scratch};
 }
 
-// [panel][depth][column], with zeros for columns that are not there.
+// [panel][depth][column], with zeros for columns that are not there, but nothing for whole vectors of them.
 static inline void pack_panels(const Matrix& b, int64_t columns, int64_t depth, float* panels) {
   int64_t first = 0;
   for (; b.line == 1 && first + kTileColumns <= columns; first += kTileColumns) {
@@ -128,9 +140,6 @@ static inline void pack_panels(const Matrix& b, int64_t columns, int64_t depth, 
     }
     for (; k < depth; k++) {
       for (int i = 0; i < kLanes; i++) panel[k * kTileColumns + i] = i < count ? from[i * b.line + k * b.depth] : 0.f;
-    }
-    if (first + kLanes >= columns && first % kTileColumns == 0) {
-      for (k = 0; k < depth; k++) store(panel + k * kTileColumns + kLanes, Float{});
     }
   }
 }
@@ -183,68 +192,77 @@ struct Out {
   Sums* sums;
 };
 VOPS_INLINE bool is_whole_tile(int64_t rows, int64_t columns) {
-  return columns == kTileColumns && (rows == kTileRows || rows == kShortRows);
+  return columns % kLanes == 0 && (rows == kTileRows || rows == kShortRows);
 }
-template <int kRows, class F>
+template <int kRows, int kVectors, class F>
 VOPS_INLINE void store_rows(float* to, int64_t pitch, const F& sum) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; r++) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kTileVectors; j++) store(to + r * pitch + j * kLanes, sum(r, j));
+    for (int j = 0; j < kVectors; j++) store(to + r * pitch + j * kLanes, sum(r, j));
   }
 }
-template <int kRows>
-VOPS_INLINE void store_sums(const Float (&sums)[kRows][kTileVectors], const Out& out) {
+template <int kRows, int kVectors>
+VOPS_INLINE void store_sums(const Float (&sums)[kRows][kVectors], const Out& out) {
   if (!out.c) {
-    store_rows<kRows>(out.sums->at[0], kTileColumns, [&](int r, int j) { return sums[r][j]; });
+    store_rows<kRows, kVectors>(out.sums->at[0], kTileColumns, [&](int r, int j) { return sums[r][j]; });
   } else if (out.row_add) {
-    store_rows<kRows>(out.c, out.pitch, [&](int r, int j) { return sums[r][j] + out.row_add[r]; });
+    store_rows<kRows, kVectors>(out.c, out.pitch, [&](int r, int j) { return sums[r][j] + out.row_add[r]; });
   } else if (out.add_pitch == 0) {
-    const Float add[] = {load(out.add), load(out.add + kLanes)};
-    store_rows<kRows>(out.c, out.pitch, [&](int r, int j) { return sums[r][j] + add[j]; });
+    Float add[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; j++) add[j] = load(out.add + j * kLanes);
+    store_rows<kRows, kVectors>(out.c, out.pitch, [&](int r, int j) { return sums[r][j] + add[j]; });
   } else {
-    store_rows<kRows>(out.c, out.pitch,
-                      [&](int r, int j) { return sums[r][j] + load(out.add + r * out.add_pitch + j * kLanes); });
+    store_rows<kRows, kVectors>(
+        out.c, out.pitch, [&](int r, int j) { return sums[r][j] + load(out.add + r * out.add_pitch + j * kLanes); });
   }
 }
 
 // The loops over the depth are unrolled: a short one runs up to a tenth slower where its code straddles cache lines.
 
 // [depth][row]
-template <int kRows>
+template <int kRows, int kVectors>
 VOPS_INLINE void multiply_columns(const float* a, const float* b, int64_t depth, Ahead ahead, const Out& out) {
-  Float sums[kRows][kTileVectors] = {};
+  Float sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ahead.data += ahead.pitch) {
     for (int64_t i = 0; i < kTileColumns; i += kLine) __builtin_prefetch(ahead.data + i);
 #pragma GCC unroll 4
-    for (const int64_t end = min64(k + ahead.every, depth); k < end; k++, a += kTileRows, b += kTileColumns) {
-      const Float left = load(b), right = load(b + kLanes);
+    for (const int64_t end = min64(k + ahead.every, depth); k < end; k++, a += kTilePitch, b += kTileColumns) {
+      // The same, but the compiler does not know: it would load and broadcast a number once for both sums.
+      const float* again = a;
+      if (kEmbedded > 0 && kVectors > 1) asm("" : "+r"(again));
+      Float column[kVectors];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; j++) column[j] = load(b + j * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; r++) {
-        sums[r][0] += left * a[r];
-        sums[r][1] += right * a[r];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; j++) sums[r][j] += column[j] * (r < kEmbedded && j > 0 ? again : a)[r];
       }
     }
   }
   store_sums(sums, out);
 }
 
-// Rows `pitch` apart. Every third has a pointer: the others are displaced by a register or twice that.
-template <int kRows>
+// Rows in place, `pitch` apart. Every third has a pointer: the others are displaced by a register or twice that.
+template <int kVectors>
 VOPS_INLINE void multiply_rows(const float* a, int64_t pitch, const float* b, int64_t depth, const Out& out) {
-  constexpr int kPointers = (kRows + 2) / 3;
+  constexpr int kPointers = (kTileRows + 2) / 3;
   const float* rows[kPointers];
 #pragma GCC unroll 5
   for (int p = 0; p < kPointers; p++) rows[p] = a + 3 * p * pitch;
-  Float sums[kRows][kTileVectors] = {};
+  Float sums[kTileRows][kVectors] = {};
 #pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++, b += kTileColumns) {
-    const Float left = load(b), right = load(b + kLanes);
+    Float column[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; j++) column[j] = load(b + j * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++) {
+    for (int r = 0; r < kTileRows; r++) {
       const float value = rows[r / 3][r % 3 * pitch];
-      sums[r][0] += left * value;
-      sums[r][1] += right * value;
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; j++) sums[r][j] += column[j] * value;
     }
 #pragma GCC unroll 5
     for (int p = 0; p < kPointers; p++) {
@@ -255,24 +273,25 @@ VOPS_INLINE void multiply_rows(const float* a, int64_t pitch, const float* b, in
   store_sums(sums, out);
 }
 
-template <int kRows>
-VOPS_INLINE void multiply(const Tiles& tiles, int64_t first, int64_t count, const float* panel, int64_t depth,
+template <int kVectors>
+VOPS_INLINE void multiply(const Tiles& tiles, int64_t first, int64_t rows, const float* panel, int64_t depth,
                           const Ahead& ahead, const Out& out) {
-  const bool whole = count == kTileRows;
-  const float* tile = whole ? tiles.data + first / kTileRows * tiles.step : tiles.last;
-  if (tiles.by_row) {
-    multiply_rows<kRows>(tile, whole ? tiles.pitch : kDepthPitch, panel, depth, out);
+  const float* tile = rows == kTileRows ? tiles.data + first / kTileRows * tiles.step : tiles.last;
+  if (kReadsRowsInPlace && rows == kTileRows && tiles.pitch) {
+    multiply_rows<kVectors>(tile, tiles.pitch, panel, depth, out);
+  } else if (rows > kShortRows) {
+    multiply_columns<kTileRows, kVectors>(tile, panel, depth, ahead, out);
   } else {
-    multiply_columns<kRows>(tile, panel, depth, ahead, out);
+    multiply_columns<kShortRows, kVectors>(tile, panel, depth, ahead, out);
   }
 }
-// The tile of the rows from `first` on times a panel.
-static inline void multiply_tile(const Tiles& tiles, int64_t first, int64_t count, const float* panel, int64_t depth,
-                                 const Ahead& ahead, const Out& out) {
-  if (count > kShortRows) {
-    multiply<kTileRows>(tiles, first, count, panel, depth, ahead, out);
+// A tile of so many rows, from `first` on, and of so many columns: those of a panel.
+static inline void multiply_tile(const Tiles& tiles, int64_t first, int64_t rows, int64_t columns, const float* panel,
+                                 int64_t depth, const Ahead& ahead, const Out& out) {
+  if (columns > kLanes) {
+    multiply<kTileVectors>(tiles, first, rows, panel, depth, ahead, out);
   } else {
-    multiply<kShortRows>(tiles, first, count, panel, depth, ahead, out);
+    multiply<1>(tiles, first, rows, panel, depth, ahead, out);
   }
 }
 

@@ -17,7 +17,7 @@ Matrix by_channel(const Tensor4& t, int64_t n, int64_t pixel) {
 // The sums of the rows of A, or those added to others. Tiles are summed for they are in a cache.
 void add_row_sums(const Matrix& a, const Tiles& tiles, int64_t rows, int64_t depth, bool first, float* sums) {
   const auto add = [first](float* to, float sum) { *to = first ? sum : *to + sum; };
-  for (int64_t r = 0; tiles.by_row && r < rows; r++) {
+  for (int64_t r = 0; tiles.pitch > 0 && r < rows; r++) {
     Float sum[2] = {};
     int64_t k = 0;
     for (const float* row = a.data + r * a.line; k < depth; k += kLanes) {
@@ -25,16 +25,16 @@ void add_row_sums(const Matrix& a, const Tiles& tiles, int64_t rows, int64_t dep
     }
     add(sums + r, sum_of_lanes(sum[0] + sum[1]));
   }
-  static_assert(kTileRows <= kLanes);
-  for (int64_t first_row = 0; !tiles.by_row && first_row < rows; first_row += kTileRows) {
+  static_assert(kTilePitch == kLanes);
+  for (int64_t first_row = 0; !tiles.pitch && first_row < rows; first_row += kTileRows) {
     const float* column = tiles.data + first_row / kTileRows * tiles.step;
     Float sum[4] = {};
     int64_t k = 0;
-    for (; k + 4 <= depth; k += 4, column += 4 * kTileRows) {
+    for (; k + 4 <= depth; k += 4, column += 4 * kTilePitch) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) sum[i] += load(column + i * kTileRows);
+      for (int i = 0; i < 4; i++) sum[i] += load(column + i * kTilePitch);
     }
-    for (; k < depth; k++, column += kTileRows) sum[0] += load(column);
+    for (; k < depth; k++, column += kTilePitch) sum[0] += load(column);
     const Float total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     for (int64_t r = first_row; r < min64(first_row + kTileRows, rows); r++) add(sums + r, total[r - first_row]);
   }
@@ -58,7 +58,7 @@ void add_products(const Tiles& tiles, int64_t rows, const Matrix& b, const Matri
       Sums sums;
       Out out = {is_whole_tile(height, width) ? to : nullptr, pitch, to, pitch, nullptr, &sums};
       if (first) out.add = kZeros, out.add_pitch = 0;
-      multiply_tile(tiles, i, height, panel, depth, {ahead.data, ahead.depth, every}, out);
+      multiply_tile(tiles, i, height, width, panel, depth, {ahead.data, ahead.depth, every}, out);
       if (out.c) continue;
       for_each_sum(height, width, [&](int64_t r, int64_t at, const auto& get, const auto& put) {
         const Float sum = load(sums.at[r] + at);

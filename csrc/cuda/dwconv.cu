@@ -75,10 +75,20 @@ Error run(const PlainConv& p, CudaTarget target) {
 }
 
 MarchWgrad march_wgrad_of(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, const Tensor4& db, const DwConv& f,
-                          void* partial) {
-  return {pixels(x),         pixels(dy),       dw.data,  db.data,    static_cast<float*>(partial),
-          dy.dtype,          dw.dtype,         db.dtype, dy.size[0], dy.size[1],
-          axis(x, dy, 2, f), axis(x, dy, 3, f)};
+                          double scale, void* partial) {
+  return {scale,
+          pixels(x),
+          pixels(dy),
+          dw.data,
+          db.data,
+          static_cast<float*>(partial),
+          dy.dtype,
+          dw.dtype,
+          db.dtype,
+          dy.size[0],
+          dy.size[1],
+          axis(x, dy, 2, f),
+          axis(x, dy, 3, f)};
 }
 
 int64_t plain_splits(const Tensor4& dy) {
@@ -109,20 +119,20 @@ Error dwconv_backward_input_cuda(const Tensor4& dy, const Tensor4& w, const Tens
 }
 
 Error dwconv_backward_weight_cuda(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, const Tensor4& db,
-                                  DwConv conv, void* workspace, CudaTarget target) {
+                                  DwConv conv, double scale, void* workspace, CudaTarget target) {
   const DeviceGuard guard(target.device);
   if (guard.error) return guard.error;
   const auto stream = static_cast<cudaStream_t>(target.stream);
   if (!is_empty(dy) && marches(x, dy, conv))
-    return march_kernels(conv.kernel).wgrad(march_wgrad_of(dy, x, dw, db, conv, workspace), stream);
-  return plain_wgrad({x, dy, dw, db, conv, plain_splits(dy), workspace}, stream);
+    return march_kernels(conv.kernel).wgrad(march_wgrad_of(dy, x, dw, db, conv, scale, workspace), stream);
+  return plain_wgrad({x, dy, dw, db, conv, scale, plain_splits(dy), workspace}, stream);
 }
 
 // The most that either kernel takes: which one runs depends on strides, too.
 int64_t dwconv_backward_weight_workspace(const Tensor4& dy, DwConv conv) {
   int64_t splits = plain_splits(dy);
   if (!is_empty(dy) && has_march_kernel(dy.dtype, conv) && dy.size[2] < kMostPoints && dy.size[3] < kMostPoints) {
-    const int64_t marched = march_kernels(conv.kernel).wgrad_splits(march_wgrad_of(dy, dy, {}, {}, conv, nullptr));
+    const int64_t marched = march_kernels(conv.kernel).wgrad_splits(march_wgrad_of(dy, dy, {}, {}, conv, 1, nullptr));
     if (marched > splits) splits = marched;
   }
   return splits * (conv.kernel * conv.kernel + 1) * dy.size[1] * (dy.dtype == kFloat64 ? 8 : 4);

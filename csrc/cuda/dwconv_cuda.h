@@ -15,9 +15,9 @@ Error dwconv_backward_activation_cuda(const Tensor4& dy, const Tensor4& x, const
                                       const Tensor4& du, DwConv conv, Activation act, CudaTarget target);
 Error dwconv_backward_input_cuda(const Tensor4& dy, const Tensor4& w, const Tensor4& dx, DwConv conv,
                                  CudaTarget target);
-// Bitwise repeatable: how the sum is cut depends on shapes, dtypes and the convolution only.
+// The gradients times scale. Bitwise repeatable: how the sum is cut depends on shapes, dtypes and the convolution only.
 Error dwconv_backward_weight_cuda(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, const Tensor4& db,
-                                  DwConv conv, void* workspace, CudaTarget target);
+                                  DwConv conv, double scale, void* workspace, CudaTarget target);
 int64_t dwconv_backward_weight_workspace(const Tensor4& dy, DwConv conv);  // in bytes
 
 // x0, dx0: room for the channels of the second and third branch, channels_last; dx0 and workspace in backward only.

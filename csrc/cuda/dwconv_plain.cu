@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kThreads, 8) add_splits_kernel(SplitSums<A> s)
   __syncthreads();
   if (part || c >= s.channels) return;
   for (int i = 1; i < kParts; i++) sum += parts[i * 32 + lane];
+  sum *= static_cast<A>(s.scale);
   if (tap < s.taps) {
     if (s.dw) store_scalar(s.dw, s.dw_dtype, c * s.taps + tap, sum);
   } else if (s.db) {
@@ -108,9 +109,12 @@ __global__ void __launch_bounds__(kThreads, 8) add_splits_kernel(SplitSums<A> s)
   }
 }
 
+int64_t elements(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size[3]; }
+
 template <class T, class A>
 Error launch_conv(const PlainConv& p, cudaStream_t stream) {
-  const int64_t count = p.y.size[0] * p.y.size[1] * p.y.size[2] * p.y.size[3];
+  const int64_t count = elements(p.y), reads = elements(p.x) + (p.dy.data ? count : 0), size = sizeof(T);
+  VOPS_COST(reads * size, count * size, count * p.conv.kernel * p.conv.kernel);
   VOPS_LAUNCH((plain_kernel<T, A>), dim3(blocks_for(count)), kThreads, 0, stream, p);
   return error_text(cudaGetLastError());
 }
@@ -118,10 +122,13 @@ Error launch_conv(const PlainConv& p, cudaStream_t stream) {
 template <class T, class A>
 Error launch_wgrad(const PlainWgrad& p, cudaStream_t stream) {
   const int64_t taps = p.conv.kernel * p.conv.kernel, channels = p.dy.size[1];
+  VOPS_COST((elements(p.x) + elements(p.dy)) * int64_t(sizeof(T)),
+            p.splits * (taps + 1) * channels * int64_t(sizeof(A)), elements(p.dy) * taps);
   VOPS_LAUNCH((plain_wgrad_kernel<T, A>), dim3(blocks_for(p.splits * (taps + 1) * channels)), kThreads, 0, stream, p);
   if (const Error error = error_text(cudaGetLastError())) return error;
   const A* partial = static_cast<const A*>(p.partial);
-  return add_splits<A>({partial, p.splits, channels, int(taps), p.dw.dtype, p.db.dtype, p.dw.data, p.db.data}, stream);
+  return add_splits<A>({p.scale, partial, p.splits, channels, int(taps), p.dw.dtype, p.db.dtype, p.dw.data, p.db.data},
+                       stream);
 }
 
 }  // namespace
@@ -129,6 +136,8 @@ Error launch_wgrad(const PlainWgrad& p, cudaStream_t stream) {
 template <class A>
 Error add_splits(const SplitSums<A>& s, cudaStream_t stream) {
   const int64_t blocks = (s.taps + 1) * ceil_div(s.channels, int64_t(32));
+  VOPS_COST(s.splits * s.channels * (s.taps + 1) * int64_t(sizeof(A)), s.channels * (s.taps + 1) * int64_t(sizeof(A)),
+            0);
   VOPS_LAUNCH((add_splits_kernel<A>), dim3(unsigned(blocks)), kThreads, kThreads * int(sizeof(A)), stream, s);
   return error_text(cudaGetLastError());
 }

@@ -13,6 +13,7 @@ struct PlainConv {
 struct PlainWgrad {
   Tensor4 x, dy, dw, db;
   DwConv conv;
+  double scale;  // of the gradients
   int64_t splits;
   void* partial;  // [splits][taps + 1][channels], float, or double for float64
 };

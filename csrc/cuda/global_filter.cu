@@ -5,6 +5,7 @@
 #include "channels.cuh"
 #include "dft.cuh"
 #include "global_filter_cuda.h"
+#include "grid_model.h"
 
 namespace vops {
 namespace {
@@ -237,7 +238,6 @@ struct Cut {
 
 template <int N>
 Cut cut_images(const Tensor4& t, int resident) {
-  constexpr int64_t kSms = 132;  // a constant, not the device's: splits depend on the shape only
   Cut c;
   c.channel_blocks = ceil_div(t.size[1], int64_t(FilterShape<N>::kLanes));
   c.images_per_split = max(ceil_div(t.size[0] * c.channel_blocks, kSms * resident), int64_t(1));
@@ -313,6 +313,15 @@ __global__ void __launch_bounds__(kThreads, 8)
   static_cast<float*>(dw.data)[i % channels * numbers + i / channels] = sum;
 }
 
+int64_t bytes(const Tensor4& t) {
+  return t.data ? t.size[0] * t.size[1] * t.size[2] * t.size[3] * (t.dtype == kFloat32 ? 4 : 2) : 0;
+}
+// Instructions of arithmetic, as README.md counts them.
+template <int N>
+int64_t filter_work(const Tensor4& x) {
+  return x.size[0] * x.size[1] * N * N * 29;
+}
+
 template <int N>
 Error launch_filter(const Tensor4& x, const Tensor4& w, const Tensor4& y, bool conjugated, cudaStream_t stream) {
   using Shape = FilterShape<N>;
@@ -320,8 +329,9 @@ Error launch_filter(const Tensor4& x, const Tensor4& w, const Tensor4& y, bool c
   static_assert(kBlocks * (Shape::kShared + 1024) <= kSharedMemoryPerSm, "shared memory holds fewer blocks");
   const Cut c = cut_images<N>(x, kBlocks);
   if (c.channel_blocks * c.splits == 0) return nullptr;
-  const auto kernel = &filter_kernel<N, kBlock, kBlocks>;
+  constexpr auto kernel = &filter_kernel<N, kBlock, kBlocks>;
   if (const Error error = allow_shared_memory(kernel, Shape::kShared)) return error;
+  VOPS_COST(bytes(x) + bytes(w), bytes(y), filter_work<N>(x));
   VOPS_LAUNCH(kernel, dim3(unsigned(c.channel_blocks * c.splits)), kBlock, Shape::kShared, stream, x, w, y, conjugated,
               c);
   return error_text(cudaGetLastError());
@@ -334,14 +344,16 @@ Error launch_filter_backward(const Tensor4& dy, const Tensor4& x, const Tensor4&
   constexpr int kBlock = Shape::kBlock, kBlocks = Shape::kBackwardBlocks;
   const Cut c = cut_images<N>(x, kBlocks);
   if (c.channel_blocks * c.splits != 0) {
-    const auto kernel = &filter_backward_kernel<N, kBlock, kBlocks>;
+    constexpr auto kernel = &filter_backward_kernel<N, kBlock, kBlocks>;
     if (const Error error = allow_shared_memory(kernel, Shape::kShared)) return error;
+    VOPS_COST(bytes(x) + bytes(dy) + bytes(w), bytes(dx) + c.splits * bytes(dw), 2 * filter_work<N>(x));
     VOPS_LAUNCH(kernel, dim3(unsigned(c.channel_blocks * c.splits)), kBlock, Shape::kShared, stream, dy, x, w, dx,
                 partial, c);
     if (const Error error = error_text(cudaGetLastError())) return error;
   }
   const int64_t blocks = ceil_div(dw.size[1] * Shape::kNumbers, int64_t(kThreads));
   if (blocks == 0) return nullptr;
+  VOPS_COST(c.splits * bytes(dw), bytes(dw), 0);
   VOPS_LAUNCH(add_splits_of_filter_kernel, dim3(unsigned(blocks)), kThreads, 0, stream, partial, dw, c.splits);
   return error_text(cudaGetLastError());
 }

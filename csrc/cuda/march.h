@@ -18,6 +18,7 @@ struct March {
 };
 
 struct MarchWgrad {
+  double scale;  // of the gradients
   Pixels x, dy;
   void *dw, *db;
   float* partial;  // [splits][taps + 1][channels]
@@ -33,9 +34,11 @@ Error march_wgrad(const MarchWgrad& m, cudaStream_t stream);
 template <int K>
 int64_t march_wgrad_splits(const MarchWgrad& m);
 
-// dw[c, tap] and db[c]: the sum of partial[split][tap][c] over the splits, in order; row `taps` is the bias.
+// dw[c, tap] and db[c]: scale times the sum of partial[split][tap][c] over the splits, in order; row `taps` is the
+// bias.
 template <class A>
 struct SplitSums {
+  double scale;
   const A* partial;
   int64_t splits, channels;
   int taps, dw_dtype, db_dtype;

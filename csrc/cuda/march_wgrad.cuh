@@ -4,6 +4,7 @@
 // channels in registers while it walks over its share of the strips; the block adds its strips one after another and
 // writes one row of partial[splits][K * K + 1][channels]. Stage 2 (dwconv_plain.cu) adds the splits.
 #pragma once
+#include "grid_model.h"
 #include "march.h"
 
 namespace vops {
@@ -166,16 +167,14 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_wgrad_kernel(MarchWgra
     }
 }
 
-constexpr int64_t kWgradFillBlocks = 3 * 132;  // constants, not the device's: splits depend on the shape only
-
-template <class T, int V, int R>
+template <class T, int V, int R, int BLOCKS>
 WgradGrid wgrad_grid(const MarchWgrad& m) {
   WgradGrid g;
   g.lane_bits = lane_bits_for(m.channels, V, sizeof(T));
   g.strips = cut_rows(m.images, ceil_div(m.rows.out, m.rows.dilation), m.rows.dilation, R);
   g.groups = ceil_div(g.strips.count, int64_t(kThreads >> g.lane_bits)) * m.columns.dilation;
   g.channel_blocks = int(ceil_div(m.channels, int64_t(V) << g.lane_bits));
-  g.splits = min(g.groups, ceil_div(kWgradFillBlocks, int64_t(g.channel_blocks)));
+  g.splits = cut_units(g.groups, g.channel_blocks, BLOCKS, 1, kGroupsOfWgradBlock).splits;
   return g;
 }
 
@@ -196,22 +195,27 @@ Error launch_wgrad(const MarchWgrad& m, cudaStream_t stream) {
   const auto kernel = &march_wgrad_kernel<T, K, DOWN, V, R, Shape::kBlocks>;
   if (const Error error = allow_shared_memory(kernel, kShared)) return error;
 
-  WgradGrid g = wgrad_grid<T, V, R>(m);
+  WgradGrid g = wgrad_grid<T, V, R, Shape::kBlocks>(m);
   const int size = sizeof(T), most = V * size << g.lane_bits;
   g.x_piece = piece_bytes(m.x.data, m.x.image, m.x.row, m.x.column, m.channels, size, most);
   g.dy_piece = piece_bytes(m.dy.data, m.dy.image, m.dy.row, m.dy.column, m.channels, size, most);
+  const int64_t in = m.images * m.channels * m.rows.in * m.columns.in;
+  const int64_t out = m.images * m.channels * m.rows.out * m.columns.out, columns = m.columns.out / m.columns.dilation;
+  VOPS_COST((in + out) * size, g.splits * m.channels * (K * K + 1) * 4,
+            g.groups * g.channel_blocks * columns * kThreads * V * R * K * K);
   VOPS_LAUNCH((march_wgrad_kernel<T, K, DOWN, V, R, Shape::kBlocks>), dim3(unsigned(g.splits * g.channel_blocks)),
               kThreads, kShared, stream, m, g);
   if (const Error error = error_text(cudaGetLastError())) return error;
-  return add_splits<float>({m.partial, g.splits, m.channels, K * K, m.dw_dtype, m.db_dtype, m.dw, m.db}, stream);
+  return add_splits<float>({m.scale, m.partial, g.splits, m.channels, K * K, m.dw_dtype, m.db_dtype, m.dw, m.db},
+                           stream);
 }
 
 template <class T, int K>
 int64_t splits_of(const MarchWgrad& m) {
   using One = WgradShape<T, K, 1>;
   using Two = WgradShape<T, K, 2>;
-  if (K == 3 && m.rows.stride == 2) return wgrad_grid<T, Two::kChannels, Two::kStripRows>(m).splits;
-  return wgrad_grid<T, One::kChannels, One::kStripRows>(m).splits;
+  if (K == 3 && m.rows.stride == 2) return wgrad_grid<T, Two::kChannels, Two::kStripRows, Two::kBlocks>(m).splits;
+  return wgrad_grid<T, One::kChannels, One::kStripRows, One::kBlocks>(m).splits;
 }
 
 template <class T, int K>

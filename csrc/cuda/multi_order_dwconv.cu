@@ -64,8 +64,8 @@ Error multi_order_dwconv_backward_cuda(const Tensor4& dy, const Tensor4& x, cons
     }
     if (wants_weight[i]) {
       const Tensor4 from = slice(x0, begin[i], width[i]);
-      if (const Error error =
-              dwconv_backward_weight_cuda(branch, from, grads.weight[i], grads.bias[i], p.conv[i], workspace, target))
+      if (const Error error = dwconv_backward_weight_cuda(branch, from, grads.weight[i], grads.bias[i], p.conv[i], 1,
+                                                          workspace, target))
         return error;
     }
   }
@@ -81,7 +81,7 @@ Error multi_order_dwconv_backward_cuda(const Tensor4& dy, const Tensor4& x, cons
     }
     if (wants_weight[0]) {
       if (const Error error = dwconv_backward_weight_cuda(parts[i], own(x), own(grads.weight[0]), own(grads.bias[0]),
-                                                          p.conv[0], workspace, target))
+                                                          p.conv[0], 1, workspace, target))
         return error;
     }
   }

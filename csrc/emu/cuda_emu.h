@@ -3,6 +3,9 @@
 // says in which order threads run, so that a missing barrier changes the result: 0 in order, 1 backwards, n shuffled
 // with seed n. Not emulated: inline PTX, tensor cores, clusters, asynchronous copies (give these a plain version under
 // VOPS_EMU), independent thread progress, races between blocks.
+//
+// Launches can be recorded in place of running, for the ledger (benchmarks/ledger): the host's part is real, and its
+// tensors need no memory.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -25,8 +28,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define VOPS_DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(emu::state().shared.data())
+#define VOPS_COST(...) emu::state().cost = {__VA_ARGS__}
 #define VOPS_LAUNCH(kernel, grid, block, smem, stream, ...) \
-  emu::launch(grid, block, smem, [=] { (kernel)(__VA_ARGS__); })
+  emu::launch(emu::name<(kernel)>(), grid, block, smem, [=] { (kernel)(__VA_ARGS__); })
 
 struct dim3 {
   unsigned x, y, z;
@@ -88,7 +92,20 @@ struct Warp {
   unsigned arrived, generation;
   uint64_t slot[32];
 };
+struct Cost {
+  int64_t bytes_read, bytes_written, multiply_adds;
+};
+struct Launch {
+  const char* kernel;
+  dim3 grid;
+  unsigned threads;
+  size_t shared;
+  Cost cost;
+};
 struct State {
+  bool recording;
+  std::vector<Launch> recorded;
+  Cost cost;  // of the next launch
   Context scheduler;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -134,12 +151,23 @@ inline std::vector<int> thread_order(size_t threads) {
 
 constexpr int kInvalidConfiguration = 9;
 
-inline void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> body) {
+// The compiler's own text, in which the kernel stands with its template arguments.
+template <auto kernel>
+const char* name() {
+  return __PRETTY_FUNCTION__;
+}
+
+inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared, std::function<void()> body) {
   State& s = state();
   const size_t threads = size_t(block.x) * block.y * block.z, stack = 128 << 10;
   const bool legal = grid.x && grid.x <= INT32_MAX && grid.y && grid.y <= 65535 && grid.z && grid.z <= 65535;
   if (!legal || !threads || threads > 1024 || shared > 227 << 10) {
     s.error = kInvalidConfiguration;
+    return;
+  }
+  const Cost cost = std::exchange(s.cost, Cost{});
+  if (s.recording) {
+    s.recorded.push_back({kernel, grid, unsigned(threads), shared, cost});
     return;
   }
   s.grid = grid;

@@ -55,7 +55,7 @@ def run(kernel_size, stride, dilation, channels, size, dtype, first):
     engine.dwconv_backward_activation(dy.view, x.view, weight.view, bias.view, y.view, conv, 2, 0, 0)
     engine.dwconv_backward_input(dy.view, weight.view, dx.view, conv, 0, 0)
     room = np.zeros(engine.dwconv_backward_weight_workspace(dy.view, conv), np.uint8)
-    sums = dweight.view, dbias.view, conv, room.ctypes.data, 0, 0
+    sums = dweight.view, dbias.view, conv, 1.0, room.ctypes.data, 0, 0
     engine.dwconv_backward_weight(dy.view, x.view, *sums)
 
 

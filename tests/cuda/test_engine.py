@@ -97,7 +97,7 @@ def test_channel_slices(engine, dtype, channels, before, after):
     engine.dwconv(_native.view(x), w, _native.weight_view(bias), _native.view(y), conv, 0, *TARGET)
     engine.dwconv_backward_input(_native.view(dy), w, _native.view(dx), conv, *TARGET)
     room = torch.full((engine.dwconv_backward_weight_workspace(_native.view(dy), conv) // 4,), float("nan"))
-    sums = _native.weight_view(dweight), _native.weight_view(dbias), conv, room.data_ptr(), *TARGET
+    sums = _native.weight_view(dweight), _native.weight_view(dbias), conv, 1.0, room.data_ptr(), *TARGET
     engine.dwconv_backward_weight(_native.view(dy), _native.view(x), *sums)
 
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from vision_ops import _native
-from vision_ops.ops import _registration, channel_aggregation_ffn, gnconv, moga_aggregation
+from vision_ops.ops import _registration, channel_aggregation_ffn, gnconv, mbconv, moga_aggregation
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +90,14 @@ def redirect(monkeypatch: pytest.MonkeyPatch, cuda: Any, convolves: bool = True)
     device. cuda: in the place of the compiled CUDA kernels. convolves: whether they are what blocks convolve with."""
     monkeypatch.setattr(_native, "cuda", cuda)
     monkeypatch.setattr(_native, "target", lambda t: (0, 0))
-    for op in (channel_aggregation_ffn, gnconv, moga_aggregation):
+    for op in (channel_aggregation_ffn, gnconv, mbconv, moga_aggregation):
         monkeypatch.setattr(op, "convolves_cuda", lambda x: convolves)
     monkeypatch.setattr(channel_aggregation_ffn, "_fc1_channels", lambda a: a.dw_weight.shape[0])
-    call = _registration.FusedOp.__call__
+    call = _registration.FusedOp.with_saved
 
-    def redirected(op: Any, *given: Any, backend: str | None = None) -> Tensor:
-        return call(op, *given, backend=backend) if backend == "reference" else run(op, *op._autocast(given))
+    def redirected(op: Any, *given: Any, backend: str | None = None, reference: Any = None) -> Any:
+        if backend == "reference":
+            return call(op, *given, backend=backend, reference=reference)
+        return (run(op, *op._autocast(given)),)
 
-    monkeypatch.setattr(_registration.FusedOp, "__call__", redirected)
+    monkeypatch.setattr(_registration.FusedOp, "with_saved", redirected)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vision_ops import kernels
 from vision_ops.kernels import (
+    batch_norm_act,
     channel_aggregation_ffn,
     cross_covariance,
     feature_decompose,
@@ -28,6 +29,7 @@ from vision_ops.kernels import (
     scaled_residual,
     shift_split_attention,
 )
+from vision_ops.ops.batch_norm_act import Coefficients
 
 ARCHS = (80, 90, 100)
 
@@ -98,7 +100,12 @@ def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) 
     biases = [absent(o, dtype=dtype) for o in widths[1:]]
     out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
     expected = channels <= 256 and dtype != torch.float32
-    assert gated_recursion.chain(*slices(channels, widths, size, dtype, last), weights, biases, out) == expected
+    pwa, dw = slices(channels, widths, size, dtype, last)
+    assert gated_recursion.chain(pwa, dw, weights, biases, out) == expected
+    du = absent(128, sum(widths[1:]), size, size, dtype=dtype, channels_last=last)
+    if expected:
+        sums = [absent(width, dtype=torch.float32) for width in widths]
+        gated_recursion.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
 
 
 HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))
@@ -226,7 +233,15 @@ def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> No
     h = room[:, :hidden]
     channel_aggregation_ffn.scores(h, 8, weight, bias, scores)
     channel_aggregation_ffn.scores_backward(x, of_d, scores, scores)
-    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight)
+    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight, absent(1, dtype=dtype))
+    matrix, product = absent(channels, hidden + 8, dtype=dtype), absent(channels, hidden + 8, dtype=wide(dtype))
+    fc2, sigma, of_d = (
+        absent(channels, hidden, dtype=dtype),
+        absent(hidden, dtype=dtype),
+        absent(channels, dtype=wide(dtype)),
+    )
+    channel_aggregation_ffn.fold(fc2, sigma, hidden + 2, matrix, of_d)
+    channel_aggregation_ffn.unfold(product, fc2, sigma, fc2, sigma)
 
 
 MOGANET = (
@@ -320,4 +335,43 @@ def moat() -> Iterator[Launch]:
     yield Launch("relative_attention", "3x100 d32 bfloat16", run, ())
 
 
-LAUNCHES = (*norms(), *recursions(), *s2(), *attentions(), *moganet(), *mlps(), *moat())
+def batch_norm(channels: int, size: int, dtype: torch.dtype, last: bool, by_image: bool) -> None:
+    """by_image: with gates and sums of every image, as squeeze and excitation takes them."""
+    x, y, grad = (absent(128, channels, size, size, dtype=dtype, channels_last=last) for _ in range(3))
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, shift, mean = (absent(channels, dtype=wide) for _ in range(3))
+    pair, images = absent(2, channels, dtype=wide), absent(128, channels, dtype=wide)
+    c = Coefficients(scale, shift, mean, *((images, images) if by_image else (None, None)))
+    activation = "gelu" if by_image or channels != 96 else None
+    if by_image:
+        batch_norm_act.forward(x, c._replace(gate=None, offset=None), activation, None, images)
+        batch_norm_act.backward_gate(grad, x, c._replace(gate=None, offset=None), activation, images)
+    else:
+        batch_norm_act.moments(x, scale, shift)
+    batch_norm_act.forward(x, c, activation, y)
+    batch_norm_act.backward_sums(grad, x, c, activation, pair)
+    batch_norm_act.backward_input(grad, x, c, activation, pair, grad)
+
+
+def batch_norms() -> Iterator[Launch]:
+    """Of MOAT, and of MogaNet's planes."""
+    for channels, size in ((96, 56), (384, 56), (768, 28), (1536, 14), (3072, 7), (32, 56), (88, 16)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for last, by_image in ((True, False), (True, True), (False, False)):
+                named = f"{channels}x{size}x{size} {str(dtype)[6:]} {'channels_last' if last else 'contiguous'}"
+                run = functools.partial(batch_norm, channels, size, dtype, last, by_image)
+                usual = dtype == torch.bfloat16 and last
+                archs = ARCHS if usual and channels == 384 else (90,) if channels == 88 and not by_image else ()
+                yield Launch("batch_norm_act", f"{named}{' by image' if by_image else ''}", run, archs)
+
+
+LAUNCHES = (
+    *batch_norms(),
+    *norms(),
+    *recursions(),
+    *s2(),
+    *attentions(),
+    *moganet(),
+    *mlps(),
+    *moat(),
+)

@@ -64,6 +64,9 @@ def install(monkeypatch: pytest.MonkeyPatch, convolves: bool = True) -> Recorder
     recorder = Recorder()
     binding = _Binding(_native.cuda or emulation.kernels(), recorder)
     interpreter.redirect(monkeypatch, binding, convolves)
+    monkeypatch.setattr(_native, "device_kind", lambda t: "cuda")
+    for missing in ("gpu_missing", "triton_missing"):
+        monkeypatch.setattr(_native, missing, lambda index: None)
     monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
     monkeypatch.setattr(F, "conv2d", _conv2d)
     compilers: dict[Any, tuple[Any, ...]] = {}

@@ -129,6 +129,6 @@ def test_keeps_fc1_without_gaps(monkeypatch):
 def test_fc2_is_as_tensor_cores_want_it(hidden, columns):
     """Rows of whole vectors; what fills them up counts for nothing."""
     x, *rest = make(None, (1, 8, 2, 2), hidden, dtype=torch.bfloat16).tensors
-    fc2 = ops._Fc2(ops._Arguments(x, *rest, True), ops._cuda(x).columns)
+    fc2 = ops._Fc2(ops._Arguments(x, *rest, True), ops._cuda(x))
     assert fc2.matrix.shape == (8, columns) and fc2.matrix.is_contiguous() and not fc2.matrix[:, hidden + 2 :].any()
     assert ops._hidden_channels(ops._Arguments(x, *rest, True)) >= columns

@@ -205,8 +205,8 @@ def test_autocast():
     case = make((2, 16, 9, 9), 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, grad = outputs(case, "fused")
-    *rest, sigma = case.tensors
-    y = case.run([*(t.bfloat16() for t in rest), sigma], "fused")
+    x, *parameters = case.tensors
+    y = case.run([x.bfloat16(), *parameters], "fused")
     assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], y)
     assert all(g.dtype == torch.float32 for g in found[1:])
     eager, _ = outputs(case, "reference", grad)

@@ -110,7 +110,7 @@ def test_autocast(device):
     weight.requires_grad_()
     with torch.autocast(device, dtype=torch.bfloat16):
         y = fused_dwconv(x, weight, bias, backend="fused")
-    cast = fused_dwconv(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), backend="fused")
+    cast = fused_dwconv(x.bfloat16(), weight, bias, backend="fused")
     assert y.dtype == torch.bfloat16 and torch.equal(y, cast)
     y.sum().backward()
     assert weight.grad.dtype == torch.float32

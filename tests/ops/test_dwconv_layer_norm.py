@@ -171,7 +171,7 @@ def test_a_graph_made_for_inference_still_has_gradients():
 
 def test_autocast_leaves_the_parameters_of_the_norm():
     x, weight, bias, ln_weight, ln_bias = make((2, 16, 9, 9), 3).tensors
-    half = x.bfloat16(), weight.bfloat16(), bias.bfloat16(), ln_weight, ln_bias
+    half = x.bfloat16(), weight, bias, ln_weight, ln_bias
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, ln_weight, ln_bias)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = fused_dwconv_layer_norm(*leaves, backend="fused")

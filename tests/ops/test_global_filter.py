@@ -15,7 +15,7 @@ from harness import (
     saved_bytes,
 )
 
-from vision_ops import explain, fused_global_filter, reference
+from vision_ops import explain, fused_global_filter, reference, use_backend
 from vision_ops.reference._resize import resize, resize_backward
 
 
@@ -139,6 +139,9 @@ def test_export_and_functorch():
     exported = torch.export.export(Module(), (x,))
     assert any("vision_ops.global_filter" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), reference.global_filter(x, weight))
+    with use_backend("reference"):
+        exported = torch.export.export(Module(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.testing.assert_close(exported.module()(x[:1]), reference.global_filter(x[:1], weight))
     for f in (torch.func.jvp, torch.func.vjp):
         arguments = (x,) if f is torch.func.vjp else ((x,), (x,))
         found = [f(lambda t, h=h: h(t, weight), *arguments)[0] for h in (fused_global_filter, reference.global_filter)]

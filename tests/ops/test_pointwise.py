@@ -18,6 +18,7 @@ SIZES = [
     ((2, 17, 16, 13), 70),
     ((2, 3, 1, 40), 129),
     ((4, 32, 31, 1), 12),
+    ((2, 210, 33, 25), 41),  # rows that share panels
 ]
 LAYOUTS = ["contiguous", "channels_last", "slice"]
 
@@ -77,8 +78,9 @@ def test_planes_write_nothing_else():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_sums_do_not_depend_on_the_threads(layout):
-    x, y = (laid_out(torch.randn(2, c, 40, 41), layout) for c in (400, 70))
+@pytest.mark.parametrize("pixels", [(40, 41), (9, 10)], ids=str)
+def test_sums_do_not_depend_on_the_threads(layout, pixels):
+    x, y = (laid_out(torch.randn(2, c, *pixels), layout) for c in (400, 70))
     weight, bias, threads = torch.randn(70, 400), torch.randn(70), torch.get_num_threads()
     results = []
     try:
@@ -199,6 +201,16 @@ def test_long_sums_round_no_more_than_pytorchs(layout):
     assert (y - expected).abs().max() <= 2 * (eager - expected).abs().max()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_bias_rounds_no_more_than_pytorchs(layout):
+    """It is added to complete sums: those that begin with it err by half as much again."""
+    x, weight, bias, y = ended((1, 64, 40, 50), 96, layout, layout)
+    _pointwise.linear(x, weight, bias, y)
+    expected = exact(x, weight, bias)
+    eager = functional.conv2d(x, weight[:, :, None, None], bias)
+    assert (y - expected).norm() <= 1.3 * (eager - expected).norm()
+
+
 def test_weight_gradient_writes_nothing_else():
     whole = torch.full((40, 50), 7.0)
     part = whole[3:37, 5:44]
@@ -226,7 +238,7 @@ def test_weight_gradients_do_not_depend_on_the_threads(outputs, inputs, size):
 
 ACTIVATIONS = {"gelu": functional.gelu, "silu": functional.silu, "hardswish": functional.hardswish}
 # Of one and of several steps of the depth, in tiles that lack rows and columns, of images that are cut.
-ENDED = [((1, 1, 1, 1), 1), ((3, 33, 7, 9), 70), ((2, 400, 9, 5), 20), ((4, 32, 31, 1), 129)]
+ENDED = [((1, 1, 1, 1), 1), ((3, 33, 7, 9), 70), ((2, 400, 9, 5), 20), ((4, 32, 31, 1), 129), ((2, 210, 33, 25), 41)]
 
 
 activated_cases = pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn._blocks import Blocks
+from ..nn._blocks import Blocks, normalize
+from ..nn._layers import Layers
+from ..nn._layers import batch_norm as batch_norm_layer
 from ..nn.moat import MBConv, MOATBlock, batch_norm, pad_same
 from ._backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, Variant, check_stages
 
@@ -55,6 +56,7 @@ class MOAT(Backbone):
         check_stages(4, dims=dims, depths=depths)
         self.conv_0, self.norm_0 = nn.Conv2d(in_chans, stem, 3, stride=2), batch_norm(stem)
         self.conv_1 = nn.Conv2d(stem, stem, 3, padding=1)
+        self.fused, self._norm_0 = fused, Layers("batch_norm_act", {"norm_0": batch_norm_layer(stem)})
         self.blocks = nn.ModuleList()
         before, index = stem, 0
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -93,7 +95,7 @@ class MOAT(Backbone):
 
     def forward_stage(self, i: int, x: Tensor) -> Tensor:
         if i == 0:
-            x = self.conv_1(F.gelu(self.norm_0(self.conv_0(pad_same(x)))))
+            x = self.conv_1(normalize(self, self._norm_0, self.conv_0(pad_same(x)), "gelu", name="norm_0"))
         return self.blocks[i](x)
 
     def pool(self, x: Tensor) -> Tensor:

@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import resolve_backend
+from ..ops._checks import autocast_enabled
+from ..ops.batch_norm_act import Norm, fused_batch_norm_act
 from ..ops.dwconv import fused_dwconv
 from ..ops.mlp import fused_mlp
 from ..ops.scaled_residual import fused_scaled_residual
+from ..reference.dwconv import ACTIVATIONS
 from ._checkpointing import checkpointed
 from ._layers import Layer, Layers, computed, layer_norm, linear, module
 
@@ -80,6 +84,57 @@ def convolve(block: nn.Module, kernel: Layers, x: Tensor, stride: int = 1) -> Te
     return fused_dwconv(x, *parameters, stride=stride)
 
 
+def of_call(norm: nn.Module) -> dict[str, Any]:
+    """The options of `fused_batch_norm_act` for a call of nn.BatchNorm2d, which is counted."""
+    momentum = norm.momentum
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return {"training": norm.training, "momentum": momentum or 0.0, "eps": norm.eps}
+
+
+def normalize(
+    block: nn.Module, kernel: Layers | None, x: Tensor, activation: str | None = None, *, name: str
+) -> Tensor:
+    """act(norm(x)) by the norm of this name, the only layer of `kernel`; None for one that no kernel computes."""
+    norm = getattr(block, name)
+    parameters = None if kernel is None else kernel.tensors(block, x)
+    if parameters is None:
+        return ACTIVATIONS[activation](norm(x))
+    return fused_batch_norm_act(x, *parameters, **of_call(norm), activation=activation)
+
+
+def evaluated(block: nn.Module, kernel: Layers | None, x: Tensor, *, name: str) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of the batch norm of this name, the only layer of `kernel`, where weights beside it can take them
+    up: in evaluation, by kernels; autocast would round them."""
+    norm = getattr(block, name)
+    parameters = None if kernel is None or norm.training else kernel.tensors(block, x)
+    if parameters is None or resolve_backend(None) == "reference" or autocast_enabled(x):
+        return None
+    c = Norm.of(x, parameters, norm.eps).coefficients()
+    return c.scale, c.shift
+
+
+def convolve_normalize(
+    block: nn.Module,
+    kernel: Layers,
+    norm_kernel: Layers,
+    x: Tensor,
+    activation: str | None = None,
+    *,
+    stride: int = 1,
+    name: str,
+) -> Tensor:
+    """act(norm(dwconv(x))): in evaluation the norm is part of the convolution, in float32 beside a half x."""
+    affine = evaluated(block, norm_kernel, x, name=name)
+    parameters = None if affine is None else kernel.tensors(block, x)
+    if affine is None or parameters is None or parameters[1] is not None:
+        return normalize(block, norm_kernel, convolve(block, kernel, x, stride), activation, name=name)
+    scale, shift = affine
+    return fused_dwconv(x, parameters[0] * scale[:, None, None, None], shift, stride=stride, activation=activation)
+
+
 def tail_layers(gamma: str | None = None) -> Layers:
     """What `residual` takes of a block: layer scale, and its drop_path."""
     return Layers("scaled_residual", {"drop_path": module(DropPath)}, own=(gamma,) if gamma else ())
@@ -89,10 +144,10 @@ def residual(block: nn.Module, tail: Layers, x: Tensor, branch: Tensor) -> Tenso
     """x + drop_path(gamma * branch) of (N, C, H, W)."""
     parameters = tail.tensors(block, branch)
     if parameters is not None and x.shape == branch.shape:
-        gamma = parameters[0] if tail.own else None
+        gamma = parameters[0].flatten() if tail.own else None
         return fused_scaled_residual(x, branch, gamma, block.drop_path.draw(branch))
     if tail.own:
-        branch = getattr(block, tail.own[0])[:, None, None] * branch
+        branch = getattr(block, tail.own[0]).flatten()[:, None, None] * branch
     return x + block.drop_path(branch)
 
 
@@ -134,14 +189,20 @@ class HalfBlock(Layers):
 
 
 def half_of(
-    kernel: Layers | None, part: str, kind: type[nn.Module], *, gamma: str | None, norm: str | None, norms: Layer | None
+    kernel: Layers | None,
+    part: str,
+    kind: type[nn.Module],
+    *,
+    gamma: str | None,
+    norm: str | None = None,
+    norms: Layer | None = None,
 ) -> HalfBlock | None:
     """The half-block whose f is the module of this name and type, which `kernel` computes alone."""
     if kernel is None:
         return None
     layers = {f"{part}.{name}": layer for name, layer in kernel.layers.items()}
     own = tuple(f"{part}.{name}" for name in kernel.own)
-    return HalfBlock(kernel.op, {part: module(kind), **layers}, own, gamma=gamma, norm=norm, norms=norms)
+    return HalfBlock(kernel.op, {part: module(kind, fused=True), **layers}, own, gamma=gamma, norm=norm, norms=norms)
 
 
 def mlp_layers(

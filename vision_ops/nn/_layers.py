@@ -23,8 +23,22 @@ _KINDS: dict[str, tuple[type[nn.Module], Any, Any]] = {}
 
 def computed(kind: type[nn.Module]) -> type[nn.Module]:
     """Decorates a class of modules that a kernel computes."""
-    _KINDS[_key(kind)] = kind, _own(kind, "forward"), _own(kind, "_conv_forward")
+    register(kind)
     return kind
+
+
+def register(kind: type[nn.Module], key: str | None = None) -> str:
+    """Makes a class one that a kernel computes, under a key of its own, or under the one that another process gave."""
+    if key is None:
+        key = _key(kind)
+        while key in _KINDS and _KINDS[key][0] is not kind:  # classes of functions, and of modules that were reloaded
+            key += "'"
+    _KINDS.setdefault(key, (kind, _own(kind, "forward"), _own(kind, "_conv_forward")))
+    return key
+
+
+def registered(key: str) -> type[nn.Module]:
+    return _KINDS[key][0]
 
 
 def _key(kind: type[nn.Module]) -> str:
@@ -41,7 +55,7 @@ def _own(kind: type[nn.Module], name: str) -> Any:
     return method if owned and not hasattr(method, "__wrapped__") else object()
 
 
-for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU):
+for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.Dropout, nn.GELU):
     computed(_kind)
 
 
@@ -77,6 +91,10 @@ def pointwise(inputs: int, outputs: int) -> Layer:
     return _conv2d((outputs, inputs, 1, 1), 1, 0, 1, 1)
 
 
+def unbiased(convolution: Layer) -> Layer:
+    return convolution._replace(bias=False)
+
+
 def _conv2d(shape: tuple[int, ...], stride: int, padding: int, dilation: int, groups: int) -> Layer:
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     attributes = *((name, (n, n)) for name, n in pairs.items()), ("groups", groups), ("padding_mode", "zeros")
@@ -97,6 +115,14 @@ def layer_norm_2d(channels: int) -> Layer:
     """`LayerNorm2d`, of any eps."""
     attributes = (("normalized_shape", (channels,)),)
     return Layer("vision_ops.nn.layer_norm.LayerNorm2d", attributes, _WEIGHT_AND_BIAS, (channels,), True)
+
+
+def batch_norm(channels: int) -> Layer:
+    """nn.BatchNorm2d in training or evaluation, of any eps and momentum, which the block hands to the kernel."""
+    attributes = ("num_features", channels), ("affine", True), ("track_running_stats", True)
+    return Layer(
+        _key(nn.BatchNorm2d), attributes, (*_WEIGHT_AND_BIAS, "running_mean", "running_var"), (channels,), True
+    )
 
 
 def dropout() -> Layer:
@@ -132,7 +158,7 @@ class Layers:
         Raises:
             ValueError: it is to call them though the backend is "fused".
         """
-        if not block.fused:
+        if not getattr(block, "fused", True):  # which modules that are not ours lack
             return None
         found: list[Any] = []
         odd = self._odd(block, x, found)
@@ -202,7 +228,7 @@ class Layers:
 
     def reasons(self, block: nn.Module, x: Any) -> list[str]:
         """In words, why the block calls its layers."""
-        if not block.fused:
+        if not getattr(block, "fused", True):
             return [_UNFUSED]
         found, odd = [], self._odd(block, x, [])
         while odd is not None:

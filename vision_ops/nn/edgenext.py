@@ -22,16 +22,18 @@ from ._blocks import (
     DropPath,
     HalfBlock,
     convolve,
+    convolve_normalize,
     fill_,
     half_of,
     inverted_bottleneck,
     layer_scale,
     mlp,
     mlp_layers,
+    normalize,
     residual,
     tail_layers,
 )
-from ._layers import Layers, computed, depthwise, dropout, layer_norm, linear, module
+from ._layers import Layers, batch_norm, computed, depthwise, dropout, layer_norm, linear, module
 
 _MOST_TABLES = 16  # training at several scales has a few; at any size, there is no end of them
 
@@ -181,6 +183,7 @@ class ConvEncoderBNHS(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
         self._kernel = Layers("dwconv", {"dwconv": depthwise(dim, kernel_size)})
         self.norm = nn.BatchNorm2d(dim)
+        self._norm = Layers("batch_norm_act", {"norm": batch_norm(dim)})
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
         self._mlp = mlp_layers(dim, expan_ratio * dim, gamma="gamma" if layer_scale_init_value > 0 else None)
@@ -190,7 +193,7 @@ class ConvEncoderBNHS(nn.Module):
         fill_(self.gamma, self.layer_scale_init_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(convolve(self, self._kernel, x)).permute(0, 2, 3, 1)
+        y = convolve_normalize(self, self._kernel, self._norm, x, name="norm").permute(0, 2, 3, 1)
         return _bottleneck(self, self._mlp, y, x, None, F.hardswish)
 
 
@@ -340,6 +343,10 @@ class _SDTA(nn.Module):
         self.norm_xca = self.make_norm(dim)
         self.xca = XCA(dim, num_heads, qkv_bias, attn_drop, drop, fused=fused)
         self.norm = self.make_norm(dim)
+        batch = self.make_norm is nn.BatchNorm2d
+        self._norm_xca, self._norm = (
+            Layers("batch_norm_act", {name: batch_norm(dim)}) if batch else None for name in ("norm_xca", "norm")
+        )
         self.pwconv1, self.pwconv2 = nn.Linear(dim, expan_ratio * dim), nn.Linear(expan_ratio * dim, dim)
         self.drop_path = DropPath(drop_path)
         scaled, normed = layer_scale_init_value > 0, self.make_norm is not nn.BatchNorm2d
@@ -422,6 +429,7 @@ class SDTAEncoderBNHS(_SDTA):
     make_norm = nn.BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
-        t = self.with_position(self.norm_xca(self.cascade(x)).permute(0, 2, 3, 1))
-        t = self.norm(self.attend(t, t).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        normed = normalize(self, self._norm_xca, self.cascade(x), name="norm_xca")
+        t = self.with_position(normed.permute(0, 2, 3, 1))
+        t = normalize(self, self._norm, self.attend(t, t).permute(0, 3, 1, 2), name="norm").permute(0, 2, 3, 1)
         return _bottleneck(self, self._mlp, t, x, None, F.hardswish)

@@ -4,6 +4,7 @@ The article's PyTorch code is another network, that of `moat_article.py`: no exp
 no norm in the stem, other shortcuts; it cannot load the official weights and misses the paper's parameter counts.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,30 +14,23 @@ from torch import Tensor, nn
 
 from ..ops._checks import check_integer, check_sequence
 from ..ops.dwconv import fused_dwconv
+from ..ops.mbconv import fused_mbconv
 from ..ops.relative_attention import check_window, fused_relative_attention
 from ..ops.relative_self_attention import fused_relative_self_attention
+from ..reference.mbconv import pad_same, pool_same, same_padding
 from ..reference.relative_attention import relative_attention
-from ._blocks import DropPath, convolve, half_of
-from ._layers import Layers, computed, depthwise, layer_norm, linear
+from ._blocks import DropPath, convolve, half_of, of_call
+from ._layers import Layers, computed, depthwise, layer_norm, linear, module, pointwise, unbiased
+from ._layers import batch_norm as batch_norm_layer
 
 torch.fx.wrap("relative_attention")  # it asks for the size of the table
-
-
-def same_padding(height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of TensorFlow's "SAME" for a kernel of 3 at stride 2."""
-    return height % 2, 1, width % 2, 1
-
-
-def pad_same(x: Tensor) -> Tensor:
-    height, width = x.shape[2:]
-    top, bottom, left, right = same_padding(height, width)
-    return F.pad(x, (left, right, top, bottom))
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
+@computed
 class SqueezeExcite(nn.Module):
     """x * sigmoid(expand_conv2d(SiLU(reduce_conv2d(mean(x))))). Keys: reduce_conv2d, expand_conv2d."""
 
@@ -90,19 +84,34 @@ class MBConv(nn.Module):
         self.expand_norm = batch_norm(hidden)
         padding = 1 if stride == 1 else 0  # at stride 2 it depends on the size: pad_same
         self.depthwise_conv = nn.Conv2d(hidden, hidden, 3, stride, padding, groups=hidden, bias=False)
-        self._kernel = Layers("dwconv", {"depthwise_conv": depthwise(hidden, 3, stride=stride, padding=padding)})
         self.depthwise_norm = batch_norm(hidden)
         self.se = SqueezeExcite(hidden, max(1, out_channels // 4)) if se else None
         self.shrink_conv = nn.Conv2d(hidden, out_channels, 1)
         self.drop_path = DropPath(drop_path)
+        dw = {"depthwise_conv": depthwise(hidden, 3, stride=stride, padding=padding)}
+        layers = {
+            "pre_norm": batch_norm_layer(in_channels),
+            "expand_conv": unbiased(pointwise(in_channels, hidden)),
+            "expand_norm": batch_norm_layer(hidden),
+            "depthwise_conv": unbiased(dw["depthwise_conv"]),
+            "depthwise_norm": batch_norm_layer(hidden),
+            "shrink_conv": pointwise(hidden, out_channels),
+            "drop_path": module(DropPath),
+        }
+        if self.se is not None:
+            reduced = self.se.reduce_conv2d.out_channels
+            layers |= {
+                "se": module(SqueezeExcite),
+                "se.reduce_conv2d": pointwise(hidden, reduced),
+                "se.expand_conv2d": pointwise(reduced, hidden),
+            }
+        if self.shortcut_conv is not None:
+            layers["shortcut_conv"] = pointwise(in_channels, out_channels)
+        self._whole, self._kernel = Layers("mbconv", layers), Layers("dwconv", dw)
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        if self.stride == 2 and self.pool_size == 2:
-            # Windows that reach over the border average what is inside, as "SAME" pooling does.
-            x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-        elif self.stride == 2:
-            inside = pad_same(torch.ones_like(x[:1, :1]))
-            x = F.avg_pool2d(pad_same(x), 3, 2) / F.avg_pool2d(inside, 3, 2)
+        if self.stride == 2:
+            x = pool_same(x, self.pool_size)
         return x if self.shortcut_conv is None else self.shortcut_conv(x)
 
     def _depthwise(self, x: Tensor) -> Tensor:
@@ -121,8 +130,31 @@ class MBConv(nn.Module):
         y = F.gelu(self.depthwise_norm(self._depthwise(y)))
         return self.shrink_conv(y if self.se is None else self.se(y))
 
+    def _norms_agree(self) -> bool:
+        """Whether they are called alike, as the op's are."""
+        first, *rest = (
+            (norm.training, norm.momentum, norm.eps) for norm in (self.pre_norm, self.expand_norm, self.depthwise_norm)
+        )
+        return first[1] is not None and all(other == first for other in rest)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._shortcut(x) + self.drop_path(self._residual(x))
+        parameters = self._whole.tensors(self, x)
+        if parameters is None or not self._norms_agree():
+            return self._shortcut(x) + self.drop_path(self._residual(x))
+        pre, expand, expand_norm, dw, dw_norm = (parameters[i:j] for i, j in itertools.pairwise((0, 4, 6, 10, 12, 16)))
+        shrink, own = parameters[16:18], parameters[18:]
+        for norm in (self.pre_norm, self.expand_norm):
+            of_call(norm)
+        return fused_mbconv(
+            x,
+            *(pre, expand[0], expand_norm, dw[0], dw_norm, *shrink),
+            se=None if self.se is None else own[:4],
+            shortcut=own[-2:] if self.shortcut_conv is not None else None,
+            path_scale=self.drop_path.draw(x),
+            stride=self.stride,
+            pool_size=self.pool_size,
+            **of_call(self.depthwise_norm),
+        )
 
 
 @computed

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from ..ops._checks import check_integer, check_sequence
 from ..ops.relative_attention import fused_relative_attention
 from ..reference.relative_attention import relative_attention
-from ._blocks import DropPath, convolve
-from ._layers import Layers, depthwise
+from ._blocks import DropPath, convolve_normalize, normalize
+from ._layers import Layers, batch_norm, depthwise
 
 # What looks at shapes. torch.fx then does not trace them, but calls them, wherever they are wrapped by name.
 fx.wrap("relative_attention")
@@ -51,10 +51,14 @@ class DepthwiseSeparable(nn.Module):
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self._bn1, self._bn2 = (
+            Layers("batch_norm_act", {name: batch_norm(channels)})
+            for name, channels in (("bn1", in_channels), ("bn2", out_channels))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = convolve(self, self._kernel, x, self.stride)
-        return self.bn2(self.conv_pw(F.gelu(self.bn1(y))))
+        y = convolve_normalize(self, self._kernel, self._bn1, x, "gelu", stride=self.stride, name="bn1")
+        return normalize(self, self._bn2, self.conv_pw(y), name="bn2")
 
 
 class ArticleMBConv(nn.Module):

@@ -1,6 +1,7 @@
 """MogaNet (arXiv 2211.03295), after models/moganet.py of Westlake-AI/MogaNet."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from ..ops.dwconv import fused_dwconv
 from ..ops.feature_decompose import fused_feature_decompose
 from ..ops.moga_aggregation import fused_moga_aggregation
 from ..ops.multi_order_dwconv import check_multi_order, fused_multi_order_dwconv
-from ._blocks import DropPath, convolve
-from ._layers import Layer, Layers, computed, depthwise, dropout, module, pointwise
+from ._blocks import DropPath, convolve, evaluated, half_of, normalize, residual, tail_layers
+from ._layers import Layer, Layers, batch_norm, computed, depthwise, dropout, module, pointwise
 from .layer_norm import LayerNorm2d
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"GELU": F.gelu, "ReLU": F.relu, "SiLU": F.silu}
@@ -100,6 +101,7 @@ class MultiOrderDWConv(nn.Module):
         return self.PW_conv(fused_multi_order_dwconv(x, weights, biases, dilations=self.dw_dilation, split=split))
 
 
+@computed
 class MultiOrderGatedAggregation(nn.Module):
     """Spatial aggregation: decompose, gate and value branches, and the block's own inner shortcut.
 
@@ -149,8 +151,10 @@ class MultiOrderGatedAggregation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = None if self._kernel is None else self._kernel.tensors(self, x)
-        if parameters is None:
-            return self._composed(x)
+        return self._composed(x) if parameters is None else self.whole(x, parameters)
+
+    def whole(self, x: Tensor, parameters: list[Any], **half: Any) -> Tensor:
+        """As one op. half: what it takes as a half-block."""
         into, out, convs = parameters[:4], parameters[4:9], parameters[9:]
         given = *into, convs[::2], convs[1::2], *out
         return fused_moga_aggregation(
@@ -159,6 +163,7 @@ class MultiOrderGatedAggregation(nn.Module):
             dilations=self.value.dw_dilation,
             split=self.value.channel_split,
             double_gate_act=self.double_gate_act,
+            **half,
         )
 
     def _composed(self, x: Tensor) -> Tensor:
@@ -175,6 +180,7 @@ class MultiOrderGatedAggregation(nn.Module):
         return self.proj_2(gate * value) + x
 
 
+@computed
 class ChannelAggregationFFN(nn.Module):
     """Feed-forward network with a depthwise convolution and channel aggregation.
 
@@ -287,6 +293,16 @@ class MogaBlock(nn.Module):
         self.norm2 = build_norm("norm_type", norm_type, embed_dims, fused)
         hidden = int(embed_dims * ffn_ratio)
         self.mlp = ChannelAggregationFFN(embed_dims, hidden, act_type=act_type, ffn_drop=drop_rate, fused=fused)
+        self.fused = fused
+        self._norm1: Layers | None = None
+        self._norm2: Layers | None = None
+        if norm_type in ("BN", "SyncBN"):
+            self._norm1, self._norm2 = (
+                Layers("batch_norm_act", {name: batch_norm(embed_dims)}) for name in ("norm1", "norm2")
+            )
+        self._tail1, self._tail2 = tail_layers("layer_scale_1"), tail_layers("layer_scale_2")
+        self._attn = half_of(self.attn._kernel, "attn", MultiOrderGatedAggregation, gamma="layer_scale_1")
+        self._mlp = half_of(self.mlp._kernel, "mlp", ChannelAggregationFFN, gamma="layer_scale_2")
 
     def reset_parameters(self) -> None:
         """Of the layer scales; the layers have their own."""
@@ -294,5 +310,27 @@ class MogaBlock(nn.Module):
             nn.init.constant_(scale, self.init_value)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.layer_scale_1 * self.attn(self.norm1(x)))
-        return x + self.drop_path(self.layer_scale_2 * self.mlp(self.norm2(x)))
+        y = normalize(self, self._norm1, x, name="norm1")
+        given = None if self._attn is None else self._attn.given(self, y, x)
+        if given is None:
+            x = residual(self, self._tail1, x, self.attn(y))
+        else:
+            x = self.attn.whole(y, given[0], **given[1])
+        return self._feed_forward(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """x + layer_scale_2 * mlp(norm2(x)). In evaluation norm2 is part of fc1, of maps larger than its weight.
+        A half type would round the constant."""
+        given = None if self._mlp is None else self._mlp.given(self, x, x)
+        if given is None:
+            return residual(self, self._tail2, x, self.mlp(normalize(self, self._norm2, x, name="norm2")))
+        weight, bias, *rest = given[0]
+        affine = evaluated(self, self._norm2, x, name="norm2")
+        folds = affine is not None and x.dtype.itemsize > 2 and not torch.compiler.is_compiling()
+        if affine is None or not folds or x.numel() <= weight.numel():
+            y = normalize(self, self._norm2, x, name="norm2")
+            return fused_channel_aggregation_ffn(y, weight, bias, *rest, **given[1])
+        scale, shift = affine
+        constant = weight.flatten(1) @ shift
+        bias = constant if bias is None else bias + constant
+        return fused_channel_aggregation_ffn(x, weight * scale[:, None, None], bias, *rest, **given[1])

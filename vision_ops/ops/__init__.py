@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from .batch_norm_act import fused_batch_norm_act as fused_batch_norm_act
 from .channel_aggregation_ffn import fused_channel_aggregation_ffn as fused_channel_aggregation_ffn
 from .cross_covariance import fused_cross_covariance as fused_cross_covariance
 from .dwconv import fused_dwconv as fused_dwconv
@@ -11,6 +12,7 @@ from .gated_recursion import fused_gated_recursion as fused_gated_recursion
 from .global_filter import fused_global_filter as fused_global_filter
 from .gnconv import fused_gnconv as fused_gnconv
 from .layer_norm_2d import fused_layer_norm_2d as fused_layer_norm_2d
+from .mbconv import fused_mbconv as fused_mbconv
 from .mlp import fused_mlp as fused_mlp
 from .moga_aggregation import fused_moga_aggregation as fused_moga_aggregation
 from .moga_gate import fused_moga_gate as fused_moga_gate

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _native
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def autocast_enabled(x: Tensor) -> bool:
-    kind = x.device.type
+    kind = _native.device_kind(x)
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
@@ -88,6 +90,13 @@ def check_eps(eps: Any) -> None:
         raise TypeError(f"eps must be a float, got {type(eps).__name__}")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least 0, got {eps}")
+
+
+def check_momentum(momentum: Any) -> None:
+    if not isinstance(momentum, (int, float)) or isinstance(momentum, bool):
+        raise TypeError(f"momentum must be a float, got {type(momentum).__name__}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
 
 
 def check_sequence(name: str, value: Any, length: int | None = None) -> None:

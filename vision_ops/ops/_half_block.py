@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _native
 from ..reference.layer_norm_2d import layer_norm_2d, layer_norm_pixels
 from ..reference.scaled_residual import scaled
-from ._checks import check_beside, check_eps, check_parameter, check_path_scale, check_vector
+from ._checks import autocast_enabled, check_beside, check_eps, check_parameter, check_path_scale, check_vector
 from ._maps import as_map, as_tokens, pixel_dense
 from ._registration import FusedOp, Kernels, allocate, empty, gradient_like, memory_format
 from .layer_norm_2d import MOST_CHANNELS, cpu_norm, cuda_norm
@@ -35,7 +35,7 @@ class HalfBlock:
         fields = list(get_type_hints(op.arguments).items())
         tensors, options = fields[: op._tensors], fields[op._tensors :]
         more = [(name, Tensor | None) for name in ("norm_weight", "norm_bias", "gamma", "residual", "path_scale")]
-        flags = [("eps", float), ("adds_x", bool), ("keep_branch", bool)]
+        flags = [("eps", float), ("adds_x", bool), ("keep_branch", bool), ("computes", str | None)]
         arguments = NamedTuple(f"_{op.name}_half_block", [*tensors, *more, *options, *flags])  # type: ignore[misc]
         self.half = FusedOp(
             f"{op.name}_half_block",
@@ -54,6 +54,7 @@ class HalfBlock:
                 "residual",
                 "path_scale",
             ),
+            wide=op._wide,
             saved=(*op._layouts, lambda branch: branch),
             passes="residual",
             constants=("path_scale",),
@@ -95,7 +96,10 @@ class HalfBlock:
             check_beside("residual", residual, x, self.op.dims)
         scales = gamma, None if adds_x else residual, path_scale
         keep_branch = torch.is_grad_enabled() and gamma is not None and gamma.requires_grad
-        flags = float(eps), adds_x, keep_branch
+        # Autocast leaves an x alone that a norm takes, and weights that the kernels convert.
+        half = torch.get_autocast_dtype(_native.device_kind(x)) if autocast_enabled(x) else x.dtype
+        computes = None if x.dtype in (half, torch.float64) else str(half).removeprefix("torch.")
+        flags = float(eps), adds_x, keep_branch, computes
         return cast(Tensor, self.half(*given, norm_weight, norm_bias, *scales, *options, *flags, backend=backend))
 
     def _inner(self, a: Any, x: Tensor, **others: Any) -> Any:
@@ -110,10 +114,8 @@ class HalfBlock:
         return t if self.maps else as_map(t)
 
     def _dtype(self, a: Any) -> torch.dtype:
-        """Of the op: autocast hands half weights over beside an x that is not cast, as the norm takes it."""
-        weight = next(t for t in a[1:] if t is not None)
-        weight = weight[0] if isinstance(weight, (list, tuple)) else weight
-        return weight.dtype if a.x.dtype == torch.float32 and a.norm_weight is not None else a.x.dtype
+        """Of the op, if autocast's is another than that of x."""
+        return a.x.dtype if a.computes is None else cast(torch.dtype, getattr(torch, a.computes))
 
     def _reference(self, a: Any) -> Tensor:
         x = a.x
@@ -147,7 +149,7 @@ class HalfBlock:
         x = a.x
         cannot, slower = self.op.predicate(self._inner(a, x if x.dtype == self._dtype(a) else x.to(self._dtype(a))))
         channels = x.shape[1 if self.maps else -1]
-        if x.device.type == "cuda" and a.norm_weight is not None and channels > MOST_CHANNELS:
+        if _native.device_kind(x) == "cuda" and a.norm_weight is not None and channels > MOST_CHANNELS:
             cannot = [
                 *cannot,
                 f"the Triton kernel of the norm takes at most {MOST_CHANNELS} channels, x has {channels}",
@@ -155,7 +157,7 @@ class HalfBlock:
         return cannot, slower
 
     def _parts(self, a: Any) -> dict[str, str]:
-        device = a.x.device.type
+        device = _native.device_kind(a.x)
         passes = "Triton kernel" if device == "cuda" else _native.kernel_name(device)
         inner = self._inner(a, a.x)
         return {**(self.op._parts(inner) if self.op._parts else {self.op.name: passes}), "norm and residual": passes}

@@ -106,7 +106,7 @@ def linear_scaled(
 def operand(t: Tensor) -> Tensor:
     """What a caller gave, as PyTorch's products of half types on CPUs may read it: a copy where there is memory between
     its numbers. With AMX they multiply by zero what lies between the rows, which may be NaN."""
-    if t.dtype.itemsize != 2 or t.device.type != "cpu" or _solid(t):
+    if t.dtype.itemsize != 2 or _native.device_kind(t) != "cpu" or _solid(t):
         return t
     return t.contiguous(memory_format=memory_format(t) if t.ndim == 4 else torch.contiguous_format)
 
@@ -200,7 +200,7 @@ def _multiplies(x: Tensor, out: Tensor, *others: Tensor | None) -> bool:
 
 def _has_kernel(x: Tensor) -> bool:
     # The baseline has none of the instructions that PyTorch's GEMMs choose.
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _native.kernels().isa != "baseline"
+    return x.dtype == torch.float32 and _native.device_kind(x) == "cpu" and _native.kernels().isa != "baseline"
 
 
 def _gapless(t: Tensor) -> bool:
@@ -273,7 +273,7 @@ def channel_sums(t: Tensor, sums: Tensor | None) -> None:
     if sums is None:
         return
     double = [tensor.dtype == torch.float64 for tensor in (t, sums)]
-    if t.device.type == "cpu" and _native.cpu is not None and _lined(t) and double[0] == double[1]:
+    if _native.device_kind(t) == "cpu" and _native.cpu is not None and _lined(t) and double[0] == double[1]:
         _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))
     else:
         torch.sum(t, (0, 2, 3), dtype=sums.dtype, out=sums)
@@ -307,7 +307,7 @@ def _summed(left: Tensor, right: Tensor) -> Tensor:
 def _sums_in_parts(t: Tensor) -> bool:
     """Whether PyTorch may cut a long sum into parts and add these in t's half type: it does on GPUs, unless it is asked
     for another dtype."""
-    return t.device.type != "cpu" and t.dtype in (torch.bfloat16, torch.float16)
+    return _native.device_kind(t) != "cpu" and t.dtype in (torch.bfloat16, torch.float16)
 
 
 def _pixels(t: Tensor) -> Tensor:

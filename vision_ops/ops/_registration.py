@@ -158,7 +158,8 @@ class FusedOp:
     arguments: a NamedTuple, tensors and lists of tensors first; its annotations are the schema, and every tensor gets a
     gradient. The functions take one: output is the empty result, reference the op in PyTorch, predicate two lists of
     reasons against the kernels: why they cannot run, and why they would be slower. triton: the CUDA kernels are.
-    autocast: whether tensors are cast to its dtype, all but those named in `uncast`; norms take them as they are.
+    autocast: whether tensors are cast to its dtype, all but those named in `uncast`; norms take them as they are. wide:
+    those that the kernels take in float32 beside a half x, so that they are cast for the reference only.
 
     saved: for every tensor, besides the arguments, that the forward kernel computes for the backward kernel, what gives
     it the layout again in which it was written: hooks on saved tensors may return it in another one. Kernels and output
@@ -182,6 +183,7 @@ class FusedOp:
         triton: bool = False,
         autocast: bool = True,
         uncast: Sequence[str] = (),
+        wide: Sequence[str] = (),
         saved: Sequence[Callable[[Tensor], Tensor]] = (),
         passes: str | None = None,
         constants: Sequence[str] = (),
@@ -192,7 +194,7 @@ class FusedOp:
     ) -> None:
         self.name, self.arguments, self.reference, self.output = name, arguments, reference, output
         self.predicate, self.kernels, self._triton = predicate, kernels, triton
-        self._autocasts, self._uncast = autocast, uncast
+        self._autocasts, self._uncast, self._wide = autocast, uncast, wide
         self._layouts, self._saved, self._parts, self.dims = saved, len(saved), parts, dims
         self.passes, self.unread = passes, unread
         self.ungraded = (*constants, *((passes,) if passes else ()))
@@ -216,20 +218,30 @@ class FusedOp:
 
     def __call__(self, *given: Any, backend: str | None = None) -> Any:
         """Runs the op on checked arguments."""
+        return self.with_saved(*given, backend=backend)[0]
+
+    def with_saved(
+        self, *given: Any, backend: str | None = None, reference: Callable[[], Tensor] | None = None
+    ) -> Sequence[Any]:
+        """The same, with what the forward kernel saves; y alone where the reference runs. reference: in its place."""
         if type(backend) is Question:
-            return self.explain(*given, backend=backend)
+            return (self.explain(*given, backend=backend),)
         backend = resolve_backend(backend)
         arguments = self.arguments(*self._autocast(given))
         in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if backend == "reference" or is_transformed(arguments) or (in_graph and self._cannot_export()):
-            return self.reference(arguments)
-        cannot, slower = self.predicate(arguments)
-        if cannot and backend == "fused":
-            raise ValueError(f"backend='fused', but fused_{self.name} cannot run: {'; '.join(cannot)}")
-        if cannot or (slower and backend == "auto"):
-            return self.reference(arguments)
+        takes_reference = backend == "reference" or is_transformed(arguments) or (in_graph and self._cannot_export())
+        if not takes_reference:
+            cannot, slower = self.predicate(arguments)
+            if cannot and backend == "fused":
+                raise ValueError(f"backend='fused', but fused_{self.name} cannot run: {'; '.join(cannot)}")
+            takes_reference = bool(cannot) or (bool(slower) and backend == "auto")
+        if takes_reference:
+            return (self._by_reference(arguments) if reference is None else reference(),)
         result = self._forward(*arguments) if in_graph else self._run(arguments)
-        return result[0] if self._saved else result
+        return result if self._saved else (result,)
+
+    def _by_reference(self, arguments: Any) -> Tensor:
+        return self.reference(self.arguments(*self._autocast(arguments, wide=())))
 
     def _cannot_export(self) -> bool:
         """Whether the graph that is being made takes only PyTorch's own ops. torch.jit.trace knows no lists of optional
@@ -251,7 +263,7 @@ class FusedOp:
         thread looks at ops."""
         if dispatch_modes() or not _internals.calls_directly or function_modes() or profiler_enabled():
             return None
-        kind = tensors[0].device.type  # type: ignore[union-attr]
+        kind = _native.device_kind(tensors[0])
         plain = _plain_keys(kind)
         for t in tensors:
             if t is None:
@@ -348,7 +360,7 @@ class FusedOp:
         backend, arguments = str(backend), self.arguments(*self._autocast(given))
         cannot, slower = self.predicate(arguments)
         fused = not cannot and (backend == "fused" or (backend == "auto" and not slower))
-        device = arguments[0].device.type
+        device = _native.device_kind(arguments[0])
         if fused and self._parts is not None:
             return Explanation(self.name, backend, self._parts(arguments), cannot, slower)
         if not fused:
@@ -361,18 +373,23 @@ class FusedOp:
             runs = "nothing: a ValueError"
         return Explanation(self.name, backend, {self.name: runs}, cannot, slower)
 
-    def _autocast(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _autocast(self, given: tuple[Any, ...], wide: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """wide: in the place of the op's own."""
         if not self._autocasts or not autocast_enabled(given[0]):
             return given
-        dtype = torch.get_autocast_dtype(given[0].device.type)
+        dtype = torch.get_autocast_dtype(_native.device_kind(given[0]))
 
-        def cast(t: Any) -> Any:
+        def cast(t: Any, kept: tuple[torch.dtype, ...]) -> Any:
             if isinstance(t, (list, tuple)):
-                return [cast(u) for u in t]
-            return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+                return [cast(u, kept) for u in t]
+            return t if t is None or t.dtype in kept else t.to(dtype)
 
-        tensors = zip(self.arguments._fields, given[: self._tensors], strict=False)
-        return (*(t if name in self._uncast else cast(t) for name, t in tensors), *given[self._tensors :])
+        kept, wide = (torch.float64,), self._wide if wide is None else wide
+        found = []
+        for name, t in zip(self.arguments._fields, given[: self._tensors], strict=False):
+            of_kernels = (*kept, torch.float32) if name in wide else kept
+            found.append(t if name in self._uncast else cast(t, of_kernels))
+        return (*found, *given[self._tensors :])
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -390,7 +407,7 @@ def _plain_keys(device: str) -> frozenset[int]:
 
 def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:
     """Why the kernels cannot run on the device of x. triton: its kernels serve CUDA."""
-    kind = x.device.type
+    kind = _native.device_kind(x)
     if kind == "cpu":
         return [_native.cpu_missing] if _native.cpu_missing else []
     if kind == "cuda":

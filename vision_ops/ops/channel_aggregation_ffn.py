@@ -11,6 +11,7 @@ from .. import _native, reference
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
+from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import channel_sums, crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
 from ._registration import FusedOp, allocate, device_reasons, empty, on_devices, without_autocast
 from .dwconv import (
@@ -68,7 +69,7 @@ def _hidden_channels(a: _Arguments) -> int:
 
 def _fc1_channels(a: _Arguments) -> int:
     """No room on a GPU, whose GEMM adds the bias on its way only if its result has no gaps."""
-    return a.dw_weight.shape[0] if a.x.device.type == "cuda" else _hidden_channels(a)
+    return a.dw_weight.shape[0] if _native.device_kind(a.x) == "cuda" else _hidden_channels(a)
 
 
 class _Device(NamedTuple):
@@ -77,6 +78,9 @@ class _Device(NamedTuple):
     aggregate: Callable[..., None]
     aggregate_backward: Callable[..., Tensor]
     channel_sums: Callable[[Tensor, Tensor | None], None]
+    convert: Convert
+    fold: Callable[[Tensor, Tensor, int, Tensor, Tensor], None]
+    unfold: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
     dense: Callable[[Tensor], Tensor]  # x and the gradient of y as the others take them
     chunk_bytes: int | None  # None: the whole batch at once
     columns: int  # fc2's matrix has a multiple of so many
@@ -84,21 +88,50 @@ class _Device(NamedTuple):
 
 
 def _cpu(x: Tensor) -> _Device:
-    return _Device(_aggregate, _aggregate_backward, channel_sums, product_dense, _CHUNK_BYTES, columns=1, spare=1)
+    kernels = _aggregate, _aggregate_backward, channel_sums, convert, _fold, _unfold, product_dense
+    return _Device(*kernels, _CHUNK_BYTES, columns=1, spare=1)
 
 
 def _cuda(x: Tensor) -> _Device:
     """Tensor cores take eight columns."""
+    from ..kernels import channel_aggregation_ffn as triton
+
     compiled = convolves_cuda(x)
     convolve, backward = (
         (convolve_cuda, convolve_backward_cuda) if compiled else (convolve_torch, convolve_backward_torch)
     )
     sums = cuda_gates().channel_sums
-    kernels = (
+    return _Device(
         functools.partial(_aggregate_cuda, convolve),
         functools.partial(_aggregate_backward_cuda, convolve, backward, sums),
+        sums,
+        convert_cuda,
+        triton.fold,
+        triton.unfold,
+        channels_last_dense,
+        None,
+        columns=8,
+        spare=0,
     )
-    return _Device(*kernels, sums, channels_last_dense, None, columns=8, spare=0)
+
+
+def _fold(weight: Tensor, sigma: Tensor, end: int, matrix: Tensor, of_d: Tensor) -> None:
+    """matrix (C, columns) = [weight (1 + sigma) | of_d up to the column end | 0], of_d = -weight sigma."""
+    hidden, wide = weight.shape[1], sigma.to(of_d.dtype)
+    torch.mv(weight.to(of_d.dtype), wide, out=of_d).neg_()
+    torch.mul(weight, 1 + wide, out=matrix[:, :hidden])
+    matrix[:, hidden:end] = of_d[:, None]
+    matrix[:, end:] = 0
+
+
+def _unfold(product: Tensor, weight: Tensor, sigma: Tensor, dweight: Tensor | None, dsigma: Tensor | None) -> None:
+    """The gradients of weight and sigma from `product`, that of the matrix."""
+    of_h, of_d = product[:, : weight.shape[1]], product[:, weight.shape[1] :].sum(1, keepdim=True)
+    difference = of_h - of_d
+    if dweight is not None:
+        dweight.copy_(of_h.addcmul_(difference, sigma.to(product.dtype)))
+    if dsigma is not None:
+        dsigma.copy_(difference.mul_(weight).sum(0))
 
 
 class _Fc2:
@@ -108,17 +141,16 @@ class _Fc2:
     whose rounding errors would add up.
     """
 
-    def __init__(self, a: _Arguments, multiple: int) -> None:
-        """multiple: of which the columns are, filled up with zeros."""
-        wide, hidden = _wide(a.x), a.dw_weight.shape[0]
-        self.weight, self.sigma = a.fc2_weight.flatten(1), a.sigma.flatten().to(wide)
-        self.hidden, self.end = hidden, hidden + (2 if a.x.dtype.itemsize == 2 else 1)
-        self.columns = -(-self.end // multiple) * multiple
-        self.of_d = (self.weight.to(wide) @ self.sigma).neg_()
+    def __init__(self, a: _Arguments, device: _Device) -> None:
+        """The columns are filled up with zeros to a multiple that suits the device."""
+        self.hidden = a.dw_weight.shape[0]
+        self.weight, self.sigma = a.fc2_weight.flatten(1).contiguous(), a.sigma.flatten()
+        self.end = self.hidden + (2 if a.x.dtype.itemsize == 2 else 1)
+        self.columns = -(-self.end // device.columns) * device.columns
+        self.of_d = allocate((len(self.weight),), a.x, dtype=_wide(a.x))
         self.matrix = allocate((len(self.weight), self.columns), a.x)
-        torch.mul(self.weight, 1 + self.sigma, out=self.matrix[:, :hidden])
-        self.matrix[:, hidden : self.end] = self.of_d[:, None]
-        self.matrix[:, self.end :] = 0
+        self._unfold = device.unfold
+        device.fold(self.weight, self.sigma, self.end, self.matrix, self.of_d)
 
     def gradient_of_d(self, grad: Tensor) -> Tensor:
         n, _, h, w = grad.shape
@@ -128,23 +160,25 @@ class _Fc2:
 
     def gradients(self, product: Tensor, dweight: Tensor | None, dsigma: Tensor | None) -> None:
         """From the gradient of y times [h | d], summed over the pixels."""
-        of_h, of_d = product[:, : self.hidden], product[:, self.hidden :].sum(1, keepdim=True)
-        difference = of_h - of_d
-        if dweight is not None:
-            dweight.flatten(1).copy_(of_h.addcmul_(difference, self.sigma))
-        if dsigma is not None:
-            dsigma.view(-1).copy_(difference.mul_(self.weight).sum(0))
+        of_weight = None if dweight is None else dweight.flatten(1)
+        self._unfold(product, self.weight, self.sigma, of_weight, None if dsigma is None else dsigma.view(-1))
 
 
 class _Total:
-    """A gradient that is summed over the chunks, in float32 at least; one that is not needed has no part."""
+    """A gradient that is summed over the chunks, in float32 at least; one that is not needed has no part. Of one chunk
+    the part is `only`, the gradient itself."""
 
-    def __init__(self, shape: tuple[int, ...], like: Tensor, needed: bool = True) -> None:
+    def __init__(self, shape: tuple[int, ...], like: Tensor, needed: bool = True, only: Tensor | None = None) -> None:
         self.value: Tensor | None = None
-        self.part = allocate(shape, like, dtype=_wide(like)) if needed else None
+        self._only = only
+        self.part = (
+            only.view(shape) if only is not None else allocate(shape, like, dtype=_wide(like)) if needed else None
+        )
 
     def add(self) -> None:
-        if self.part is not None and self.value is None:
+        if self._only is not None:
+            self.value = self.part
+        elif self.part is not None and self.value is None:
             self.value, self.part = self.part, torch.empty_like(self.part)
         elif self.part is not None:
             self.value += self.part
@@ -154,7 +188,7 @@ class _Total:
             return
         if self.value is None:  # of an empty batch
             grad.zero_()
-        else:
+        elif self._only is None:
             grad.view(self.value.shape).copy_(self.value)
 
 
@@ -178,6 +212,12 @@ class _Chunk(NamedTuple):
         return t[: self.images.stop - self.images.start, :, : self.rows.stop - self.rows.start]
 
 
+def _converted(device: _Device, a: _Arguments) -> _Arguments:
+    """With the parameters of fc1 and the bias of fc2 as products take them."""
+    found = converted(device.convert, (a.fc1_weight, a.fc1_bias, a.fc2_bias), a.x.dtype)
+    return a._replace(fc1_weight=found[0], fc1_bias=found[1], fc2_bias=found[2])
+
+
 class _Chunks:
     """What is taken at once, and what all of it needs."""
 
@@ -185,7 +225,8 @@ class _Chunks:
 
     def __init__(self, a: _Arguments, device: _Device) -> None:
         n, _, h, w = a.x.shape
-        self.a, self.fc2 = a, _Fc2(a, device.columns)
+        a = _converted(device, a)
+        self.a, self.fc2 = a, _Fc2(a, device)
         # Tensor cores' columns are all that lies behind the channels on a GPU.
         self.pitch = _hidden_channels(a) if device.columns == 1 else self.fc2.columns
         self.images, self.rows, self.reach = n, h, a.dw_weight.shape[-1] // 2
@@ -318,8 +359,8 @@ def _aggregate_backward_cuda(
     u, fc2, dscores = c.hidden(h), c.fc2, allocate(scores.shape, scores)
     triton.scores_backward(grad, fc2.of_d, scores, dscores)
     convolve(f, c.dw_weight, c.dw_bias, u)
-    triton.gelu_backward(u, dh, fc2.columns - fc2.hidden, c.decompose_weight, scores, dscores, parts.decompose)
-    channel_sums(dscores, parts.decompose_bias)
+    sums = parts.decompose, parts.decompose_bias
+    triton.gelu_backward(u, dh, fc2.columns - fc2.hidden, c.decompose_weight, scores, dscores, *sums)
     weight_gradient(grad, h[:, : fc2.columns], parts.product)
     df = u
     convolve_backward(dh, f, c.dw_weight, df, parts.dw, parts.dw_bias)
@@ -379,7 +420,7 @@ def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Te
             f = chunks.fc1(near.of(x), near.first(f_buffer))
         h = chunk.first(h_buffer)
         device.aggregate(chunks, chunk, f, h, chunk.of(scores))
-        linear_to(h[:, : fc2.columns], fc2.matrix, a.fc2_bias, chunk.of(y))
+        linear_to(h[:, : fc2.columns], fc2.matrix, chunks.fc2_bias, chunk.of(y))
     return y, scores, kept
 
 
@@ -397,10 +438,10 @@ def _backward(
     fc2, reach, c = chunks.fc2, chunks.reach, a.x.shape[1]
 
     def total(t: Tensor | None, *shape: int) -> _Total:
-        return _Total(shape, a.x, t is not None)
+        return _Total(shape, a.x, t is not None, t if device.chunk_bytes is None else None)
 
     product = _Total((c, fc2.columns), a.x, dfc2 is not None or dsigma is not None)
-    of_decompose = _Total((fc2.hidden,), a.x)
+    of_decompose = _Total((fc2.hidden,), a.x, True, ddecompose if device.chunk_bytes is None else None)
     of_decompose_bias = total(ddecompose_bias, 1)
     of_fc1, of_fc1_bias = total(dfc1, fc2.hidden, c), total(dfc1_bias, fc2.hidden)
     of_dw, of_dw_bias = total(ddw, *a.dw_weight.shape), total(ddw_bias, fc2.hidden)
@@ -436,8 +477,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     gemms = {"1x1 convolutions": products(a.x)}
-    if a.x.device.type != "cuda":
-        return {"depthwise convolution, GELU and aggregation": _native.kernel_name(a.x.device.type), **gemms}
+    if _native.device_kind(a.x) != "cuda":
+        return {"depthwise convolution, GELU and aggregation": _native.kernel_name(_native.device_kind(a.x)), **gemms}
     return {"depthwise convolution and GELU": convolution_name(a.x), "aggregation": "Triton kernels", **gemms}
 
 
@@ -450,6 +491,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("sigma",),
+    wide=_Arguments._fields[1:9],
     saved=(Tensor.contiguous, channels_last_dense),
     parts=_parts,
 )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from . import _heads
 from ._checks import autocast_enabled, check_parameter, check_tensor
 from ._heads import wide
@@ -42,11 +42,34 @@ class Attention(NamedTuple):
     temperature: Tensor  # (heads,)
 
 
-def attend(kernels: ModuleType, q: Tensor, k: Tensor, temperature: Tensor) -> Attention:
-    attention = empty_attention(q, temperature)
-    kernels.gram(q, k, attention.gram, attention.norms, q, k)
-    kernels.softmax(attention.gram, attention.norms, attention.temperature, attention.weights)
+def attend(
+    kernels: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    temperature: Tensor,
+    gram: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> Attention:
+    """gram and norms: where the products and the norms go."""
+    if gram is None or norms is None:
+        gram, norms, *_ = empty_attention(q, temperature)
+    kernels.gram(q, k, gram, norms, q, k)
+    return attention_of(kernels, gram, norms, temperature)
+
+
+def attention_of(kernels: ModuleType, gram: Tensor, norms: Tensor, temperature: Tensor) -> Attention:
+    flat = temperature.to(gram.dtype).flatten().contiguous()
+    attention = Attention(gram, norms, allocate_contiguous(gram.shape, gram), flat)
+    kernels.softmax(gram, norms, flat, attention.weights)
     return attention
+
+
+def sum_samples(each: Tensor, out: Tensor) -> None:
+    """out = the sum of (B, ...) over B."""
+    if each.dtype == out.dtype:
+        torch.sum(each.view(len(each), *out.shape), 0, out=out)
+    else:
+        out.copy_(each.sum(0).view_as(out))
 
 
 def empty_attention(q: Tensor, temperature: Tensor) -> Attention:
@@ -71,7 +94,7 @@ def gram_gradient(
     each = allocate_contiguous((*gram.shape[:2], 1, 1), gram)
     kernels.softmax_backward(grad, weights, gram, norms, temperature, scales, each)
     if dtemperature is not None:
-        dtemperature.copy_(each.sum(0).view_as(dtemperature))
+        sum_samples(each, dtemperature)
     of_q, of_k = scales.unsqueeze(-1).unbind(1)
     return of_q, of_k
 
@@ -149,7 +172,7 @@ _MOST_CHANNELS = 96  # of a head, of whose matrix a Triton program holds some ro
 
 def triton_reasons(x: Tensor, channels: int) -> list[str]:
     """Why the Triton kernels cannot take x with so many channels in a head."""
-    if x.device.type != "cuda":
+    if _native.device_kind(x) != "cuda":
         return []
     reasons = ["the Triton kernels do not take float64"] if x.dtype == torch.float64 else []
     if channels > _MOST_CHANNELS:

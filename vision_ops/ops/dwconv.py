@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.dwconv import ACTIVATIONS, four_paddings
-from ._checks import check_integer, check_kernel, check_parameter, check_tensor
+from ._checks import autocast_enabled, check_integer, check_kernel, check_parameter, check_tensor
 from ._registration import (
     FusedOp,
     allocate_channels_last,
@@ -52,9 +52,10 @@ def _torch_is_faster(a: _Arguments) -> bool:
     x = a.x
     if a.weight.shape[-1] != 3 or a.stride != 1 or a.dilation != 1:
         return False
-    if a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype):
+    mixed = a.weight.dtype != x.dtype or (a.bias is not None and a.bias.dtype != x.dtype)
+    if mixed and not autocast_enabled(x):
         return False
-    if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
+    if _native.device_kind(x) != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
     wide = x.shape[2] * x.shape[3] >= 56 * 56
     if x.dtype == torch.float32:
@@ -132,21 +133,38 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
-        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, room.data_ptr(), *target)
+        kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, 1.0, room.data_ptr(), *target)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y = the convolution that keeps the size, for the ops that contain one. Parameters are contiguous."""
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str | None = None,
+    *,
+    conv: tuple[int, ...] | None = None,
+) -> None:
+    """y = the convolution, for the ops that contain one; it keeps the size unless conv says what the kernels are to do.
+    Parameters are contiguous."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.kernels().dwconv(*views, _same_size(weight), 0)
+    _native.kernels().dwconv(*views, conv or _same_size(weight), ACTIVATION_CODES[activation])
 
 
 def convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    conv: tuple[int, ...] | None = None,
 ) -> None:
     """The gradients of `convolve`, into tensors of any strides; dweight may be weight."""
-    kernels, conv, grad_view = _native.kernels(), _same_size(weight), _native.view(grad)
-    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
+    kernels, conv, grad_view = _native.kernels(), conv or _same_size(weight), _native.view(grad)
+    if dx is not None:
+        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
     if dweight is not None or dbias is not None:
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
         kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv)
@@ -157,31 +175,51 @@ def _same_size(weight: Tensor) -> tuple[int, ...]:
     return size, 1, 1, size // 2, size // 2
 
 
-def convolve_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, activation: str | None = None) -> None:
+def convolve_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str | None = None,
+    *,
+    conv: tuple[int, ...] | None = None,
+) -> None:
     """The same on a GPU, of channels_dense tensors."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.cuda_kernels().dwconv(*views, _same_size(weight), ACTIVATION_CODES[activation], *_native.target(x))
+    options = conv or _same_size(weight), ACTIVATION_CODES[activation], *_native.target(x)
+    _native.cuda_kernels().dwconv(*views, *options)
 
 
 def convolve_backward_cuda(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    conv: tuple[int, ...] | None = None,
+    scale: float = 1.0,
 ) -> None:
-    kernels, conv, target, grad_view = _native.cuda_kernels(), _same_size(weight), _native.target(x), _native.view(grad)
-    kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
+    """scale: of dweight and dbias, where weight has it already."""
+    kernels, conv, target = _native.cuda_kernels(), conv or _same_size(weight), _native.target(x)
+    grad_view = _native.view(grad)
+    if dx is not None:
+        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
         sums = _native.weight_view(dweight), _native.weight_view(dbias)
-        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, room.data_ptr(), *target)
+        kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, scale, room.data_ptr(), *target)
 
 
 def convolves_cuda(x: Tensor) -> bool:
     """Whether the compiled CUDA kernels run on the device of x; else PyTorch convolves there."""
-    return x.device.type == "cuda" and not device_reasons(x, _KERNELS)
+    return _native.device_kind(x) == "cuda" and not device_reasons(x, _KERNELS)
 
 
 def convolution_name(x: Tensor) -> str:
     """What convolves x in the ops whose own kernels are Triton's on a GPU."""
-    device = x.device.type
+    device = _native.device_kind(x)
     return "PyTorch" if device == "cuda" and not convolves_cuda(x) else _native.kernel_name(device)
 
 
@@ -192,10 +230,12 @@ def convolve_torch(
     y: Tensor,
     activation: str | None = None,
     *,
+    stride: int = 1,
+    padding: int | None = None,
     dilation: int = 1,
 ) -> None:
-    bias, padding = None if bias is None else bias.to(x.dtype), dilation * (weight.shape[-1] // 2)
-    u = F.conv2d(x, weight.to(x.dtype), bias, padding=padding, dilation=dilation, groups=len(weight))
+    bias, padding = None if bias is None else bias.to(x.dtype), _torch_padding(weight, padding, dilation)
+    u = F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, len(weight))
     y.copy_(ACTIVATIONS[activation](u))
 
 
@@ -203,19 +243,24 @@ def convolve_backward_torch(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
+    stride: int = 1,
+    padding: int | None = None,
     dilation: int = 1,
 ) -> None:
-    padding = dilation * (weight.shape[-1] // 2)
-    geometry = [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], len(weight)
-    needs = [True, dweight is not None, dbias is not None]
+    geometry = [stride] * 2, [_torch_padding(weight, padding, dilation)] * 2, [dilation] * 2, False, [0, 0], len(weight)
+    needs = [dx is not None, dweight is not None, dbias is not None]
     found = torch.ops.aten.convolution_backward(grad, x, weight.to(x.dtype), [len(weight)], *geometry, needs)
     for given, t in zip((dx, dweight, dbias), found, strict=True):
         if given is not None:
             given.copy_(t)
+
+
+def _torch_padding(weight: Tensor, padding: int | None, dilation: int) -> int:
+    return dilation * (weight.shape[-1] // 2) if padding is None else padding
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
@@ -226,7 +271,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     # A compiled graph must not depend on the size. In training without activation our backward pass makes up for it.
     if a.weight is None or torch.compiler.is_compiling() or cannot:
         return cannot, []
-    if a.x.device.type == "cuda":
+    if _native.device_kind(a.x) == "cuda":
         return [], [] if _marches(a) else ["only an untuned kernel takes this dtype, kernel size, stride and dilation"]
     trains = torch.is_grad_enabled() and (a.x.requires_grad or a.weight.requires_grad)
     if (a.activation is None and trains) or not _torch_is_faster(a):
@@ -235,8 +280,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    if a.x.device.type != "cpu" and a.weight is not None:
+    kernel = _native.kernel_name(_native.device_kind(a.x))
+    if _native.device_kind(a.x) != "cpu" and a.weight is not None:
         if not _marches(a):
             kernel += " (untuned)"
         elif not channels_dense(a.x):
@@ -251,6 +296,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("weight", "bias"),
     parts=_parts,
 )
 

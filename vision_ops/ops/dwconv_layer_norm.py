@@ -34,7 +34,7 @@ def _reference(a: _Arguments) -> Tensor:
 
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
-    return _allocate(a, a.x.device.type == "cuda")
+    return _allocate(a, _native.device_kind(a.x) == "cuda")
 
 
 def _allocate(a: _Arguments, gpu: bool) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backw
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.x, _KERNELS)
-    if a.x.device.type == "cuda":
+    if _native.device_kind(a.x) == "cuda":
         cannot += device_reasons(a.x, _KERNELS, triton=True)
         if a.x.shape[1] > MOST_CHANNELS:
             cannot.append(f"the Triton kernel takes at most {MOST_CHANNELS} channels, x has {a.x.shape[1]}")
@@ -119,8 +119,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    if a.x.device.type == "cuda":
+    kernel = _native.kernel_name(_native.device_kind(a.x))
+    if _native.device_kind(a.x) == "cuda":
         return {"depthwise convolution": kernel, "layer norm": "Triton kernel"}
     return {"dwconv_layer_norm": kernel}
 
@@ -132,6 +132,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("weight", "bias"),
     saved=(Tensor.contiguous,),
     parts=_parts,
     uncast=("ln_weight", "ln_bias"),

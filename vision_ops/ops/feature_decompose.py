@@ -72,11 +72,14 @@ def _decompose_backward(
     activation: str | None,
     dx: Tensor | None,
     dsigma: Tensor | None,
+    dx_sums: Tensor | None = None,
 ) -> None:
-    """dx may be grad."""
+    """dx may be grad; dx_sums: of dx, which is there then, over all pixels."""
     inputs = _native.view(grad), _native.view(x), _native.view(means), _native.weight_view(sigma)
     outputs = _native.view(dx), _native.weight_view(dsigma)
     _native.kernels().feature_decompose_backward(*inputs, *outputs, ACTIVATION_CODES[activation])
+    if dx_sums is not None and dx is not None:
+        _native.kernels().channel_sums(_native.view(dx), _native.weight_view(dx_sums))
 
 
 def flat(sigma: Tensor | None) -> Tensor | None:
@@ -108,7 +111,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     if cannot or torch.compiler.is_compiling() or x.dtype == torch.float64:
         return cannot, []
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:2])
-    small = x.device.type == "cpu" and x.dtype == torch.float32 and trains and x.numel() < 150_000
+    small = _native.device_kind(x) == "cpu" and x.dtype == torch.float32 and trains and x.numel() < 150_000
     return cannot, ["PyTorch is faster to train on few elements"] if small else []  # measured, AVX-512
 
 

@@ -53,22 +53,26 @@ def chain_widths(pwa: Tensor, pw_weights: Sequence[Tensor]) -> list[int]:
 
 
 class Gates(NamedTuple):
-    """The kernels of a device. chain computes all in one, or returns False where it does not take the widths."""
+    """The kernels of a device. chain and chain_backward compute all in one, where has_chain, of widths and dtype;
+    elsewhere chain returns False."""
 
     gate: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
     gate_backward: Callable[..., None]
     channel_sums: Callable[[Tensor, Tensor | None], None]
     chain: Callable[..., bool]
+    chain_backward: Callable[..., None]
+    has_chain: Callable[[Sequence[int], torch.dtype], bool]
 
 
 def cpu_gates() -> Gates:
-    return Gates(_gate, _gate_backward, channel_sums, lambda *_: False)
+    return Gates(_gate, _gate_backward, channel_sums, lambda *_: False, lambda *_: None, lambda *_: False)
 
 
 def cuda_gates() -> Gates:
     from ..kernels import gated_recursion as triton
 
-    return Gates(triton.gate, triton.gate_backward, triton.channel_sums, triton.chain)
+    gates = triton.gate, triton.gate_backward, triton.channel_sums
+    return Gates(*gates, triton.chain, triton.chain_backward, triton.has_chain)
 
 
 def run_chain(
@@ -134,6 +138,34 @@ class ChainAgain:
         self.gates.gate_backward(dp, self.u[0], None, self.q[0], dpwa, dq[0], sums)
 
 
+def backward_chain(
+    gates: Gates,
+    pwa: Tensor,
+    dw: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dp: Tensor,
+    grads: Sequence[Any],
+    sums: Tensor | None = None,
+    use_last: Callable[[Tensor], None] | None = None,
+) -> None:
+    """grads: of pwa, dw, weights and biases. sums: of a bias of pwa. use_last is given p_order."""
+    dpwa, ddw, dweights, dbiases = grads
+    widths, weights = chain_widths(pwa, weights), [w.flatten(1) for w in weights]
+    if not gates.has_chain(widths, pwa.dtype):
+        chain = ChainAgain(gates, pwa, dw, weights, biases, last=use_last is not None)
+        if use_last is not None:
+            use_last(chain.p.pop())
+        return chain.backward(dp, dpwa, ddw, dweights, dbiases, sums)
+    p, du = empty(ddw.shape, ddw), empty((len(dp), sum(widths[1:]), *dp.shape[2:]), ddw)
+    gates.chain_backward(pwa, dw, weights, biases, dp, p, dpwa, ddw, du, [sums, *dbiases])
+    each = p.split(widths, dim=1)
+    if use_last is not None:
+        use_last(each[-1])
+    for of_u, before, dweight in zip(du.split(widths[1:], dim=1), each, dweights, strict=False):
+        weight_gradient(of_u, before, dweight)
+
+
 def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     """p = (u + bias) * q; p may be u."""
     bias = None if bias is None else bias.contiguous()
@@ -168,8 +200,8 @@ def _backward(gates: Callable[[], Gates], grads: list[Any], grad: Tensor, a: _Ar
         empty(t.shape, pwa) if given is None or pixel_dense(given, wanted) is not given else given
         for t, given in ((pwa, dpwa), (dw, ddw))
     )
-    chain = ChainAgain(gates(), pwa, dw, a.pw_weights, a.pw_biases, last=False)
-    chain.backward(dp, into_pwa, into_dw, dweights, dbiases)
+    of_chain = into_pwa, into_dw, dweights, dbiases
+    backward_chain(gates(), pwa, dw, a.pw_weights, a.pw_biases, dp, of_chain)
     for given, found in ((dpwa, into_pwa), (ddw, into_dw)):
         if given is not None and given is not found:
             given.copy_(found)
@@ -180,7 +212,7 @@ _KERNELS = on_devices(_forward, _backward, cpu=cpu_gates, cuda=cuda_gates, crew=
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.pwa, _KERNELS, triton=True)
-    if cannot or a.pwa.device.type != "cpu" or multiplies(a.pwa):
+    if cannot or _native.device_kind(a.pwa) != "cpu" or multiplies(a.pwa):
         return cannot, []
     if torch.is_grad_enabled() and _any_requires_grad(a):
         return [], ["on CPUs PyTorch trains faster, keeping every p_k where the kernels compute them again"]
@@ -195,8 +227,8 @@ def _parts(a: _Arguments) -> dict[str, str]:
 
 def gate_parts(x: Tensor, widths: list[int]) -> dict[str, str]:
     """What runs the chain for tensors like x."""
-    if x.device.type != "cuda":
-        return {"gates": _native.kernel_name(x.device.type), "1x1 convolutions": products(x)}
+    if _native.device_kind(x) != "cuda":
+        return {"gates": _native.kernel_name(_native.device_kind(x)), "1x1 convolutions": products(x)}
     from ..kernels.gated_recursion import chain_tile
 
     if chain_tile(widths, x.dtype) is None:
@@ -212,6 +244,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
+    wide=("pw_weights", "pw_biases"),
     parts=_parts,
 )
 

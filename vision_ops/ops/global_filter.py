@@ -119,7 +119,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     if cannot or torch.compiler.is_compiling():
         return cannot, []
     height, width = a.x.shape[2:]
-    if a.x.device.type == "cpu":
+    if _native.device_kind(a.x) == "cpu":
         if max(height, width) <= _LONGEST_SIDE:
             return [], []
         return [], [f"an FFT is faster for sides longer than {_LONGEST_SIDE}, x has {height} x {width}"]
@@ -129,7 +129,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    device = a.x.device.type
+    device = _native.device_kind(a.x)
     fft = device != "cpu" and not _has_cuda_kernel(a.x)
     return {"global_filter": "PyTorch's FFT" if fft else _native.kernel_name(device)}
 

@@ -1,17 +1,26 @@
 """HorNet's recursive gated convolution, whole: two 1x1 convolutions around a depthwise one and the gated recursion."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
+from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import crew_pays, linear, operand, weight_gradient
-from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
+from ._registration import (
+    FusedOp,
+    allocate,
+    allocate_channels_last,
+    device_reasons,
+    empty,
+    on_devices,
+    without_autocast,
+)
 from .dwconv import (
     convolution_name,
     convolve,
@@ -23,8 +32,8 @@ from .dwconv import (
     convolves_cuda,
 )
 from .gated_recursion import (
-    ChainAgain,
     Gates,
+    backward_chain,
     check_chain,
     cpu_gates,
     cuda_gates,
@@ -58,54 +67,87 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return empty(a.x.shape, a.x), projected, allocate_channels_last((n, a.dw_weight.shape[0], h, w), a.x)
 
 
-def _scaled_conv(a: _Arguments) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias with `scale` in them, not rounded to half types."""
-    wide = torch.promote_types(a.dw_weight.dtype, torch.float32)
-    weight = (a.dw_weight.to(wide) * a.scale).contiguous()
-    return weight, None if a.dw_bias is None else (a.dw_bias.to(wide) * a.scale).contiguous()
-
-
 class _Device(NamedTuple):
     gates: Gates
+    convert: Convert
     convolve: Callable[..., None]
-    convolve_backward: Callable[..., None]
+    convolve_backward: Callable[..., None]  # with the scale that the weight has
     dense: Callable[[Tensor], Tensor]
 
 
 def _cpu(x: Tensor) -> _Device:
-    return _Device(cpu_gates(), convolve, convolve_backward, product_dense)
+    return _Device(cpu_gates(), convert, convolve, functools.partial(_then_scaled, convolve_backward), product_dense)
 
 
 def _cuda(x: Tensor) -> _Device:
     if convolves_cuda(x):
-        return _Device(cuda_gates(), convolve_cuda, convolve_backward_cuda, channels_last_dense)
-    return _Device(cuda_gates(), convolve_torch, convolve_backward_torch, channels_last_dense)
+        return _Device(cuda_gates(), convert_cuda, convolve_cuda, convolve_backward_cuda, channels_last_dense)
+    backward = functools.partial(_then_scaled, convolve_backward_torch)
+    return _Device(cuda_gates(), convert_cuda, convolve_torch, backward, channels_last_dense)
+
+
+def _then_scaled(
+    backward: Callable[..., None],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    scale: float,
+) -> None:
+    sums = (
+        None if dweight is None else allocate(weight.shape, weight),
+        None if dbias is None else allocate(dbias.shape, weight),
+    )
+    backward(grad, x, weight, dx, *sums)
+    for given, total in zip((dweight, dbias), sums, strict=True):
+        if given is not None and total is not None:
+            given.copy_(total.mul_(scale))
+
+
+def _converted(device: _Device, a: _Arguments, backward: bool) -> _Arguments:
+    """As products and kernels take the parameters, the depthwise convolution's with `scale` in them; without the biases
+    that the backward pass does not need."""
+    biases = (None, None, None) if backward else (a.proj_in_bias, a.proj_out_bias, a.dw_bias)
+    given = a.proj_in_weight, a.proj_out_weight, *biases[:2], *a.pw_weights
+    found = converted(device.convert, given, a.x.dtype, (a.dw_weight, biases[2]), a.scale)
+    proj_in, proj_out, proj_in_bias, proj_out_bias, *pw_weights, dw_weight, dw_bias = found
+    return a._replace(
+        proj_in_weight=proj_in,
+        proj_in_bias=proj_in_bias,
+        proj_out_weight=proj_out,
+        proj_out_bias=proj_out_bias,
+        pw_weights=pw_weights,
+        dw_weight=dw_weight.contiguous(),
+        dw_bias=None if dw_bias is None else dw_bias.contiguous(),
+    )
 
 
 # In between everything is channels_last, whatever x is: the GEMMs at either end change the layout on their way.
 @without_autocast
-def _forward(device: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    (gates, convolve, *_), (y, projected, dw) = device(a.x), _output(a)
+def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    device, (y, projected, dw) = on(a.x), _output(a)
+    a = _converted(device, a, backward=False)
     linear(operand(a.x), a.proj_in_weight.flatten(1), a.proj_in_bias, projected)
     pwa, abc = _split(projected, a)
-    convolve(abc, *_scaled_conv(a), dw)
+    device.convolve(abc, a.dw_weight, a.dw_bias, dw)
     p = allocate_channels_last(a.x.shape, a.x)
-    run_chain(gates, pwa, dw, a.pw_weights, a.pw_biases, p)
+    run_chain(device.gates, pwa, dw, a.pw_weights, a.pw_biases, p)
     linear(p, a.proj_out_weight.flatten(1), a.proj_out_bias, y)
     return y, projected, dw
 
 
 @without_autocast
 def _backward(
-    device: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor
+    on: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, projected: Tensor, dw: Tensor
 ) -> None:
-    gates, _, convolve_backward, dense = device(a.x)
+    device = on(a.x)
+    gates, a = device.gates, _converted(device, a, backward=True)
     dx, dproj_in, dproj_in_bias, ddw_weight, ddw_bias, dproj_out, dproj_out_bias, dpws, dpw_biases = grads
     pwa, abc = _split(projected, a)
-    grad = dense(grad)
-    chain = ChainAgain(gates, pwa, dw, a.pw_weights, a.pw_biases, last=dproj_out is not None)
-    if dproj_out is not None:
-        weight_gradient(grad, chain.p.pop(), dproj_out)
+    grad = device.dense(grad)
     gates.channel_sums(grad, dproj_out_bias)
     dp = allocate_channels_last(a.x.shape, a.x)
     linear(grad, a.proj_out_weight.flatten(1).t(), None, dp)
@@ -113,17 +155,12 @@ def _backward(
     dprojected, ddw = allocate_channels_last(projected.shape, a.x), allocate_channels_last(dw.shape, a.x)
     dpwa, dabc = _split(dprojected, a)
     sums = (None, None) if dproj_in_bias is None else dproj_in_bias.split([pwa.shape[1], abc.shape[1]])
-    chain.backward(dp, dpwa, ddw, dpws, dpw_biases, sums[0])
-    # The gradients take the memory of the scaled parameters, which are not needed any more.
-    weight, bias = _scaled_conv(a)
-    wanted = weight if ddw_weight is not None else None, bias if ddw_bias is not None else None
-    convolve_backward(ddw, abc, weight, dabc, *wanted)
-    if ddw_weight is not None:
-        ddw_weight.copy_(weight.mul_(a.scale))
-    if ddw_bias is not None and bias is not None:
-        ddw_bias.copy_(bias.mul_(a.scale))
+    use_last = None if dproj_out is None else lambda p: weight_gradient(grad, p, dproj_out)
+    of_chain = dpwa, ddw, dpws, dpw_biases
+    backward_chain(gates, pwa, dw, a.pw_weights, a.pw_biases, dp, of_chain, sums[0], use_last)
+    device.convolve_backward(ddw, abc, a.dw_weight, dabc, ddw_weight, ddw_bias, scale=a.scale)
     gates.channel_sums(dabc, sums[1])
-    weight_gradient(dprojected, dense(a.x), dproj_in)
+    weight_gradient(dprojected, device.dense(a.x), dproj_in)
     if dx is not None:
         linear(dprojected, a.proj_in_weight.flatten(1).t(), None, dx)
 
@@ -153,6 +190,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
+    wide=_Arguments._fields[1:9],
     saved=(channels_last_dense, channels_last_dense),
     parts=_parts,
 )

@@ -73,7 +73,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
     """Of channels_last tensors PyTorch's own layer norm takes less time where they are small, and without AVX-512 in
     training, where it keeps the statistics (measured, AVX-512 and AVX2)."""
     x = a.x
-    if x.device.type != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
+    if _native.device_kind(x) != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
     count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
     wide = _native.kernels().isa == "avx512"
@@ -86,7 +86,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.x, _KERNELS, triton=True)
-    if a.x.device.type == "cuda" and a.x.shape[1] > MOST_CHANNELS:
+    if _native.device_kind(a.x) == "cuda" and a.x.shape[1] > MOST_CHANNELS:
         cannot.append(f"the Triton kernel takes at most {MOST_CHANNELS} channels, x has {a.x.shape[1]}")
     # A compiled graph must not depend on the size.
     if cannot or torch.compiler.is_compiling() or not _torch_is_faster(a):

@@ -284,13 +284,13 @@ _KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.x, _KERNELS, triton=True)
-    if a.x.device.type == "cuda" and a.norm_weight is not None and a.x.shape[-1] > MOST_CHANNELS:
+    if _native.device_kind(a.x) == "cuda" and a.norm_weight is not None and a.x.shape[-1] > MOST_CHANNELS:
         cannot.append(f"the Triton kernel of the norm takes at most {MOST_CHANNELS} channels, x has {a.x.shape[-1]}")
     return cannot, []
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    device = a.x.device.type
+    device = _native.device_kind(a.x)
     passes = "Triton kernel" if device == "cuda" else _native.kernel_name(device)
     return {"norm, activation and residual": passes, "fc1 and fc2": products(as_map(a.x))}
 

@@ -11,8 +11,17 @@ from .. import _native, reference
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
+from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import channel_sums, crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
-from ._registration import FusedOp, allocate_channels_last, device_reasons, empty, on_devices, without_autocast
+from ._registration import (
+    FusedOp,
+    allocate,
+    allocate_channels_last,
+    device_reasons,
+    empty,
+    on_devices,
+    without_autocast,
+)
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
 from .gated_recursion import cuda_gates
@@ -61,15 +70,18 @@ def _widths(a: _Arguments) -> tuple[int, int, int]:
     return c - c1 - c2, c1, c2
 
 
-def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """y, proj_1's output and that of the depthwise convolutions. What lies between is elementwise or a product of C x C
-    and is computed again: with x, 3C numbers a pixel are kept."""
-    return empty(a.x.shape, a.x), allocate_channels_last(a.x.shape, a.x), allocate_channels_last(a.x.shape, a.x)
+def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, proj_1's output and that of the depthwise convolutions, and the means of the former. What lies between is
+    elementwise or a product of C x C and is computed again: with x, 3C numbers a pixel are kept."""
+    kept = allocate_channels_last(a.x.shape, a.x), allocate_channels_last(a.x.shape, a.x)
+    wide = torch.promote_types(a.x.dtype, torch.float32)
+    return empty(a.x.shape, a.x), *kept, allocate((*a.x.shape[:2], 1, 1), a.x, dtype=wide)
 
 
 class _Device(NamedTuple):
     decomposition: Decomposition
     gate: Gate
+    convert: Convert
     channel_sums: Callable[[Tensor, Tensor | None], None]
     multi_order: Callable[..., None]
     multi_order_backward: Callable[..., None]
@@ -77,25 +89,36 @@ class _Device(NamedTuple):
 
 
 def _cpu(x: Tensor) -> _Device:
-    return _Device(cpu_decomposition(), cpu_gate(), channel_sums, multi_order, multi_order_backward, product_dense)
+    kernels = cpu_decomposition(), cpu_gate(), convert, channel_sums
+    return _Device(*kernels, multi_order, multi_order_backward, product_dense)
 
 
 def _cuda(x: Tensor) -> _Device:
-    kernels = cuda_decomposition(), cuda_gate(), cuda_gates().channel_sums
+    kernels = cuda_decomposition(), cuda_gate(), convert_cuda, cuda_gates().channel_sums
     if convolves_cuda(x):
         return _Device(*kernels, multi_order_cuda, multi_order_backward_cuda, channels_last_dense)
     return _Device(*kernels, multi_order_torch, multi_order_backward_torch, channels_last_dense)
 
 
-def _means(device: _Device, x: Tensor, a: _Arguments) -> Tensor:
+def _means(device: _Device, x: Tensor, a: _Arguments, into: Tensor) -> None:
     """Of proj_1's output, from those of x."""
     means = image_means(device.decomposition, x)
     # What rounds the means does not round the pixels that they are taken from.
-    exact = torch.float64 if x.device.type != "cpu" and tf32_allowed() else means.dtype
-    projected = torch.empty_like(means, dtype=exact)
+    exact = torch.float64 if _native.device_kind(x) != "cpu" and tf32_allowed() else means.dtype
+    projected = into if into.dtype == exact else torch.empty_like(into, dtype=exact)
     bias = None if a.proj_1_bias is None else a.proj_1_bias.to(exact)
     linear(means.to(exact), a.proj_1_weight.flatten(1).to(exact), bias, projected)
-    return projected.to(means.dtype)
+    if projected is not into:
+        into.copy_(projected)
+
+
+_LINEARS = tuple(f"{name}_{part}" for name in ("proj_1", "gate", "pw", "proj_2") for part in ("weight", "bias"))
+
+
+def _converted(device: _Device, a: _Arguments) -> _Arguments:
+    """With the linear layers' parameters as products take them."""
+    found = converted(device.convert, [getattr(a, name) for name in _LINEARS], a.x.dtype)
+    return a._replace(**dict(zip(_LINEARS, found, strict=True)))
 
 
 def _scratch(a: _Arguments) -> Tensor:
@@ -104,51 +127,55 @@ def _scratch(a: _Arguments) -> Tensor:
 
 # In between everything is channels_last, whatever x is.
 @without_autocast
-def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    device, (y, p, dw) = on(a.x), _output(a)
+def _forward(on: Callable[[Tensor], _Device], a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    device, (y, p, dw, means) = on(a.x), _output(a)
     x = device.dense(a.x)
+    _means(device, x, a, means)
+    a = _converted(device, a)
     linear(x, a.proj_1_weight.flatten(1), a.proj_1_bias, p)
     u, gate, value = _scratch(a), _scratch(a), _scratch(a)
-    device.decomposition.run(p, _means(device, x, a), flat(a.sigma), "silu", u)
+    device.decomposition.run(p, means, flat(a.sigma), "silu", u)
     linear(u, a.gate_weight.flatten(1), a.gate_bias, gate)
     device.multi_order(u, a.dw_weights, a.dw_biases, a.dilations, dw)
     linear(dw, a.pw_weight.flatten(1), a.pw_bias, value)
     device.gate.run(gate, value, a.double_gate_act, gate)
     linear_to(gate, a.proj_2_weight.flatten(1), a.proj_2_bias, y, plus=a.x)
-    return y, p, dw
+    return y, p, dw, means
 
 
 @without_autocast
 def _backward(
-    on: Callable[[Tensor], _Device], grads: list[Any], grad: Tensor, a: _Arguments, p: Tensor, dw: Tensor
+    on: Callable[[Tensor], _Device],
+    grads: list[Any],
+    grad: Tensor,
+    a: _Arguments,
+    p: Tensor,
+    dw: Tensor,
+    means: Tensor,
 ) -> None:
     dx, dproj_1, dproj_1_bias, dgate, dgate_bias, dpw, dpw_bias, dproj_2, dproj_2_bias, dsigma, ddws, ddw_biases = grads
     device = on(a.x)
-    x, given = device.dense(a.x), device.dense(grad)
-    means, sigma = _means(device, x, a), flat(a.sigma)
-    u, gate, value, product = (_scratch(a) for _ in range(4))
+    a = _converted(device, a)
+    x, given, sigma = device.dense(a.x), device.dense(grad), flat(a.sigma)
+    u, gate, value, dgated = (_scratch(a) for _ in range(4))
     device.decomposition.run(p, means, sigma, "silu", u)
     linear(u, a.gate_weight.flatten(1), a.gate_bias, gate)
     linear(dw, a.pw_weight.flatten(1), a.pw_bias, value)
-    if dproj_2 is not None:
-        device.gate.run(gate, value, a.double_gate_act, product)
-        weight_gradient(given, product, dproj_2)
     device.channel_sums(given, dproj_2_bias)
-
-    linear(given, a.proj_2_weight.flatten(1).t(), None, product)
-    device.gate.run_backward(product, gate, value, a.double_gate_act, gate, value)
+    linear(given, a.proj_2_weight.flatten(1).t(), None, dgated)
+    gated, sums = None if dproj_2 is None else _scratch(a), (dgate_bias, dpw_bias)
+    device.gate.run_backward(dgated, gate, value, a.double_gate_act, gate, value, gated, sums)
+    if gated is not None:
+        weight_gradient(given, gated, dproj_2)
     weight_gradient(gate, u, dgate)
-    device.channel_sums(gate, dgate_bias)
     weight_gradient(value, dw, dpw)
-    device.channel_sums(value, dpw_bias)
-    ddw, du = product, _scratch(a)
+    ddw, du = dgated, _scratch(a) if gated is None else gated
     linear(value, a.pw_weight.flatten(1).t(), None, ddw)
     device.multi_order_backward(ddw, u, a.dw_weights, a.dw_biases, a.dilations, du, ddws, ddw_biases)
     linear(gate, a.gate_weight.flatten(1).t(), None, du, plus=du)
     dp = u
-    device.decomposition.run_backward(du, p, means, sigma, "silu", dp, flat(dsigma))
+    device.decomposition.run_backward(du, p, means, sigma, "silu", dp, flat(dsigma), dproj_1_bias)
     weight_gradient(dp, x, dproj_1)
-    device.channel_sums(dp, dproj_1_bias)
     if dx is not None:
         linear_to(dp, a.proj_1_weight.flatten(1).t(), None, dx, plus=grad)
 
@@ -162,8 +189,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 def _parts(a: _Arguments) -> dict[str, str]:
     gemms = {"1x1 convolutions": products(a.x)}
-    if a.x.device.type != "cuda":
-        kernel = _native.kernel_name(a.x.device.type)
+    if _native.device_kind(a.x) != "cuda":
+        kernel = _native.kernel_name(_native.device_kind(a.x))
         return {"decomposition, depthwise convolutions and gate": kernel, **gemms}
     return {"depthwise convolutions": convolution_name(a.x), "decomposition and gate": "Triton kernels", **gemms}
 
@@ -177,7 +204,8 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("sigma",),
-    saved=(channels_last_dense, channels_last_dense),
+    wide=(*_LINEARS, "dw_weights", "dw_biases"),
+    saved=(channels_last_dense, channels_last_dense, Tensor.contiguous),
     parts=_parts,
 )
 _half = HalfBlock(_op, last=None, norm=False, maps=True)

@@ -1,6 +1,6 @@
 """MogaNet's gate: the product of two branches through SiLU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Gate(NamedTuple):
     """The kernels of a device. Tensors are all in one memory format, pixel_dense."""
 
     run: Callable[[Tensor, Tensor, bool, Tensor], None]
-    run_backward: Callable[[Tensor, Tensor, Tensor, bool, Tensor | None, Tensor | None], None]
+    run_backward: Callable[..., None]
 
 
 def cpu_gate() -> Gate:
@@ -49,10 +49,22 @@ def _gate(gate: Tensor, value: Tensor, doubled: bool, y: Tensor) -> None:
 
 
 def _gate_backward(
-    grad: Tensor, gate: Tensor, value: Tensor, doubled: bool, dgate: Tensor | None, dvalue: Tensor | None
+    grad: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    doubled: bool,
+    dgate: Tensor | None,
+    dvalue: Tensor | None,
+    y: Tensor | None = None,
+    sums: Sequence[Tensor | None] = (None, None),
 ) -> None:
-    """The gradients may be gate and value."""
+    """The gradients may be gate and value; y as `run` has it; sums: of the gradients over the pixels."""
+    if y is not None:
+        _gate(gate, value, doubled, y)
     _native.kernels().moga_gate_backward(*map(_native.view, (grad, gate, value, dgate, dvalue)), doubled)
+    for t, total in zip((dgate, dvalue), sums, strict=True):
+        if total is not None:
+            _native.kernels().channel_sums(_native.view(t), _native.weight_view(total))
 
 
 def _forward(device: Callable[[], Gate], a: _Arguments) -> Tensor:
@@ -77,7 +89,7 @@ _KERNELS = on_devices(_forward, _backward, cpu=cpu_gate, cuda=cuda_gate)
 def _torch_is_faster(a: _Arguments) -> bool:
     """Lines of less than some vectors and small tensors cost more around the kernel than in it (measured, AVX-512)."""
     gate = a.gate
-    if gate.device.type != "cpu" or gate.dtype == torch.float64:
+    if _native.device_kind(gate) != "cpu" or gate.dtype == torch.float64:
         return False
     short = memory_format(gate) == torch.contiguous_format and gate.shape[2] * gate.shape[3] < 100
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:2])

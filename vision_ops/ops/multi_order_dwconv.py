@@ -200,14 +200,14 @@ _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backw
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.x, _KERNELS)
-    if cannot or a.w0 is None or torch.compiler.is_compiling() or a.x.device.type != "cuda" or _marches(a):
+    if cannot or a.w0 is None or torch.compiler.is_compiling() or _native.device_kind(a.x) != "cuda" or _marches(a):
         return cannot, []
     return [], ["only untuned kernels take this dtype and these kernel sizes"]
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    if a.x.device.type != "cpu" and a.w0 is not None:
+    kernel = _native.kernel_name(_native.device_kind(a.x))
+    if _native.device_kind(a.x) != "cpu" and a.w0 is not None:
         if not _marches(a):
             kernel += "s (untuned)"
         else:
@@ -222,6 +222,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("w0", "w1", "w2", "b0", "b1", "b2"),
     parts=_parts,
 )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ._checks import check_parameter, check_tensor
 from ._half_block import HalfBlock
+from ._parameters import convert, convert_cuda, converted
 from ._pointwise import (
     crew_pays_for_tokens,
     linear_tokens,
@@ -21,7 +22,6 @@ from .shift_split_attention import (
     check_split_mlps,
     parts,
     small,
-    sum_dtype,
     triton_passes,
 )
 
@@ -52,22 +52,24 @@ def _output(a: _Arguments) -> tuple[Tensor, ...]:
     return allocate(a.x.shape, a.x), branches, small(a.x, c), hidden, small(a.x, 3, c)
 
 
-def _branch_biases(a: _Arguments) -> Tensor:
-    """(3, C). The branches are computed without, which saves a pass over them."""
-    bias, c = a.mlp1_bias, a.x.shape[3]
-    dtype = sum_dtype(a.x)
-    return a.x.new_zeros((3, c), dtype=dtype) if bias is None else bias.to(dtype).unflatten(0, (3, c))
+def _converted(a: _Arguments, passes: Any, backward: bool) -> _Arguments:
+    """With mlp1's and mlp2's parameters as products take them, but the bias of mlp1: the branches are computed without
+    it, which saves a pass over them."""
+    run = convert if passes is CPUPasses else convert_cuda
+    bias = None if backward else a.mlp2_bias
+    mlp1, mlp2, bias = converted(run, (a.mlp1_weight, a.mlp2_weight, bias), a.x.dtype)
+    return a._replace(mlp1_weight=mlp1, mlp2_weight=mlp2, mlp2_bias=bias)
 
 
 def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
-    x, biases, (_, h, w, c) = a.x.contiguous(), _branch_biases(a), a.x.shape
+    x, bias, (_, h, w, c) = a.x.contiguous(), _contiguous(a.mlp1_bias), a.x.shape
     # Sums over pixels go through a linear layer as pixels do: those of x take a third of the reads.
     sums, pooled = small(x, 3, c), small(x, c)
     passes.edge_sums(x, sums)
-    passes.pool_linear(sums, a.mlp1_weight, biases, h * w, pooled)
+    passes.pool_linear(sums, a.mlp1_weight, bias, h * w, pooled)
     weights, hidden = small(x, 3, c), small(x, len(a.split_mlp1_weight))
     passes.branch_weights(pooled, a.split_mlp1_weight, a.split_mlp2_weight, hidden, weights)
-    offset = (weights * biases).sum(1)
+    offset, a = passes.offset(weights, bias), _converted(a, passes, backward=False)
 
     at_a_time = min(at_a_time, len(x)) or 1
     y, weighed = allocate(x.shape, x), allocate((at_a_time, h, w, c), x)
@@ -81,41 +83,45 @@ def _forward(a: _Arguments, passes: Any, at_a_time: int) -> tuple[Tensor, ...]:
 
 
 def _linear_weigh_linear(
-    x: Tensor, a: _Arguments, weights: Tensor, offset: Tensor, branches: Tensor, weighed: Tensor, y: Tensor, passes: Any
+    x: Tensor,
+    a: _Arguments,
+    weights: Tensor,
+    offset: Tensor | None,
+    branches: Tensor,
+    weighed: Tensor,
+    y: Tensor,
+    passes: Any,
 ) -> None:
-    at_a_time = len(weighed)
+    at_a_time, whole = len(weighed), len(weighed) == len(x)
     for first in range(0, len(x), at_a_time):
         images = slice(first, first + at_a_time)
         count = len(x[images])
         some, mixed = branches[images] if a.keep else branches[:count], weighed[:count]
         linear_tokens(x[images].flatten(1, 2), a.mlp1_weight, None, some.flatten(1, 2))
-        passes.weigh(some, weights[images], offset[images], mixed)
+        passes.weigh(some, weights[images], offset if offset is None or whole else offset[images], mixed)
         linear_tokens(mixed.flatten(1, 2), a.mlp2_weight, a.mlp2_bias, y[images].flatten(1, 2))
 
 
 def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved: Tensor) -> None:
     (dx, dmlp1, dmlp1_bias, dmlp2, dmlp2_bias, *dsplit), (branches, pooled, hidden, weights) = grads, saved
-    x, grad, biases, (_, h, w, c) = a.x.contiguous(), grad.contiguous(), _branch_biases(a), a.x.shape
+    x, grad, bias, (_, h, w, c) = a.x.contiguous(), grad.contiguous(), _contiguous(a.mlp1_bias), a.x.shape
+    a = _converted(a, passes, backward=True)
     if not a.keep:
         branches = allocate((len(x), h, w, 3 * c), x)
         linear_tokens(x.flatten(1, 2), a.mlp1_weight, None, branches.flatten(1, 2))
     if dmlp2_bias is not None:
-        sums = small(x, 3, c)
-        passes.edge_sums(grad, sums)
-        dmlp2_bias.copy_(sums[:, 0].sum(0))
+        passes.sum_pixels(grad, dmlp2_bias)
 
     dweighed, sums = allocate(x.shape, x), small(x, 4, c)
     linear_tokens(grad.flatten(1, 2), a.mlp2_weight.t(), None, dweighed.flatten(1, 2))
     weighed = None if dmlp2 is None else allocate(x.shape, x)
-    passes.weigh_backward_weights(dweighed, branches, weights, (weights * biases).sum(1), sums, weighed)
+    passes.weigh_backward_weights(dweighed, branches, weights, passes.offset(weights, bias), sums, weighed)
     if weighed is not None:
         weight_gradient_tokens(grad.flatten(1, 2), weighed.flatten(1, 2), dmlp2)
-    total, mlps = sums[:, 3:], (a.split_mlp1_weight, a.split_mlp2_weight)
-    dweights, dpooled = sums[:, :3] + biases * total, small(x, c)
-    passes.branch_weights_backward(dweights, weights, hidden, pooled, mlps, dsplit, dpooled)
+    mlps, dpooled = (a.split_mlp1_weight, a.split_mlp2_weight), small(x, c)
+    passes.branch_weights_backward(sums, bias, weights, hidden, pooled, mlps, dsplit, dpooled)
     if dmlp1_bias is not None:
-        # No pixel of dweighed goes to two pixels of a branch, none is lost.
-        dmlp1_bias.copy_((weights * total).add_(dpooled[:, None], alpha=h * w).sum(0).flatten())
+        passes.bias_backward(sums, weights, dpooled, h * w, dmlp1_bias)
     if dx is None and dmlp1 is None:
         return
     dbranches = allocate(branches.shape, x)
@@ -127,6 +133,10 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved
         linear_tokens(dbranches.flatten(1, 2), a.mlp1_weight.t(), None, found.flatten(1, 2))
         if found is not dx:
             dx.copy_(found)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def _images_at_a_time(x: Tensor) -> int:
@@ -172,6 +182,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
+    wide=_Arguments._fields[1:7],
     saved=(Tensor.contiguous,) * 4,
     parts=lambda a: parts(a.x) | {"mlp1 and mlp2": products_of_tokens(a.x)},
     dims="B, H, W, C",

@@ -158,7 +158,9 @@ _KERNELS = on_devices(_forward, _backward, cpu=cpu_tail, cuda=cuda_tail)
 
 def _torch_is_faster(a: _Arguments) -> bool:
     """Alone, an addition is nothing to fuse; small tensors cost more around the kernel than in it."""
-    return a.x.device.type == "cpu" and ((a.gamma is None and a.path_scale is None) or a.x.numel() < _FEW_ELEMENTS)
+    return _native.device_kind(a.x) == "cpu" and (
+        (a.gamma is None and a.path_scale is None) or a.x.numel() < _FEW_ELEMENTS
+    )
 
 
 _FEW_ELEMENTS = 30_000

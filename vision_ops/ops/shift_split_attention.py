@@ -54,9 +54,17 @@ class CPUPasses:
         _native.kernels().pool(_small_view(sums), _small_view(pooled))
 
     @staticmethod
-    def pool_linear(sums: Tensor, weight: Tensor, biases: Tensor, pixels: int, pooled: Tensor) -> None:
-        """The same for the branches weight x + biases (3, C), from the edge sums (B, 3, C) of x with so many pixels."""
-        weight, bias = weight.contiguous(), biases.flatten().contiguous()
+    def sum_pixels(t: Tensor, sums: Tensor) -> None:
+        """(channels,), over all images."""
+        each = small(t, 3, t.shape[3])
+        CPUPasses.edge_sums(t, each)
+        sums.copy_(each[:, 0].sum(0))
+
+    @staticmethod
+    def pool_linear(sums: Tensor, weight: Tensor, bias: Tensor | None, pixels: int, pooled: Tensor) -> None:
+        """`pool` for the branches weight x + bias (3C,), from the edge sums (B, 3, C) of x with so many pixels."""
+        bias = sums.new_zeros(len(weight)) if bias is None else bias.to(sums.dtype)
+        weight = weight.contiguous()
         given = _small_view(sums), _native.matrix_view(weight), _native.weight_view(bias)
         _native.kernels().pool_linear(*given, pixels, _small_view(pooled))
 
@@ -70,8 +78,16 @@ class CPUPasses:
         _native.kernels().branch_weights(_small_view(pooled), *matrices, _small_view(hidden), _small_view(weights))
 
     @staticmethod
+    def offset(weights: Tensor, bias: Tensor | None) -> Tensor:
+        """What `weigh` adds for the bias (3C,) of the branches, in its form."""
+        if bias is None:
+            return weights.new_zeros((len(weights), weights.shape[2]))
+        return (weights * bias.to(weights.dtype).view(weights.shape[1:])).sum(1)
+
+    @staticmethod
     def branch_weights_backward(
-        dweights: Tensor,
+        sums: Tensor,
+        bias: Tensor | None,
         weights: Tensor,
         hidden: Tensor,
         pooled: Tensor,
@@ -79,11 +95,17 @@ class CPUPasses:
         dmlps: Sequence[Tensor | None],
         dpooled: Tensor,
     ) -> None:
-        """Of the gradients of the weights, the first three of dweights (B, 3 or more, C)."""
+        """From what weigh_backward_weights gives, for branches that had no bias (3C,) there."""
+        dweights = sums if bias is None else sums[:, :3] + bias.to(sums.dtype).view(weights.shape[1:]) * sums[:, 3:]
         given = [_small_view(t) for t in (dweights, weights, hidden, pooled)]
         contiguous = [w.contiguous() for w in mlps]
         matrices = [None if w is None else _native.matrix_view(w) for w in (*contiguous, *dmlps)]
         _native.kernels().branch_weights_backward(*given, *matrices, _small_view(dpooled))
+
+    @staticmethod
+    def bias_backward(sums: Tensor, weights: Tensor, dpooled: Tensor, pixels: int, dbias: Tensor) -> None:
+        """Of the bias (3C,) of the branches: no pixel of dy goes to two pixels of a branch, none is lost."""
+        dbias.copy_((weights * sums[:, 3:]).add_(dpooled[:, None], alpha=pixels).sum(0).flatten())
 
     @staticmethod
     def weigh(x: Tensor, weights: Tensor, offset: Tensor | None, y: Tensor) -> None:
@@ -170,7 +192,7 @@ def _backward(grads: list[Any], grad: Tensor, a: _Arguments, passes: Any, *saved
     sums = small(x, 4, dy.shape[3])
     passes.weigh_backward_weights(dy, x, weights, None, sums, None)
     mlps, dpooled = (a.split_mlp1_weight, a.split_mlp2_weight), small(x, dy.shape[3])
-    passes.branch_weights_backward(sums, weights, hidden, pooled, mlps, dmlps, dpooled)
+    passes.branch_weights_backward(sums, None, weights, hidden, pooled, mlps, dmlps, dpooled)
     if dx is None:
         return
     found = dx if dx.stride(3) == 1 else allocate(dx.shape, dx)
@@ -214,7 +236,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def parts(x: Tensor) -> dict[str, str]:
-    device = x.device.type
+    device = _native.device_kind(x)
     kernel = "Triton kernel" if device == "cuda" else _native.kernel_name(device)
     return {
         "shifts and weights": kernel,
@@ -230,6 +252,7 @@ _op = FusedOp(
     reference=_reference,
     predicate=_predicate,
     triton=True,
+    wide=("split_mlp1_weight", "split_mlp2_weight"),
     saved=(Tensor.contiguous,) * 3,
     parts=lambda a: parts(a.x),
     dims="B, H, W, 3C",

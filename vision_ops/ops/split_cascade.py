@@ -111,8 +111,8 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = _native.kernel_name(a.x.device.type)
-    if a.x.device.type == "cuda":
+    kernel = _native.kernel_name(_native.device_kind(a.x))
+    if _native.device_kind(a.x) == "cuda":
         return {"depthwise convolutions": f"{kernel}, level by level", "sums": "PyTorch"}
     return {"split_cascade": kernel}
 
@@ -124,6 +124,7 @@ _op = FusedOp(
     kernels=_KERNELS,
     reference=_reference,
     predicate=_predicate,
+    wide=("weights", "biases"),
     parts=_parts,
 )
 

@@ -11,7 +11,8 @@ from .._internals import statically_known_true
 from . import _gram_xca, _heads
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
 from ._half_block import HalfBlock
-from ._heads import by_head
+from ._heads import by_head, wide
+from ._parameters import convert, convert_cuda, converted
 from ._pointwise import (
     crew_pays_for_tokens,
     linear_tokens,
@@ -21,7 +22,16 @@ from ._pointwise import (
     weight_gradient_tokens,
 )
 from ._registration import FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
-from .cross_covariance import Attention, attend, attend_backward, check_temperature, empty_matrices, triton_reasons
+from .cross_covariance import (
+    Attention,
+    attend,
+    attend_backward,
+    attention_of,
+    check_temperature,
+    empty_matrices,
+    sum_samples,
+    triton_reasons,
+)
 
 
 class _Arguments(NamedTuple):
@@ -39,11 +49,12 @@ def _reference(a: _Arguments) -> Tensor:
     return reference.xca(*a[:6], num_heads=a.num_heads)
 
 
-def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
-    """y and, unless the Gram form computes it from x, [q | k | v]."""
-    b, n, c = a.x.shape
-    saved = (0,) if a.gram else (b, n, 3 * c)
-    return allocate_contiguous((b, n, c), a.x), allocate_contiguous(saved, a.x)
+def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y and, unless the Gram form computes it from x, [q | k | v], the products of q and k and their norms."""
+    (b, n, c), heads, d = a.x.shape, a.num_heads, a.x.shape[2] // a.num_heads
+    shapes = [[0]] * 3 if a.gram else [[b, n, 3 * c], [b, heads, d, d], [b, 2, heads, d]]
+    qkv, gram, norms = map(allocate_contiguous, shapes, [a.x] * 3, [a.x.dtype, *[wide(a.x.dtype)] * 2])
+    return allocate_contiguous((b, n, c), a.x), qkv, gram, norms
 
 
 def _takes_gram(x: Tensor) -> bool:
@@ -52,9 +63,9 @@ def _takes_gram(x: Tensor) -> bool:
     GPUs where products may round to TF32, which would show where the form's terms cancel, and their graphs, as the user
     may allow it later."""
     n, c = x.shape[1:]
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
-    compiling = torch.compiler.is_compiling()
-    if x.device.type == "cuda" and dtype == torch.float32 and (compiling or tf32_allowed()):
+    kind, compiling = _native.device_kind(x), torch.compiler.is_compiling()
+    dtype = torch.get_autocast_dtype(kind) if autocast_enabled(x) and x.dtype != torch.float64 else x.dtype
+    if kind == "cuda" and dtype == torch.float32 and (compiling or tf32_allowed()):
         return False
     holds = statically_known_true if compiling else bool
     return dtype in (torch.float32, torch.float64) and holds(n >= 4 * c) and holds(n * c >= 32768)
@@ -63,22 +74,38 @@ def _takes_gram(x: Tensor) -> bool:
 # --- The qkv form: q, k and v of every token.
 
 
-def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, kernels: ModuleType) -> None:
-    (_, n, c), heads = a.x.shape, a.num_heads
+def _converted(a: _Arguments, kernels: ModuleType, backward: bool) -> _Arguments:
+    """With the parameters as products take them; without the biases, which the backward pass does not need."""
+    biases = (None, None) if backward else (a.qkv_bias, a.proj_bias)
+    run = convert if kernels is _heads else convert_cuda
+    qkv, proj, qkv_bias, proj_bias = converted(run, (a.qkv_weight, a.proj_weight, *biases), a.x.dtype)
+    return a._replace(qkv_weight=qkv, proj_weight=proj, qkv_bias=qkv_bias, proj_bias=proj_bias)
+
+
+def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, gram: Tensor, norms: Tensor, kernels: ModuleType) -> None:
+    (_, n, c), heads, a = a.x.shape, a.num_heads, _converted(a, kernels, backward=False)
     linear_tokens(a.x, a.qkv_weight, a.qkv_bias, qkv)
     q, k, v = _split(qkv, heads)
-    attention = attend(kernels, q, k, a.temperature)
+    attention = attend(kernels, q, k, a.temperature, gram, norms)
     if n >= c:
         linear_tokens(qkv[:, :, 2 * c :], _folded(a, attention, kernels), a.proj_bias, y)
     else:
         linear_tokens(_weighted(v, attention, kernels), a.proj_weight, a.proj_bias, y)
 
 
-def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType) -> None:
+def _backward_qkv(
+    grads: list[Tensor | None],
+    grad: Tensor,
+    a: _Arguments,
+    qkv: Tensor,
+    gram: Tensor,
+    norms: Tensor,
+    kernels: ModuleType,
+) -> None:
     dx, dqkv_weight, dqkv_bias, dtemperature, dproj_weight, dproj_bias = grads
-    (b, n, c), heads = a.x.shape, a.num_heads
+    (b, n, c), heads, a = a.x.shape, a.num_heads, _converted(a, kernels, backward=True)
     q, k, v = _split(qkv, heads)
-    attention = attend(kernels, q, k, a.temperature)
+    attention = attention_of(kernels, gram, norms, a.temperature)
     grad = grad.contiguous()
     _bias_gradient(grad, dproj_bias)
 
@@ -93,7 +120,7 @@ def _backward_qkv(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: 
         if dproj_weight is not None:
             each = allocate_contiguous((b, c, c), dweights)
             kernels.apply(attention.weights, dfolded, by_head(each, heads))
-            dproj_weight.copy_(each.sum(0))
+            sum_samples(each, dproj_weight)
     else:
         if dproj_weight is not None:
             weight_gradient_tokens(grad, _weighted(v, attention, kernels), dproj_weight)
@@ -117,10 +144,8 @@ def _bias_gradient(grad: Tensor, out: Tensor | None) -> None:
     rows = grad.flatten(0, 1)
     if multiplies_tokens(grad):
         out.copy_(_heads.sum_tokens(rows[None])[0])
-    elif out.dtype == grad.dtype:
-        torch.sum(rows, 0, out=out)
     else:
-        out.copy_(rows.sum(0, dtype=out.dtype))
+        torch.sum(rows, 0, dtype=out.dtype, out=out)
 
 
 def _split(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -151,18 +176,26 @@ def _weighted(v: Tensor, attention: Attention, kernels: ModuleType) -> Tensor:
 # --- The op
 
 
-def _forward(a: _Arguments, kernels: ModuleType) -> tuple[Tensor, Tensor]:
-    y, qkv = _output(a)
+def _forward(a: _Arguments, kernels: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, qkv, gram, norms = _output(a)
     if y.numel() == 0:
-        return y, qkv
+        return y, qkv, gram, norms
     if a.gram:
         _gram_xca.forward(a, y, kernels)
     else:
-        _forward_qkv(a, y, qkv, kernels)
-    return y, qkv
+        _forward_qkv(a, y, qkv, gram, norms, kernels)
+    return y, qkv, gram, norms
 
 
-def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor, kernels: ModuleType) -> None:
+def _backward(
+    grads: list[Tensor | None],
+    grad: Tensor,
+    a: _Arguments,
+    kernels: ModuleType,
+    qkv: Tensor,
+    gram: Tensor,
+    norms: Tensor,
+) -> None:
     if grad.numel() == 0:
         for t in grads:
             if t is not None:
@@ -170,7 +203,7 @@ def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tens
     elif a.gram:
         _gram_xca.backward(grads, grad, a, kernels)
     else:
-        _backward_qkv(grads, grad, a, qkv, kernels)
+        _backward_qkv(grads, grad, a, qkv, gram, norms, kernels)
 
 
 _forward_in_crew, _backward_in_crew = (with_crew(run, crew_pays_for_tokens) for run in (_forward, _backward))
@@ -178,27 +211,27 @@ _forward_in_crew, _backward_in_crew = (with_crew(run, crew_pays_for_tokens) for 
 
 # PyTorch's own copies are parallel outside of a crew only.
 @without_autocast
-def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor]:
+def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward_in_crew(a._replace(x=a.x.contiguous()), _heads)
 
 
 @without_autocast
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor) -> None:
-    _backward_in_crew(grads, grad.contiguous(), a._replace(x=a.x.contiguous()), qkv, _heads)
+def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
+    _backward_in_crew(grads, grad.contiguous(), a._replace(x=a.x.contiguous()), _heads, *saved)
 
 
 @without_autocast
-def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor]:
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import cross_covariance
 
     return _forward(a, cross_covariance)
 
 
 @without_autocast
-def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, qkv: Tensor) -> None:
+def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
     from ..kernels import cross_covariance
 
-    _backward(grads, grad, a, qkv, cross_covariance)
+    _backward(grads, grad, a, cross_covariance, *saved)
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
@@ -209,7 +242,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
-    kernel = "Triton kernels" if a.x.is_cuda else _native.kernel_name(a.x.device.type)
+    kernel = "Triton kernels" if _native.device_kind(a.x) == "cuda" else _native.kernel_name(_native.device_kind(a.x))
     form = "the Gram form" if _takes_gram(a.x) else "q, k and v"
     return {"attention": kernel, "products over all channels": f"{products_of_tokens(a.x)}, of {form}"}
 
@@ -223,7 +256,8 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("temperature",),
-    saved=(Tensor.contiguous,),
+    wide=("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
+    saved=(Tensor.contiguous,) * 3,
     parts=_parts,
     dims="B, N, C",
 )

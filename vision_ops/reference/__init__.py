@@ -1,5 +1,6 @@
 """The ops in plain PyTorch: their definition, the fallback, and what "eager" means in the benchmarks."""
 
+from .batch_norm_act import batch_norm_act as batch_norm_act
 from .channel_aggregation_ffn import channel_aggregation_ffn as channel_aggregation_ffn
 from .cross_covariance import cross_covariance as cross_covariance
 from .dwconv import dwconv as dwconv
@@ -9,6 +10,7 @@ from .gated_recursion import gated_recursion as gated_recursion
 from .global_filter import global_filter as global_filter
 from .gnconv import gnconv as gnconv
 from .layer_norm_2d import layer_norm_2d as layer_norm_2d
+from .mbconv import mbconv as mbconv
 from .mlp import mlp as mlp
 from .moga_aggregation import moga_aggregation as moga_aggregation
 from .moga_gate import moga_gate as moga_gate

@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _native
+
 
 def resize(planes: Tensor, size: Sequence[int], *, align_corners: bool) -> Tensor:
     """F.interpolate, on GPUs as products with matrices: its own backward pass adds in no fixed order there."""
-    if not planes.is_cuda:
+    if _native.device_kind(planes) != "cuda":
         return F.interpolate(planes, tuple(size), mode="bilinear", align_corners=align_corners)
     rows, columns = _matrices(planes, planes.shape[2:], size, align_corners)
     return (rows @ planes.double() @ columns.t()).to(planes.dtype)
@@ -17,7 +19,7 @@ def resize(planes: Tensor, size: Sequence[int], *, align_corners: bool) -> Tenso
 
 def resize_backward(grad: Tensor, size: Sequence[int], *, align_corners: bool) -> Tensor:
     """The gradient of planes of this size."""
-    if not grad.is_cuda:
+    if _native.device_kind(grad) != "cuda":
         resized, shape = grad.shape[2:], (*grad.shape[:2], *size)
         return torch.ops.aten.upsample_bilinear2d_backward(grad, resized, shape, align_corners)
     rows, columns = _matrices(grad, size, grad.shape[2:], align_corners)

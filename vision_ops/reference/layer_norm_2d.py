@@ -2,6 +2,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _native
+
 
 def layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the channels of every pixel; arguments as in
@@ -19,8 +21,8 @@ def layer_norm_pixels(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
     """
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    if x.device.type == "cuda" and weight.dtype == bias.dtype == dtype:
+    if _native.device_kind(x) == "cuda" and weight.dtype == bias.dtype == dtype:
         wide = dtype  # its statistics are float32, while the CPU's are half unless the parameters are float32
-    elif x.device.type != "cpu":
+    elif _native.device_kind(x) != "cpu":
         x = x.to(wide)  # only the CPU's takes float32 parameters beside half values
     return F.layer_norm(x, weight.shape, weight.to(wide), bias.to(wide), eps).to(dtype)

@@ -1,0 +1,255 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import (
+    HALF,
+    LAYOUTS,
+    Case,
+    check_against_reference,
+    check_bitwise_repeatable,
+    check_compiles,
+    check_gradients,
+    check_opcheck,
+    laid_out,
+    relative_error,
+    saved_bytes,
+)
+
+from vision_ops import explain, fused_batch_norm_act, reference, use_backend
+
+
+def make(
+    shape,
+    *,
+    training=True,
+    activation="gelu",
+    dtype=torch.float32,
+    parameter_dtype=None,
+    layout="contiguous",
+    mean=0.0,
+    eps=1e-3,
+):
+    c, wanted = shape[1], parameter_dtype or dtype
+    x = laid_out((torch.randn(shape) * 2 + mean * torch.randn(c, 1, 1)).to(dtype), layout)
+    weight, bias = torch.rand(c).to(wanted) + 0.5, torch.randn(c).to(wanted)
+    running = mean * torch.randn(c), torch.rand(c) + 0.5
+
+    def run(t, backend):
+        given = (r.to(t[1].device, t[1].dtype) for r in running)
+        return fused_batch_norm_act(*t, *given, training=training, eps=eps, activation=activation, backend=backend)
+
+    return Case(run, [x, weight, bias])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.usefixtures("each_device")
+def test_matches_reference(layout, dtype, training):
+    slack = 10 if dtype == torch.float64 else 2
+    for activation in (None, "gelu", "silu"):
+        case = make((3, 37, 9, 11), training=training, activation=activation, dtype=dtype, layout=layout)
+        check_against_reference(case, layout, slack=slack)
+
+
+@pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 14, 14), (5, 20, 5, 1), (2, 3, 1, 33), (2, 130, 1, 1), (3, 24, 75, 53)], ids=str
+)
+def test_sizes(shape):
+    for layout, training in itertools.product(("contiguous", "channels_last"), (True, False)):
+        check_against_reference(make(shape, layout=layout, training=training), layout, slack=4)
+
+
+def test_empty_batches_change_nothing():
+    x, running = torch.randn(0, 4, 3, 3, requires_grad=True), (torch.ones(4), torch.ones(4))
+    weight = torch.ones(4, requires_grad=True)
+    y = fused_batch_norm_act(x, weight, torch.zeros(4), *running, training=True, backend="fused")
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 4, 3, 3) and weight.grad.eq(0).all()
+    assert all(torch.equal(t, torch.ones(4)) for t in running)
+
+
+@pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    shape = (2, 21, 6, 7)
+    case = make(shape, layout=layout, training=layout != "expanded")
+    for grad_layout in ("contiguous", "channel_slice", "cropped", "expanded"):
+        check_against_reference(case, grad_layout, slack=4)
+    last = layout in ("channels_last", "channel_slice")
+    form = torch.channels_last if last else torch.contiguous_format
+    assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_float32_parameters_beside_half_values(dtype):
+    for training in (True, False):
+        check_against_reference(make((2, 24, 9, 7), dtype=dtype, parameter_dtype=torch.float32, training=training))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_means_of_ten_times_the_spread(dtype, layout):
+    for training in (True, False):
+        check_against_reference(
+            make((4, 24, 14, 14), dtype=dtype, layout=layout, mean=20.0, training=training), slack=2
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_variance_about_a_large_mean(layout):
+    """E[x^2] - E[x]^2 would have no digit left."""
+    x = laid_out(torch.randn(4, 8, 40, 40) + 1e4, layout)
+    running = torch.zeros(8), torch.zeros(8)
+    fused_batch_norm_act(x, torch.ones(8), torch.zeros(8), *running, training=True, momentum=1.0, backend="fused")
+    assert relative_error(running[1], x.double().var((0, 2, 3))) < 1e-4
+
+
+@pytest.mark.parametrize("momentum", [0.01, 0.1, 1.0, 0.0])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_running_statistics_are_pytorchs(layout, momentum):
+    norm = torch.nn.BatchNorm2d(24, momentum=momentum, eps=1e-3)
+    running = norm.running_mean.clone(), norm.running_var.clone()
+    for _ in range(10):
+        x = laid_out(torch.randn(3, 24, 7, 5) * 3 + torch.randn(24, 1, 1), layout)
+        norm(x)
+        fused_batch_norm_act(
+            x, norm.weight, norm.bias, *running, training=True, momentum=momentum, eps=1e-3, backend="fused"
+        )
+    for found, expected in zip(running, (norm.running_mean, norm.running_var), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_running_statistics(dtype):
+    found, expected = ((torch.zeros(8, dtype=dtype), torch.ones(8, dtype=dtype)) for _ in range(2))
+    x, parameters = torch.randn(4, 8, 5, 5).to(dtype), (torch.ones(8, dtype=dtype), torch.zeros(8, dtype=dtype))
+    for running, backend in ((found, "fused"), (expected, "reference")):
+        fused_batch_norm_act(x, *parameters, *running, training=True, backend=backend)
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_running_statistics():
+    case = make((2, 8, 5, 6))
+    y = fused_batch_norm_act(*case.tensors, None, None, training=True, eps=1e-3, activation="gelu", backend="fused")
+    assert torch.equal(y, case.run(case.tensors, "fused"))
+
+
+def test_a_second_derivative_moves_no_running_statistics():
+    x, running = torch.randn(2, 4, 3, 3, requires_grad=True), (torch.zeros(4), torch.ones(4))
+    y = fused_batch_norm_act(x, torch.ones(4), torch.zeros(4), *running, training=True, backend="fused")
+    before = running[0].clone()
+    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    first.square().sum().backward()
+    assert torch.equal(running[0], before) and x.grad is not None
+
+
+def test_reference_is_the_definition():
+    x, weight, bias = make((3, 5, 4, 4)).tensors
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    z = (x - mean[:, None, None]) / (variance + 1e-3).sqrt()[:, None, None] * weight[:, None, None] + bias[
+        :, None, None
+    ]
+    found = reference.batch_norm_act(x, weight, bias, None, None, training=True, eps=1e-3, activation="gelu")
+    torch.testing.assert_close(found, F.gelu(z))
+
+
+def test_gradcheck():
+    check_gradients(make((2, 3, 3, 4)))
+    check_gradients(make((2, 4, 2, 3), training=False, activation="silu", layout="channels_last"), second=False)
+    check_gradients(make((2, 5, 2, 3), activation=None, layout="channels_last"), second=False)
+
+
+def test_only_the_gradients_that_are_asked_for():
+    case = make((2, 20, 7, 6), layout="channels_last")
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    every = torch.autograd.grad(case.run(leaves, "fused").square().sum(), leaves)
+    for i in range(3):
+        tensors = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors)]
+        (alone,) = torch.autograd.grad(case.run(tensors, "fused").square().sum(), tensors[i])
+        assert torch.equal(alone, every[i])
+
+
+def test_bitwise_repeatable():
+    for layout in ("contiguous", "channels_last"):
+        check_bitwise_repeatable(make((3, 40, 33, 31), layout=layout))
+
+
+def test_autocast_leaves_it_alone():
+    case = make((2, 16, 9, 9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = case.run(case.tensors, "fused")
+    assert y.dtype == torch.float32 and torch.equal(y, case.run(case.tensors, "fused"))
+
+
+def test_compiles():
+    check_compiles([make((2, 16, 9, 7)), make((2, 16, 5, 12))])
+
+
+def test_compiled_running_statistics():
+    norm, x = torch.nn.BatchNorm2d(8), torch.randn(3, 8, 5, 5)
+    running = norm.running_mean.clone(), norm.running_var.clone()
+
+    @torch.compile(fullgraph=True)
+    def step(x, *running):
+        return fused_batch_norm_act(x, norm.weight, norm.bias, *running, training=True, backend="fused")
+
+    torch.testing.assert_close(step(x, *running), norm(x))
+    torch.testing.assert_close(running, (norm.running_mean, norm.running_var))
+
+
+def test_opcheck():
+    check_opcheck("batch_norm_act", (*make((2, 8, 5, 6)).tensors, None, None, 1e-3, "gelu"), tensors=5)
+
+
+def test_backward_keeps_the_arguments_and_the_statistics():
+    case = make((2, 32, 8, 8))
+    statistics = 2 * 32 * 4
+    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors) + statistics
+    assert saved_bytes(case, "reference") > 2 * case.tensors[0].nbytes
+
+
+X, C = torch.randn(2, 8, 7, 7), [torch.ones(8) for _ in range(4)]
+REFUSED = {
+    "rank": (ValueError, r"x must have the dimensions \(N, C, H, W\)", (X[0], *C), {}),
+    "weight": (ValueError, r"weight must have shape \(8,\) \(C\), got \(7,\)", (X, C[0][1:], *C[1:]), {}),
+    "running": (TypeError, "running_var must have the dtype of weight", (X, *C[:3], C[3].bfloat16()), {}),
+    "no running": (TypeError, "running_mean must be a torch.Tensor", (X, *C[:2], None, None), {"training": False}),
+    "momentum": (ValueError, "momentum must be from 0 to 1, got 2", (X, *C), {"momentum": 2}),
+    "momentum type": (TypeError, "momentum must be a float, got NoneType", (X, *C), {"momentum": None}),
+    "eps": (ValueError, "eps must be finite and at least 0", (X, *C), {"eps": -1.0}),
+    "activation": (ValueError, "activation must be one of", (X, *C), {"activation": "relu"}),
+    "one value": (ValueError, "more than one value per channel in training", (X[:1, :, :1, :1], *C), {}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name):
+    error, message, arguments, options = REFUSED[name]
+    with pytest.raises(error, match=message):
+        fused_batch_norm_act(*arguments, **{"training": True, **options})
+
+
+def test_explains():
+    for training in (True, False):
+        assert "C++" in explain("batch_norm_act", X, *C, training=training, backend="fused").parts["batch_norm_act"]
+    with use_backend("reference"):
+        assert explain("batch_norm_act", X, *C, training=True).parts == {"batch_norm_act": "PyTorch"}
+
+
+def test_hands_over_where_torch_is_faster():
+    large = torch.randn(4, 8, 256, 128)
+    last = large.contiguous(memory_format=torch.channels_last)
+    ours = {
+        (x is last, training, activation): "C++" in explain("batch_norm_act", x, *C, **options).parts["batch_norm_act"]
+        for x in (large, last)
+        for training in (True, False)
+        for activation in (None, "gelu")
+        for options in [{"training": training, "activation": activation}]
+    }
+    alone = {key for key in ours if key[2] is None}
+    assert {key for key, runs in ours.items() if not runs} == alone - {(False, True, None)}
+    assert explain("batch_norm_act", X, *C, training=True, activation="gelu").parts == {"batch_norm_act": "PyTorch"}
