@@ -14,6 +14,7 @@ SHORT = {
     "hornet_tiny_7x7": (1, 1, 1, 1),
     "moganet_tiny": (1, 1, 1, 1),
     "edgenext_small": (1, 2, 2, 2),
+    "moat_0": (1, 1, 1, 1),
     "tiny_moat_0": (1, 1, 1, 1),
 }
 
