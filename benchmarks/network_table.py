@@ -62,16 +62,19 @@ def _row(result: CaseResult, ours: ProviderResult, by_name: dict[str, ProviderRe
     rival, best = by_name[ours.same_layout.peer], by_name[ours.all_layouts.peer]
     eager = by_name[f"eager/{ours.layout}"]
     return [
-        f"{SHORT[result.mode]} {SHORT[ours.layout]}{' compiled' * (ours.kind != 'fused')}",
-        ratio_text(ours.same_layout, "" if rival is eager else rival.kind),
-        ratio_text(ours.all_layouts, f"{'' if best.kind == 'eager' else best.kind} {SHORT[best.layout]}".strip())
-        if best is not rival
-        else "",
+        f"{SHORT[result.mode]} {SHORT[ours.layout]}{', compiled' * (ours.kind != 'fused')}",
+        ratio_text(ours.same_layout, _name(rival)),
+        ratio_text(ours.all_layouts, f"{_name(best)} {SHORT[best.layout]}".strip()) if best is not rival else "",
         _pair(figure, ours.images_per_s, eager.images_per_s),
         _pair("{:.0%}".format, ours.in_ops, eager.in_ops),
         _pair(megabytes, ours.saved_bytes, eager.saved_bytes),
         _pair(megabytes, ours.peak_bytes, eager.peak_bytes),
     ]
+
+
+def _name(peer: ProviderResult) -> str:
+    """Short, and nothing for the usual one."""
+    return "" if peer.kind == "eager" else peer.kind.partition("(")[0]
 
 
 def _pair(form: Callable[[Any], str], ours: float | None, eager: float | None) -> str:
