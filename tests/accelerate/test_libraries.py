@@ -87,6 +87,7 @@ def test_equal(name, timm):
     with torch.no_grad():
         assert error([model.eval()(x.double())], [plain.eval()(x.double())]) < 1e-9
         vision_ops.restore(model)
+        model.load_state_dict(plain.state_dict())  # the batch norms have seen other roundings
         assert torch.equal(model(x.double()), plain(x.double()))
 
 
@@ -98,7 +99,7 @@ def test_what_does_not_fit(timm):
     report = vision_ops.accelerate(timm.create_model("convnext_atto", norm_layer="rmsnorm2d"))
     assert not report.fused and "norm is a RmsNorm2d, not a LayerNorm" in str(report)
     report = vision_ops.accelerate(timm.create_model("convnext_atto", output_stride=16))
-    assert "conv_dw.dilation is (2, 2), not (1, 1)" in str(report)
+    assert "conv_dw.padding is (6, 6), not (3, 3)" in str(report)
     report = vision_ops.accelerate(timm.create_model("xcit_nano_12_p16_224", proj_drop_rate=0.1))
     assert kinds(report) == {"LPI": 12} and "proj_drop is active" in str(report)
     report = vision_ops.accelerate(timm.create_model("convnextv2_atto"))
@@ -121,4 +122,6 @@ def test_every_network(name, timm):
     half = [step(m.bfloat16(), x, torch.bfloat16) for m in (model, plain)]
     assert error(half[0], exact) < 2 * error(half[1], exact)
     vision_ops.restore(model)
-    assert all(torch.equal(a, b) for a, b in zip(step(model, x, torch.bfloat16), half[1], strict=True))
+    model.load_state_dict(plain.state_dict())
+    found, expected = (step(m, x, torch.bfloat16) for m in (model, plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
