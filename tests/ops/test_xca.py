@@ -203,12 +203,11 @@ def test_only_some_gradients(form, needed):
 
 
 def test_saved_bytes(form):
-    """x and [q | k | v], 4C numbers a token, and of every sample the products of q and k and their norms; x alone in
-    the Gram form."""
+    """x, [q | k | v] and of every sample the attention of the heads; x alone in the Gram form."""
     case = make(600, 48, 4)
     x, *parameters = case.tensors
     kept = saved_bytes(case, "fused") - sum(t.nbytes for t in parameters)
-    of_samples = len(x) * 4 * (12 * 12 + 2 * 12) * x.element_size()
+    of_samples = len(x) * 4 * (2 * 12 * 12 + 2 * 12) * x.element_size()
     assert kept == (x.nbytes if form == "gram" else 4 * x.nbytes + of_samples)
     assert kept < 0.6 * (saved_bytes(case, "reference") - sum(t.nbytes for t in parameters))
 
