@@ -72,7 +72,7 @@ def test_odd_sizes_without_biases(name, batch, size):
     if size == 1 and name in ("batch_norm_act", "mbconv"):
         batch = 2  # which have nothing to normalise in one value
     # Of one token, the directions of q and k have no gradient: how rounding errors cancel is luck.
-    check_against_reference(make(name, batch=batch, size=size, bias=False), slack=2.0 if size == 1 else 1.0)
+    check_against_reference(make(name, batch=batch, size=size, bias=False), slack=5.0 if size == 1 else 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -80,7 +80,7 @@ def check():
         y = case.run(case.tensors, "fused")
     cast = case.run([*(t.bfloat16() for t in tensors), sigma], "fused")  # of parameters that autocast leaves to the op
     assert y.dtype == cast.dtype
-    assert_close(y, cast, rtol=2e-2, atol=2e-2)
+    assert_close(y, cast, rtol=5e-2, atol=1e-1)
 
     x, weight = torch.randn(1, 2, 3, 4).double(), torch.randn(2, 1, 3, 3).double()
     run, plain = (
