@@ -58,7 +58,7 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer; needs torchrun")
     add("--seed", type=int, default=0)
-    add("--workers", type=int, default=4, help="processes that load images, per process")
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load images, per process")
     add("--save-every", type=int, default=500, help="steps between checkpoints; there is one after every epoch, too")
     return parser.parse_args(argv)
 

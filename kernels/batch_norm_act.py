@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import scratch
 from ._maps import activated, map_tile, share_of_image, strides_of, sum_type, walk
+from ._moves import moves
 from ._specialize import ByLayout, counted
 
 PROGRAMS = 2112  # sixteen for every multiprocessor of an H200
@@ -22,6 +23,7 @@ MERGE_TILE = {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 4}
 
 
 @ByLayout
+@moves("partial_ptr")
 def moments_kernel(
     x_ptr,
     partial_ptr,  # [image][share][2][channels]
@@ -57,6 +59,7 @@ def moments_kernel(
 
 
 @counted
+@moves("mean_ptr", "variance_ptr")
 def merge_moments_kernel(
     partial_ptr,
     mean_ptr,
@@ -95,6 +98,7 @@ def merge_moments_kernel(
 
 
 @ByLayout
+@moves("y_ptr", "partial_ptr")
 def norm_act_kernel(
     x_ptr,
     grad_ptr,  # may be None: a factor of what is summed
@@ -150,6 +154,7 @@ def norm_act_kernel(
 
 
 @ByLayout
+@moves("dx_ptr", "partial_ptr")
 def norm_act_bwd_kernel(
     grad_ptr,
     x_ptr,

@@ -9,6 +9,7 @@ rows; a second kernel adds what has the same relative position. Sums are cut by 
 Offsets within a sample have 32 bits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
+from ._moves import moves
 from ._specialize import counted
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -42,6 +44,11 @@ def tile(positions: int, d: int, dtype: torch.dtype) -> Tile:
 def table_side(width: int, dtype: torch.dtype) -> int:
     """Of the pairs that a program of the table's gradient has."""
     return min(16 if dtype == torch.float32 else 64, max(16, power_of_two(width)))
+
+
+def _products(count: int) -> Callable[..., int]:
+    """The multiply-adds of so many products between the positions of every window."""
+    return lambda q_ptr, window_height, window_width, **_: count * q_ptr.numel() * window_height * window_width
 
 
 @triton.jit
@@ -86,6 +93,7 @@ def _with_bias(products, table_ptr, scale, y_q, x_q, y_k, x_k, there, window_hei
 
 
 @counted
+@moves("y_ptr", "lse_ptr", multiply_adds=_products(2))
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -199,6 +207,7 @@ def _weights_of_keys(
 
 
 @counted
+@moves("delta_ptr", "dq_ptr", multiply_adds=_products(3))
 def query_gradient_kernel(
     dy_ptr,
     q_ptr,
@@ -286,6 +295,7 @@ def query_gradient_kernel(
 
 
 @counted
+@moves("dk_ptr", "dv_ptr", multiply_adds=_products(4))
 def key_gradient_kernel(
     dy_ptr,
     q_ptr,
@@ -373,6 +383,7 @@ def key_gradient_kernel(
 
 
 @counted
+@moves("dq_ptr", "dk_ptr", "dv_ptr", "sums_ptr", multiply_adds=_products(5))
 def window_gradient_kernel(
     dy_ptr,
     q_ptr,
@@ -465,6 +476,7 @@ def window_gradient_kernel(
 
 
 @counted
+@moves("sums_ptr", multiply_adds=_products(2))
 def pair_gradient_kernel(
     dy_ptr,
     q_ptr,
@@ -552,6 +564,7 @@ def pair_gradient_kernel(
 
 
 @counted
+@moves("dtable_ptr")
 def table_gradient_kernel(
     sums_ptr,
     dtable_ptr,

@@ -497,7 +497,13 @@ def weigh_backward_weights(
     constants = {"SUM_TYPE": _sum_type(x), **chosen._asdict()}
     with torch.cuda.device_of(x):
         weigh_backward_weights_kernel[(b * shares, columns)](
-            dy, x, weights, bias, partial, y, shares, h, w, channels, *strides, **constants
+            *(dy, x, weights if y is not None else None, bias, partial, y),
+            shares,
+            h,
+            w,
+            channels,
+            *strides,
+            **constants,
         )
         sum_parts(partial.flatten(2), [sums])
 

@@ -31,7 +31,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE
 
 def run(*command):
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -58,7 +58,7 @@ def test_goes_on_bit_for_bit_when_killed(trained, tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
     command = [sys.executable, *TRAIN, "--out", str(tmp_path)]
     process = subprocess.Popen([*command, "--save-every", "3"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

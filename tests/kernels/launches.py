@@ -19,6 +19,7 @@ from vision_ops import kernels
 from vision_ops.kernels import (
     batch_norm_act,
     channel_aggregation_ffn,
+    convert,
     cross_covariance,
     feature_decompose,
     gated_recursion,
@@ -132,14 +133,29 @@ def s2_passes(channels: int, size: int, dtype: torch.dtype, with_y: bool) -> Non
     x, dx = (absent(128, size, size, 3 * channels, dtype=dtype) for _ in range(2))
     y, dy = (absent(128, size, size, channels, dtype=dtype) for _ in range(2))
     sums_type = torch.promote_types(dtype, torch.float32)
-    pooled, dpooled, offset = (absent(128, channels, dtype=sums_type) for _ in range(3))
+    pooled, dpooled = (absent(128, channels, dtype=sums_type) for _ in range(2))
+    bias = absent(3 * channels, dtype=dtype) if with_y else None
     edge_sums, weights, sums = (absent(128, k, channels, dtype=sums_type) for k in (9, 3, 4))
     shift_split_attention.edge_sums(y if with_y else x, edge_sums)
-    shift_split_attention.pool(edge_sums, pooled)
-    shift_split_attention.weigh(x, weights, offset if with_y else None, y)
-    given = (offset, sums, y) if with_y else (None, sums, None)
+    shift_split_attention.pool(edge_sums, pooled, bias, size**2)
+    shift_split_attention.weigh(x, weights, bias, y)
+    given = (bias, sums, y) if with_y else (None, sums, None)
     shift_split_attention.weigh_backward_weights(dy, x, weights, *given)
     shift_split_attention.weigh_backward_input(dy, weights, dpooled, dx)
+    hidden, mlps = absent(128, 8, dtype=sums_type), [absent(8, channels), absent(3 * channels, 8)]
+    shift_split_attention.branch_weights_backward(sums, bias, weights, hidden, pooled, mlps, [None, None], dpooled)
+    if bias is not None:
+        shift_split_attention.bias_backward(sums, weights, dpooled, size**2, bias)
+
+
+def parameters() -> None:
+    """Of HorNet-T.3, under autocast."""
+    half = [
+        (absent(*shape, dtype=torch.float32), absent(*shape)) for shape in ((512, 256), (256, 256), (512,), (64, 32))
+    ]
+    scaled = [(absent(*shape, dtype=torch.float32),) * 2 for shape in ((480, 1, 7, 7), (480,))]
+    sources, targets = zip(*half, *scaled, strict=True)
+    convert.convert(sources, targets, [1.0] * len(half) + [1 / 3] * len(scaled))
 
 
 def s2() -> Iterator[Launch]:
@@ -212,7 +228,7 @@ def decomposition(channels: int, size: int, dtype: torch.dtype, last: bool, acti
     means, sigma = absent(128, channels, 1, 1, dtype=wide(dtype)), absent(channels, dtype=dtype)
     feature_decompose.image_means(x, means)
     feature_decompose.decompose(x, means, sigma, activation, y)
-    feature_decompose.decompose_backward(y, x, means, sigma, activation, y, sigma)
+    feature_decompose.decompose_backward(y, x, means, sigma, activation, y, sigma, sigma)
 
 
 def gate(channels: int, size: int, dtype: torch.dtype, last: bool, sliced: bool, doubled: bool) -> None:
@@ -222,6 +238,8 @@ def gate(channels: int, size: int, dtype: torch.dtype, last: bool, sliced: bool,
     left, right = both.split(channels, dim=1) if sliced else (y, y)
     moga_gate.gate(left, right, doubled, y)
     moga_gate.gate_backward(y, left, right, doubled, left, right)
+    sums = [absent(channels, dtype=dtype) for _ in range(2)]
+    moga_gate.gate_backward(y, left, right, doubled, left, right, y, sums)
 
 
 def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> None:
@@ -367,6 +385,7 @@ def batch_norms() -> Iterator[Launch]:
 
 LAUNCHES = (
     *batch_norms(),
+    Launch("convert", "HorNet-T.3", parameters),
     *norms(),
     *recursions(),
     *s2(),

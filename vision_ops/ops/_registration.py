@@ -33,7 +33,7 @@ _SCHEMA_TYPES = {
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
     list[Tensor | None]: "Tensor?[]",
-    int: "int",
+    int: "SymInt",
     float: "float",
     bool: "bool",
     list[int]: "int[]",

@@ -292,8 +292,9 @@ def check_running(name: str, t: Any, weight: Tensor, training: bool) -> None:
         raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {t.dtype}")
 
 
-def check_count(x: Tensor) -> None:
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+def check_count(x: Tensor, stride: int = 1) -> None:
+    n, _, h, w = x.shape
+    if n * -(-h // stride) * -(-w // stride) == 1:
         raise ValueError(f"x must have more than one value per channel in training, got shape {tuple(x.shape)}")
 
 

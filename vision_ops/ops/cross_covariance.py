@@ -43,25 +43,23 @@ class Attention(NamedTuple):
 
 
 def attend(
-    kernels: ModuleType,
-    q: Tensor,
-    k: Tensor,
-    temperature: Tensor,
-    gram: Tensor | None = None,
-    norms: Tensor | None = None,
+    kernels: ModuleType, q: Tensor, k: Tensor, temperature: Tensor, into: tuple[Tensor, ...] | None = None
 ) -> Attention:
-    """gram and norms: where the products and the norms go."""
-    if gram is None or norms is None:
-        gram, norms, *_ = empty_attention(q, temperature)
+    """into: where the gram, the norms and the weights go, if they are there."""
+    attention = empty_attention(q, temperature) if into is None else kept_attention(into, temperature)
+    gram, norms, weights, flat = attention
     kernels.gram(q, k, gram, norms, q, k)
-    return attention_of(kernels, gram, norms, temperature)
-
-
-def attention_of(kernels: ModuleType, gram: Tensor, norms: Tensor, temperature: Tensor) -> Attention:
-    flat = temperature.to(gram.dtype).flatten().contiguous()
-    attention = Attention(gram, norms, allocate_contiguous(gram.shape, gram), flat)
-    kernels.softmax(gram, norms, flat, attention.weights)
+    kernels.softmax(gram, norms, flat, weights)
     return attention
+
+
+def kept_attention(kept: tuple[Tensor, ...], temperature: Tensor) -> Attention:
+    gram, norms, weights = kept
+    return Attention(gram, norms, weights, flat_temperature(temperature, gram.dtype))
+
+
+def flat_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    return temperature.to(dtype).flatten().contiguous()
 
 
 def sum_samples(each: Tensor, out: Tensor) -> None:
@@ -77,7 +75,7 @@ def empty_attention(q: Tensor, temperature: Tensor) -> Attention:
     dtype = wide(q.dtype)
     gram, weights = (allocate_contiguous((b, heads, d, d), q, dtype) for _ in range(2))
     norms = allocate_contiguous((b, 2, heads, d), q, dtype)
-    return Attention(gram, norms, weights, temperature.to(dtype).flatten().contiguous())
+    return Attention(gram, norms, weights, flat_temperature(temperature, dtype))
 
 
 def empty_matrices(attention: Attention) -> Tensor:

@@ -372,11 +372,12 @@ def _backward(
 
 def _norm_backward(b: _Block, i: int, to: list[Tensor | None], grad: Tensor, x: Tensor, c: Coefficients) -> None:
     """Of one with GELU; grad becomes that of x."""
-    norm = b.norm(i)
-    sums = allocate((2, len(norm.weight)), norm.weight)
-    b.device.norm.backward_sums(grad, x, c, "gelu", sums)
-    norm.gradients(sums, to[0], to[1])
-    line = norm.line(sums if b.a.measures() else None, max(1, x.numel() // x.shape[1]))
+    norm, sums, measures = b.norm(i), None, b.a.measures()
+    if measures or to[0] is not None or to[1] is not None:
+        sums = allocate((2, len(norm.weight)), norm.weight)
+        b.device.norm.backward_sums(grad, x, c, "gelu", sums)
+        norm.gradients(sums, to[0], to[1])
+    line = norm.line(sums if measures else None, max(1, x.numel() // x.shape[1]))
     b.device.norm.backward_input(grad, x, c, "gelu", line, grad)
 
 
@@ -594,7 +595,7 @@ def fused_mbconv(
     given += [*(se or ()), *(shortcut or ())]
     keep = training or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
     if training:
-        check_count(x if stride == 1 else x[:, :, ::2, ::2])
+        check_count(x, stride)
     own = (None, None) if shortcut is None else shortcut
     used = [norm[:2] if training else [t.detach() if i > 1 else t for i, t in enumerate(norm)] for norm in norms]
     ordered = x, used[0], expand_weight, used[1], dw_weight, used[2], list(se or ()), shrink_weight, shrink_bias, *own

@@ -178,7 +178,7 @@ def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: 
 
     # Small gammas, which layer scale begins with, underflow in float16 when they meet the weight; elsewhere they may.
     folds = a.gamma is not None and dtype != torch.float16
-    dbranch = _branch_gradient(passes, grad, None if folds else a.gamma, a.path_scale, dtype)
+    dbranch = _branch_gradient(passes, grad, None if folds else a.gamma, a.path_scale, dtype, memory_format(x))
     weight = a.fc2_weight.to(dtype)
     if folds and a.gamma is not None:
         weight = FoldedWeight(passes.tail, weight, None, a.gamma).weight()
@@ -232,12 +232,16 @@ def _input_gradients(
 
 
 def _branch_gradient(
-    passes: _Device, grad: Tensor, gamma: Tensor | None, path_scale: Tensor | None, dtype: torch.dtype
+    passes: _Device,
+    grad: Tensor,
+    gamma: Tensor | None,
+    path_scale: Tensor | None,
+    dtype: torch.dtype,
+    form: torch.memory_format,
 ) -> Tensor:
     """path_scale * gamma * grad, as the products take it."""
     if gamma is None and path_scale is None:
         return product_dense(grad.to(dtype))
-    form = memory_format(grad)
     found = allocate(grad.shape, grad, form, dtype)
     passes.tail.run_backward(pixel_dense(grad, form), found, gamma, path_scale, found, None)
     return product_dense(found)

@@ -250,10 +250,10 @@ def fused_moga_aggregation(
 
     Parameters have the dtype of x, or float32 beside a half x. GEMMs are PyTorch's, but for those in float32 on CPUs
     with AVX2 or AVX-512. The mean of p is proj_1 of the mean of x. Backward keeps, besides the arguments, the outputs
-    of proj_1 and of the depthwise convolutions, 3C numbers a pixel with x, where eager keeps 11C. Gradients come in
-    each argument's own dtype and are bitwise repeatable with the same number of threads. On GPUs where the CUDA kernels
-    are missing, the depthwise convolutions are PyTorch's, whose gradients may not be repeatable. Without a kernel for
-    the device, `reference.moga_aggregation` runs.
+    of proj_1 and of the depthwise convolutions, 3C numbers a pixel with x, where eager keeps 11C, and
+    means. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads. On
+    GPUs where the CUDA kernels are missing, the depthwise convolutions are PyTorch's, whose gradients may not be
+    repeatable. Without a kernel for the device, `reference.moga_aggregation` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

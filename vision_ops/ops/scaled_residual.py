@@ -139,7 +139,7 @@ def _forward(device: Callable[[], Tail], a: _Arguments) -> Tensor:
 
 def _backward(device: Callable[[], Tail], grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     _, dbranch, dgamma, _ = grads
-    wanted = memory_format(grad)
+    wanted = memory_format(grad if dbranch is None else dbranch)
     grad = pixel_dense(grad, wanted)
     found = None if dbranch is None else pixel_dense(_mixed(dbranch, grad.dtype), wanted)
     branch = grad if dgamma is None else pixel_dense(_mixed(a.branch, grad.dtype), wanted)

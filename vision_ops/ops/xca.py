@@ -26,9 +26,9 @@ from .cross_covariance import (
     Attention,
     attend,
     attend_backward,
-    attention_of,
     check_temperature,
     empty_matrices,
+    kept_attention,
     sum_samples,
     triton_reasons,
 )
@@ -49,12 +49,14 @@ def _reference(a: _Arguments) -> Tensor:
     return reference.xca(*a[:6], num_heads=a.num_heads)
 
 
-def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and, unless the Gram form computes it from x, [q | k | v], the products of q and k and their norms."""
+def _output(a: _Arguments) -> tuple[Tensor, ...]:
+    """y and, unless the Gram form computes it from x, [q | k | v] and the attention: the products of q and k,
+    their norms, the weights."""
     (b, n, c), heads, d = a.x.shape, a.num_heads, a.x.shape[2] // a.num_heads
-    shapes = [[0]] * 3 if a.gram else [[b, n, 3 * c], [b, heads, d, d], [b, 2, heads, d]]
-    qkv, gram, norms = map(allocate_contiguous, shapes, [a.x] * 3, [a.x.dtype, *[wide(a.x.dtype)] * 2])
-    return allocate_contiguous((b, n, c), a.x), qkv, gram, norms
+    of_heads = [b, heads, d, d]
+    shapes = [[0]] * 4 if a.gram else [[b, n, 3 * c], of_heads, [b, 2, heads, d], of_heads]
+    saved = map(allocate_contiguous, shapes, [a.x] * 4, [a.x.dtype, *[wide(a.x.dtype)] * 3])
+    return allocate_contiguous((b, n, c), a.x), *saved
 
 
 def _takes_gram(x: Tensor) -> bool:
@@ -82,11 +84,11 @@ def _converted(a: _Arguments, kernels: ModuleType, backward: bool) -> _Arguments
     return a._replace(qkv_weight=qkv, proj_weight=proj, qkv_bias=qkv_bias, proj_bias=proj_bias)
 
 
-def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, gram: Tensor, norms: Tensor, kernels: ModuleType) -> None:
+def _forward_qkv(a: _Arguments, kernels: ModuleType, y: Tensor, qkv: Tensor, *kept: Tensor) -> None:
     (_, n, c), heads, a = a.x.shape, a.num_heads, _converted(a, kernels, backward=False)
     linear_tokens(a.x, a.qkv_weight, a.qkv_bias, qkv)
     q, k, v = _split(qkv, heads)
-    attention = attend(kernels, q, k, a.temperature, gram, norms)
+    attention = attend(kernels, q, k, a.temperature, kept)
     if n >= c:
         linear_tokens(qkv[:, :, 2 * c :], _folded(a, attention, kernels), a.proj_bias, y)
     else:
@@ -94,18 +96,12 @@ def _forward_qkv(a: _Arguments, y: Tensor, qkv: Tensor, gram: Tensor, norms: Ten
 
 
 def _backward_qkv(
-    grads: list[Tensor | None],
-    grad: Tensor,
-    a: _Arguments,
-    qkv: Tensor,
-    gram: Tensor,
-    norms: Tensor,
-    kernels: ModuleType,
+    grads: list[Tensor | None], grad: Tensor, a: _Arguments, kernels: ModuleType, qkv: Tensor, *kept: Tensor
 ) -> None:
     dx, dqkv_weight, dqkv_bias, dtemperature, dproj_weight, dproj_bias = grads
     (b, n, c), heads, a = a.x.shape, a.num_heads, _converted(a, kernels, backward=True)
     q, k, v = _split(qkv, heads)
-    attention = attention_of(kernels, gram, norms, a.temperature)
+    attention = kept_attention(kept, a.temperature)
     grad = grad.contiguous()
     _bias_gradient(grad, dproj_bias)
 
@@ -176,26 +172,18 @@ def _weighted(v: Tensor, attention: Attention, kernels: ModuleType) -> Tensor:
 # --- The op
 
 
-def _forward(a: _Arguments, kernels: ModuleType) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, qkv, gram, norms = _output(a)
+def _forward(a: _Arguments, kernels: ModuleType) -> tuple[Tensor, ...]:
+    y, *saved = _output(a)
     if y.numel() == 0:
-        return y, qkv, gram, norms
+        return y, *saved
     if a.gram:
         _gram_xca.forward(a, y, kernels)
     else:
-        _forward_qkv(a, y, qkv, gram, norms, kernels)
-    return y, qkv, gram, norms
+        _forward_qkv(a, kernels, y, *saved)
+    return y, *saved
 
 
-def _backward(
-    grads: list[Tensor | None],
-    grad: Tensor,
-    a: _Arguments,
-    kernels: ModuleType,
-    qkv: Tensor,
-    gram: Tensor,
-    norms: Tensor,
-) -> None:
+def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, kernels: ModuleType, *saved: Tensor) -> None:
     if grad.numel() == 0:
         for t in grads:
             if t is not None:
@@ -203,7 +191,7 @@ def _backward(
     elif a.gram:
         _gram_xca.backward(grads, grad, a, kernels)
     else:
-        _backward_qkv(grads, grad, a, qkv, gram, norms, kernels)
+        _backward_qkv(grads, grad, a, kernels, *saved)
 
 
 _forward_in_crew, _backward_in_crew = (with_crew(run, crew_pays_for_tokens) for run in (_forward, _backward))
@@ -211,7 +199,7 @@ _forward_in_crew, _backward_in_crew = (with_crew(run, crew_pays_for_tokens) for 
 
 # PyTorch's own copies are parallel outside of a crew only.
 @without_autocast
-def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_cpu(a: _Arguments) -> tuple[Tensor, ...]:
     return _forward_in_crew(a._replace(x=a.x.contiguous()), _heads)
 
 
@@ -221,7 +209,7 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, *save
 
 
 @without_autocast
-def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_cuda(a: _Arguments) -> tuple[Tensor, ...]:
     from ..kernels import cross_covariance
 
     return _forward(a, cross_covariance)
@@ -257,7 +245,7 @@ _op = FusedOp(
     triton=True,
     uncast=("temperature",),
     wide=("qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
-    saved=(Tensor.contiguous,) * 3,
+    saved=(Tensor.contiguous,) * 4,
     parts=_parts,
     dims="B, N, C",
 )
@@ -299,10 +287,10 @@ def fused_xca(
     is merged into the projection where that means less work. With many tokens for its channels (`explain` tells), a
     float32 or float64 x takes the Gram form instead, which has no q, k and v: everything follows from the second
     moments of x, centred over the tokens. The GEMMs over all channels are PyTorch's, but for 16 tokens or more in
-    float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides the arguments, [q | k | v], or in the Gram form
-    nothing. Gradients come in each argument's own dtype and are bitwise repeatable with the same number of threads.
-    Without a kernel for the device, and on GPUs for float64 and for heads
-    of more than 96 channels, `reference.xca` runs.
+    float32 on CPUs with AVX2 or AVX-512. Backward keeps, besides the arguments, [q | k | v] and of every sample
+    the attention of the heads, or in the Gram form nothing. Gradients come in each argument's own dtype
+    and are bitwise repeatable with the same number of threads. Without a kernel for the device, and on GPUs for float64
+    and for heads of more than 96 channels, `reference.xca` runs.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
