@@ -283,7 +283,7 @@ def _second_gradients(
     folded.gradients(dweight, dbias, dfc2, dfc2_bias, dgamma)
 
 
-_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=crew_pays)
+_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=lambda x: crew_pays(as_map(x)))
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
