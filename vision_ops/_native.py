@@ -53,7 +53,7 @@ def device_kind(t: Tensor) -> str:
     return t.device.type
 
 
-def kernels() -> ModuleType:
+def cpu_kernels() -> ModuleType:
     """The CPU kernels, where a predicate has found that they are there."""
     assert cpu is not None
     return cpu
@@ -66,7 +66,7 @@ def cuda_kernels() -> ModuleType:
 
 
 def kernel_name(device: str) -> str:
-    return f"C++ kernel ({kernels().isa})" if device == "cpu" else "CUDA kernel"
+    return f"C++ kernel ({cpu_kernels().isa})" if device == "cpu" else "CUDA kernel"
 
 
 def gpu_missing(index: int) -> str | None:
@@ -121,7 +121,7 @@ def _triton_missing(index: int) -> str | None:
 
 def run(kernel: str, *given: Any) -> None:
     """Calls a kernel of the CPU: maps (N, C, H, W) and vectors (C,) go as their views, all else as it is."""
-    getattr(kernels(), kernel)(*(_view_of(a) if isinstance(a, Tensor) else a for a in given))
+    getattr(cpu_kernels(), kernel)(*(_view_of(a) if isinstance(a, Tensor) else a for a in given))
 
 
 def target(t: Tensor) -> tuple[int, int]:

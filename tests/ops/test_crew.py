@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_miss
 
 
 def in_crew(function, *args):
-    return _native.kernels().with_crew(function, *args)
+    return _native.cpu_kernels().with_crew(function, *args)
 
 
 def passes(x, weights, count=3):

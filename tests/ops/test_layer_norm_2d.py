@@ -202,7 +202,7 @@ def test_backward_keeps_the_arguments_only(device):
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_hands_over_where_torch_is_faster(isa, monkeypatch):
-    monkeypatch.setattr(_native, "kernels", lambda: SimpleNamespace(isa=isa))
+    monkeypatch.setattr(_native, "cpu_kernels", lambda: SimpleNamespace(isa=isa))
     small, large = (torch.randn(1, 64, s, s).to(memory_format=torch.channels_last) for s in (14, 112))
     weight = torch.ones(64)
     found = explain("layer_norm_2d", small, weight, weight)

@@ -61,7 +61,7 @@ def test_linear(size, outputs, x_layout, y_layout):
         if _pointwise.linear_times(x, weight, bias, other, y):
             close(y / other, expected, x, weight)
         else:
-            assert _native.kernels().isa == "baseline"
+            assert _native.cpu_kernels().isa == "baseline"
 
 
 def test_writes_nothing_else():
@@ -232,7 +232,7 @@ def test_weight_gradients_do_not_depend_on_the_threads(outputs, inputs, size):
             _pointwise.weight_gradient(grad, x, results[-1])
     finally:
         torch.set_num_threads(threads)
-    if _native.kernels().isa != "baseline":
+    if _native.cpu_kernels().isa != "baseline":
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -262,7 +262,7 @@ def slope(activation, v):
 
 
 def refused():
-    return _native.kernels().isa == "baseline"
+    return _native.cpu_kernels().isa == "baseline"
 
 
 @activated_cases
@@ -389,7 +389,7 @@ def test_bias_gradient_of_other_dtypes(dtype):
 def test_explains():
     x = torch.randn(1, 3, 4, 5)
     assert _pointwise.products(x.double()) == "PyTorch's GEMMs"
-    ours = _native.kernels().isa != "baseline"
+    ours = _native.cpu_kernels().isa != "baseline"
     assert _pointwise.products(x) == (_native.kernel_name("cpu") if ours else "PyTorch's GEMMs")
 
 

@@ -28,12 +28,12 @@ def gram(
 ) -> None:
     """out = a b^T; norms = the diagonals of a u^T and b v^T, for u = a and v = b the squared norms."""
     views = map(_native.view, (a, b, u, v, out, norms))
-    _native.kernels().gram(*views)
+    _native.cpu_kernels().gram(*views)
 
 
 def softmax(gram: Tensor, norms: Tensor, temperature: Tensor, weights: Tensor) -> None:
     """weights = softmax(temperature * gram / |a| / |b|), each norm 1e-12 at least."""
-    _native.kernels().cosine_softmax(
+    _native.cpu_kernels().cosine_softmax(
         _native.view(gram), _native.view(norms), _native.weight_view(temperature), _native.view(weights)
     )
 
@@ -50,7 +50,7 @@ def softmax_backward(
     """In place, the gradient of the weights becomes that of the gram. scales = twice those of the squared norms;
     dtemperature is (B, heads, 1, 1), not yet summed over the batch."""
     inputs = (*map(_native.view, (grad, weights, gram, norms)), _native.weight_view(temperature))
-    _native.kernels().cosine_softmax_backward(*inputs, _native.view(scales), _native.view(dtemperature))
+    _native.cpu_kernels().cosine_softmax_backward(*inputs, _native.view(scales), _native.view(dtemperature))
 
 
 def apply(
@@ -64,12 +64,12 @@ def apply(
 ) -> None:
     """y = matrix x, or its transpose times x, plus scale * z, if they are given; scale is (B, heads, d, 1)."""
     rest: list[Any] = [_native.view(t) for t in (x, scale, z, y)]
-    _native.kernels().apply_by_head(_native.view(matrix), transposed, *rest)
+    _native.cpu_kernels().apply_by_head(_native.view(matrix), transposed, *rest)
 
 
 def sum_tokens(x: Tensor, centred: Tensor | None = None) -> Tensor:
     """(B, C) in float64; centred = x less its mean. Both are float32 (B, N, C) with neighbouring channels."""
     b, _, c = x.shape
     sums = allocate_contiguous((b, c), x, torch.float64)
-    _native.kernels().sum_tokens(_native.tokens_view(x), _native.vectors_view(sums), _native.tokens_view(centred))
+    _native.cpu_kernels().sum_tokens(_native.tokens_view(x), _native.vectors_view(sums), _native.tokens_view(centred))
     return sums

@@ -34,7 +34,7 @@ def linear_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *
     if multiplies_tokens(x):
         given = _native.tokens_view(x), _native.matrix_view(weight), _native.vectors_view(bias)
         end = _NOTHING if plus is None else _PLUS, 0, _native.tokens_view(plus), None, None, None
-        _native.kernels().pointwise(*given, end, _native.tokens_view(out))
+        _native.cpu_kernels().pointwise(*given, end, _native.tokens_view(out))
     elif weight.ndim == 2 and plus is None:
         _torch_linear(x.transpose(1, 2)[..., None], weight, bias, out.transpose(1, 2)[..., None])
     elif plus is not None:
@@ -184,7 +184,7 @@ def _multiply(
     scales = _native.weight_view(gamma), _native.vectors_view(None if path_scale is None else path_scale.view(-1, 1))
     end = combine, activation, _native.view(other), _native.view(kept), *scales
     given = _native.view(x), _native.matrix_view(weight), _native.weight_view(bias)
-    _native.kernels().pointwise(*given, end, _native.view(out))
+    _native.cpu_kernels().pointwise(*given, end, _native.view(out))
     return True
 
 
@@ -200,7 +200,7 @@ def _multiplies(x: Tensor, out: Tensor, *others: Tensor | None) -> bool:
 
 def _has_kernel(x: Tensor) -> bool:
     # The baseline has none of the instructions that PyTorch's GEMMs choose.
-    return x.dtype == torch.float32 and _native.device_kind(x) == "cpu" and _native.kernels().isa != "baseline"
+    return x.dtype == torch.float32 and _native.device_kind(x) == "cpu" and _native.cpu_kernels().isa != "baseline"
 
 
 def _gapless(t: Tensor) -> bool:
@@ -248,7 +248,7 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None, bias_out: Tenso
     if _has_kernel(x) and _lined(grad) and _lined(x) and _takes(out, x) and _takes(bias_out, x):
         if out is not None or bias_out is not None:
             gradients = None if out is None else _native.matrix_view(out), _native.weight_view(bias_out)
-            _native.kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), *gradients)
+            _native.cpu_kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), *gradients)
         return
     if bias_out is not None:
         channel_sums(grad, bias_out)
@@ -274,7 +274,7 @@ def channel_sums(t: Tensor, sums: Tensor | None) -> None:
         return
     double = [tensor.dtype == torch.float64 for tensor in (t, sums)]
     if _native.device_kind(t) == "cpu" and _native.cpu is not None and _lined(t) and double[0] == double[1]:
-        _native.kernels().channel_sums(_native.view(t), _native.weight_view(sums))
+        _native.cpu_kernels().channel_sums(_native.view(t), _native.weight_view(sums))
     else:
         torch.sum(t, (0, 2, 3), dtype=sums.dtype, out=sums)
 
@@ -283,7 +283,7 @@ def weight_gradient_tokens(grad: Tensor, x: Tensor, out: Tensor) -> None:
     """`weight_gradient` of `linear_tokens`."""
     if multiplies_tokens(x) and out.dtype == x.dtype:
         views = _native.tokens_view(grad), _native.tokens_view(x), _native.matrix_view(out)
-        _native.kernels().pointwise_backward_weight(*views, None)
+        _native.cpu_kernels().pointwise_backward_weight(*views, None)
     elif out.ndim == 3:
         torch.bmm(grad.transpose(1, 2), x, out=out)
     else:

@@ -128,7 +128,7 @@ def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool]) -> Cal
 
     @functools.wraps(kernel)
     def run(*args: Any) -> Any:
-        return _native.kernels().with_crew(kernel, *args) if pays(_arguments_in(args)[0]) else kernel(*args)
+        return _native.cpu_kernels().with_crew(kernel, *args) if pays(_arguments_in(args)[0]) else kernel(*args)
 
     return run
 

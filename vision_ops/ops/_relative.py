@@ -29,7 +29,7 @@ class Geometry(NamedTuple):
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, geometry: Geometry, y: Tensor, lse: Tensor) -> None:
     """y = softmax(scale * q k^T + bias) v; lse = the logarithm of what the softmax divides by."""
     given = *map(_native.view, (q, k, v)), _table_view(table), geometry
-    _native.kernels().relative_attention(*given, _native.view(y), _table_view(lse))
+    _native.cpu_kernels().relative_attention(*given, _native.view(y), _table_view(lse))
 
 
 def backward(
@@ -49,7 +49,7 @@ def backward(
     """y, which the Triton kernels make use of, may be missing."""
     given = *map(_native.view, (dy, q, k, v)), _table_view(table), geometry, _table_view(lse)
     grads = *map(_native.view, (dq, dk, dv)), _table_view(dtable)
-    _native.kernels().relative_attention_backward(*given, *grads)
+    _native.cpu_kernels().relative_attention_backward(*given, *grads)
 
 
 def _table_view(t: Tensor | None) -> tuple[int, ...] | None:

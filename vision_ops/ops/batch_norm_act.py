@@ -61,7 +61,7 @@ class BatchNorm(NamedTuple):
 
 
 def _moments(x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    _native.kernels().batch_norm_moments(_native.view(x), *map(_native.weight_view, (mean, variance)))
+    _native.cpu_kernels().batch_norm_moments(_native.view(x), *map(_native.weight_view, (mean, variance)))
 
 
 def _views(c: Coefficients) -> list[Any]:
@@ -70,22 +70,22 @@ def _views(c: Coefficients) -> list[Any]:
 
 def _run(x: Tensor, c: Coefficients, activation: str | None, y: Tensor | None, sums: Tensor | None = None) -> None:
     code = ACTIVATION_CODES[activation]
-    _native.kernels().batch_norm_act(_native.view(x), _views(c), _native.view(y), _native.vectors_view(sums), code)
+    _native.cpu_kernels().batch_norm_act(_native.view(x), _views(c), _native.view(y), _native.vectors_view(sums), code)
 
 
 def _backward_gate(grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, sums: Tensor) -> None:
     given = _native.view(grad), _native.view(x), _views(c), _native.vectors_view(sums)
-    _native.kernels().batch_norm_act_backward_gate(*given, ACTIVATION_CODES[activation])
+    _native.cpu_kernels().batch_norm_act_backward_gate(*given, ACTIVATION_CODES[activation])
 
 
 def _backward_sums(grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, sums: Tensor) -> None:
     given = _native.view(grad), _native.view(x), _views(c), _native.vectors_view(sums)
-    _native.kernels().batch_norm_act_backward_sums(*given, ACTIVATION_CODES[activation])
+    _native.cpu_kernels().batch_norm_act_backward_sums(*given, ACTIVATION_CODES[activation])
 
 
 def _backward_input(grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, line: Tensor, dx: Tensor) -> None:
     given = _native.view(grad), _native.view(x), _views(c), _native.vectors_view(line), _native.view(dx)
-    _native.kernels().batch_norm_act_backward_input(*given, ACTIVATION_CODES[activation])
+    _native.cpu_kernels().batch_norm_act_backward_input(*given, ACTIVATION_CODES[activation])
 
 
 def cpu_batch_norm() -> BatchNorm:

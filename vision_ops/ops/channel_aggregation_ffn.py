@@ -298,7 +298,7 @@ def _aggregate(c: _Chunks, chunk: _Chunk, f: Tensor, h: Tensor, scores: Tensor) 
     """scores = decompose h, h = GELU(dwconv f), with d behind its channels. f has the rows around the chunk."""
     parameters, views = _native_arguments(c, h)
     conv = _convolution(c, chunk.rows.start - chunk.around(c.reach).rows.start)
-    _native.kernels().channel_aggregation(_native.view(f), *parameters, *views, _native.view(scores), conv)
+    _native.cpu_kernels().channel_aggregation(_native.view(f), *parameters, *views, _native.view(scores), conv)
 
 
 def _aggregate_backward(
@@ -325,7 +325,7 @@ def _aggregate_backward(
     grads = _native.view(df), *map(_native.weight_view, sums)
     conv = _convolution(c, near.rows.start - chunk.around(2 * c.reach).rows.start)
     geometry = chunk.rows.start - near.rows.start, conv
-    _native.kernels().channel_aggregation_backward(_native.view(f), w, b, v, *given, *views, *grads, *geometry)
+    _native.cpu_kernels().channel_aggregation_backward(_native.view(f), w, b, v, *given, *views, *grads, *geometry)
     weight_gradient(chunk.of(grad), h[:, : c.fc2.columns], parts.product)
     return df
 
@@ -379,7 +379,7 @@ def _whole(c: _Chunks, x: Tensor) -> tuple[list[Any], tuple[int, int]]:
 def _forward_whole(c: _Chunks, x: Tensor, y: Tensor, scores: Tensor, kept: Tensor) -> None:
     h = c.buffer(_hidden_channels(c.a))
     f = kept if c.a.keep else c.hidden(c.buffer(_fc1_channels(c.a), c.reach))
-    _native.kernels().channel_aggregation_ffn(*_whole(c, x), *map(_native.view, (f, h, scores, y)))
+    _native.cpu_kernels().channel_aggregation_ffn(*_whole(c, x), *map(_native.view, (f, h, scores, y)))
 
 
 def _backward_whole(c: _Chunks, x: Tensor, grad: Tensor, scores: Tensor, kept: Tensor, grads: list[Any]) -> None:
@@ -394,7 +394,9 @@ def _backward_whole(c: _Chunks, x: Tensor, grad: Tensor, scores: Tensor, kept: T
     matrices = [None if t is None else _native.matrix_view(t.flatten(1)) for t in (dfc1, product)]
     given, buffers = map(_native.view, (grad, scores, f)), [_native.view(t) for t in (h, dh, df)]
     totals = [matrices[0], *vectors, matrices[1]]
-    _native.kernels().channel_aggregation_ffn_backward(*_whole(c, x), *given, a.keep, buffers, _native.view(dx), totals)
+    _native.cpu_kernels().channel_aggregation_ffn_backward(
+        *_whole(c, x), *given, a.keep, buffers, _native.view(dx), totals
+    )
     if product is not None:
         c.fc2.gradients(product, dfc2, dsigma)
 

@@ -70,13 +70,13 @@ def _native_conv(a: _Arguments) -> tuple[int, ...]:
 def _forward_cpu(a: _Arguments) -> Tensor:
     y, weight, bias = _output(a), a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
     views = _native.view(a.x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.kernels().dwconv(*views, _native_conv(a), ACTIVATION_CODES[a.activation])
+    _native.cpu_kernels().dwconv(*views, _native_conv(a), ACTIVATION_CODES[a.activation])
     return y
 
 
 def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
     dx, dweight, dbias = grads
-    kernels, conv = _native.kernels(), _native_conv(a)
+    kernels, conv = _native.cpu_kernels(), _native_conv(a)
     weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
     x_view, weight_view = _native.view(a.x), _native.weight_view(weight)
     if a.activation is not None:
@@ -148,7 +148,7 @@ def convolve(
     """y = the convolution, for the ops that contain one; it keeps the size unless conv says what the kernels are to do.
     Parameters are contiguous."""
     views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
-    _native.kernels().dwconv(*views, conv or _same_size(weight), ACTIVATION_CODES[activation])
+    _native.cpu_kernels().dwconv(*views, conv or _same_size(weight), ACTIVATION_CODES[activation])
 
 
 def convolve_backward(
@@ -162,7 +162,7 @@ def convolve_backward(
     conv: tuple[int, ...] | None = None,
 ) -> None:
     """The gradients of `convolve`, into tensors of any strides; dweight may be weight."""
-    kernels, conv, grad_view = _native.kernels(), conv or _same_size(weight), _native.view(grad)
+    kernels, conv, grad_view = _native.cpu_kernels(), conv or _same_size(weight), _native.view(grad)
     if dx is not None:
         kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
     if dweight is not None or dbias is not None:

@@ -63,7 +63,7 @@ def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor]:
     kept = _native.view(statistics) if a.keep else None
     parameters = [None if t is None else t.contiguous() for t in a[1:5]]
     views = _native.view(a.x), *map(_native.weight_view, parameters), _native.view(_channels_first(y))
-    _native.kernels().dwconv_layer_norm(*views, kept, _native_conv(a), a.eps)
+    _native.cpu_kernels().dwconv_layer_norm(*views, kept, _native_conv(a), a.eps)
     return y, statistics
 
 
@@ -75,7 +75,7 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, stati
     parameters = [None if t is None else t.contiguous() for t in a[1:4]]
     inputs = _native.view(_channels_first(grad)), _native.view(a.x), *map(_native.weight_view, parameters)
     outputs = _native.view(dx), *map(_native.weight_view, dparameters)
-    _native.kernels().dwconv_layer_norm_backward(*inputs, _native.view(statistics), *outputs, _native_conv(a))
+    _native.cpu_kernels().dwconv_layer_norm_backward(*inputs, _native.view(statistics), *outputs, _native_conv(a))
 
 
 def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor]:

@@ -55,13 +55,13 @@ def image_means(kernels: Decomposition, x: Tensor) -> Tensor:
 
 
 def _image_means(x: Tensor, means: Tensor) -> None:
-    _native.kernels().image_means(_native.view(x), _native.view(means))
+    _native.cpu_kernels().image_means(_native.view(x), _native.view(means))
 
 
 def _decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
     """means: of x, from `image_means` or, where they are known before x is, in its form."""
     views = _native.view(x), _native.view(means), _native.weight_view(sigma), _native.view(y)
-    _native.kernels().feature_decompose(*views, ACTIVATION_CODES[activation])
+    _native.cpu_kernels().feature_decompose(*views, ACTIVATION_CODES[activation])
 
 
 def _decompose_backward(
@@ -77,9 +77,9 @@ def _decompose_backward(
     """dx may be grad; dx_sums: of dx, which is there then, over all pixels."""
     inputs = _native.view(grad), _native.view(x), _native.view(means), _native.weight_view(sigma)
     outputs = _native.view(dx), _native.weight_view(dsigma)
-    _native.kernels().feature_decompose_backward(*inputs, *outputs, ACTIVATION_CODES[activation])
+    _native.cpu_kernels().feature_decompose_backward(*inputs, *outputs, ACTIVATION_CODES[activation])
     if dx_sums is not None and dx is not None:
-        _native.kernels().channel_sums(_native.view(dx), _native.weight_view(dx_sums))
+        _native.cpu_kernels().channel_sums(_native.view(dx), _native.weight_view(dx_sums))
 
 
 def flat(sigma: Tensor | None) -> Tensor | None:

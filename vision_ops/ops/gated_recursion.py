@@ -169,7 +169,7 @@ def backward_chain(
 def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     """p = (u + bias) * q; p may be u."""
     bias = None if bias is None else bias.contiguous()
-    _native.kernels().gate(_native.view(u), _native.weight_view(bias), _native.view(q), _native.view(p))
+    _native.cpu_kernels().gate(_native.view(u), _native.weight_view(bias), _native.view(q), _native.view(p))
 
 
 def _gate_backward(
@@ -178,7 +178,7 @@ def _gate_backward(
     """du = dp * q, dq = dp * (u + bias), dbias = the sum of du over the pixels; du may be u."""
     bias = None if bias is None else bias.contiguous()
     inputs = _native.view(dp), _native.view(u), _native.weight_view(bias), _native.view(q)
-    _native.kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
+    _native.cpu_kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
 
 
 # --- The op
@@ -216,7 +216,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
         return cannot, []
     if torch.is_grad_enabled() and _any_requires_grad(a):
         return [], ["on CPUs PyTorch trains faster, keeping every p_k where the kernels compute them again"]
-    if _native.kernels().isa != "avx512":
+    if _native.cpu_kernels().isa != "avx512":
         return [], ["PyTorch is faster on CPUs without AVX-512"]
     return [], []
 

@@ -40,13 +40,13 @@ def _planes(weight: Tensor | None) -> tuple[int, ...] | None:
 @without_autocast
 def _forward_cpu(a: _Arguments) -> Tensor:
     y, weight = _output(a), _resized(a)
-    _native.kernels().global_filter(_native.view(a.x), _planes(weight), _native.view(y))
+    _native.cpu_kernels().global_filter(_native.view(a.x), _planes(weight), _native.view(y))
     return y
 
 
 def _run_backward_cpu(grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None) -> None:
     views = _native.view(grad), _native.view(x), _planes(weight), _native.view(dx), _planes(dweight)
-    _native.kernels().global_filter_backward(*views)
+    _native.cpu_kernels().global_filter_backward(*views)
 
 
 def _has_cuda_kernel(x: Tensor) -> bool:

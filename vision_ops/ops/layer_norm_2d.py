@@ -76,7 +76,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
     if _native.device_kind(x) != "cpu" or x.dtype == torch.float64 or memory_format(x) != torch.channels_last:
         return False
     count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
-    wide = _native.kernels().isa == "avx512"
+    wide = _native.cpu_kernels().isa == "avx512"
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in a[:3]):
         return count < (60_000 if wide else 300_000)
     if not wide:

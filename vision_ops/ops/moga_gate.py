@@ -45,7 +45,7 @@ def cuda_gate() -> Gate:
 
 def _gate(gate: Tensor, value: Tensor, doubled: bool, y: Tensor) -> None:
     """y may be gate or value."""
-    _native.kernels().moga_gate(*map(_native.view, (gate, value, y)), doubled)
+    _native.cpu_kernels().moga_gate(*map(_native.view, (gate, value, y)), doubled)
 
 
 def _gate_backward(
@@ -61,10 +61,10 @@ def _gate_backward(
     """The gradients may be gate and value; y as `run` has it; sums: of the gradients over the pixels."""
     if y is not None:
         _gate(gate, value, doubled, y)
-    _native.kernels().moga_gate_backward(*map(_native.view, (grad, gate, value, dgate, dvalue)), doubled)
+    _native.cpu_kernels().moga_gate_backward(*map(_native.view, (grad, gate, value, dgate, dvalue)), doubled)
     for t, total in zip((dgate, dvalue), sums, strict=True):
         if total is not None:
-            _native.kernels().channel_sums(_native.view(t), _native.weight_view(total))
+            _native.cpu_kernels().channel_sums(_native.view(t), _native.weight_view(total))
 
 
 def _forward(device: Callable[[], Gate], a: _Arguments) -> Tensor:

@@ -60,7 +60,7 @@ class _Parameters:
 
 def _forward_cpu(a: _Arguments) -> Tensor:
     y, p = _output(a), _Parameters(a)
-    _native.kernels().multi_order_dwconv(_native.view(a.x), p.weights, p.biases, _native.view(y), p.convs)
+    _native.cpu_kernels().multi_order_dwconv(_native.view(a.x), p.weights, p.biases, _native.view(y), p.convs)
     return y
 
 
@@ -70,7 +70,7 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     parameter_views = tuple(map(_native.weight_view, dparameters))
     inputs = _native.view(grad), _native.view(a.x), p.weights, p.biases
     outputs = _native.view(dx), parameter_views[:3], parameter_views[3:]
-    _native.kernels().multi_order_dwconv_backward(*inputs, *outputs, p.convs)
+    _native.cpu_kernels().multi_order_dwconv_backward(*inputs, *outputs, p.convs)
 
 
 def multi_order(
@@ -78,7 +78,7 @@ def multi_order(
 ) -> None:
     """Into y, for the ops that contain the convolution."""
     p = _Parameters(_Arguments._make([x, *weights, *biases, dilations]))
-    _native.kernels().multi_order_dwconv(_native.view(x), p.weights, p.biases, _native.view(y), p.convs)
+    _native.cpu_kernels().multi_order_dwconv(_native.view(x), p.weights, p.biases, _native.view(y), p.convs)
 
 
 def multi_order_backward(

@@ -46,12 +46,12 @@ class CPUPasses:
     @staticmethod
     def edge_sums(t: Tensor, sums: Tensor) -> None:
         """(B, 3, channels): sums of all pixels, of the first row less the last, of the first column less the last."""
-        _native.kernels().edge_sums(_map_view(t), _small_view(sums))
+        _native.cpu_kernels().edge_sums(_map_view(t), _small_view(sums))
 
     @staticmethod
     def pool(sums: Tensor, pooled: Tensor) -> None:
         """(B, C), the sum of all moved branches over the pixels, from the edge sums (B, 3, 3C) of the branches."""
-        _native.kernels().pool(_small_view(sums), _small_view(pooled))
+        _native.cpu_kernels().pool(_small_view(sums), _small_view(pooled))
 
     @staticmethod
     def sum_pixels(t: Tensor, sums: Tensor) -> None:
@@ -66,7 +66,7 @@ class CPUPasses:
         bias = sums.new_zeros(len(weight)) if bias is None else bias.to(sums.dtype)
         weight = weight.contiguous()
         given = _small_view(sums), _native.matrix_view(weight), _native.weight_view(bias)
-        _native.kernels().pool_linear(*given, pixels, _small_view(pooled))
+        _native.cpu_kernels().pool_linear(*given, pixels, _small_view(pooled))
 
     @staticmethod
     def branch_weights(
@@ -75,7 +75,7 @@ class CPUPasses:
         """weights (B, 3, C) = the softmax over the branches of mlp2 gelu(hidden), hidden = mlp1 pooled."""
         mlps = mlp1_weight.contiguous(), mlp2_weight.contiguous()
         matrices = map(_native.matrix_view, mlps)
-        _native.kernels().branch_weights(_small_view(pooled), *matrices, _small_view(hidden), _small_view(weights))
+        _native.cpu_kernels().branch_weights(_small_view(pooled), *matrices, _small_view(hidden), _small_view(weights))
 
     @staticmethod
     def offset(weights: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,7 +100,7 @@ class CPUPasses:
         given = [_small_view(t) for t in (dweights, weights, hidden, pooled)]
         contiguous = [w.contiguous() for w in mlps]
         matrices = [None if w is None else _native.matrix_view(w) for w in (*contiguous, *dmlps)]
-        _native.kernels().branch_weights_backward(*given, *matrices, _small_view(dpooled))
+        _native.cpu_kernels().branch_weights_backward(*given, *matrices, _small_view(dpooled))
 
     @staticmethod
     def bias_backward(sums: Tensor, weights: Tensor, dpooled: Tensor, pixels: int, dbias: Tensor) -> None:
@@ -110,7 +110,7 @@ class CPUPasses:
     @staticmethod
     def weigh(x: Tensor, weights: Tensor, offset: Tensor | None, y: Tensor) -> None:
         """y = offset + the sum of the moved branches of x times their weights."""
-        _native.kernels().weigh(_map_view(x), _small_view(weights), _small_view(offset), _map_view(y))
+        _native.cpu_kernels().weigh(_map_view(x), _small_view(weights), _small_view(offset), _map_view(y))
 
     @staticmethod
     def linear_weigh_linear(
@@ -130,7 +130,7 @@ class CPUPasses:
         mlp2_bias = None if mlp2_bias is None else mlp2_bias.contiguous()
         bias = _native.weight_view(mlp2_bias)
         given = _map_view(x), mlp1, _small_view(weights), _small_view(offset), mlp2, bias
-        _native.kernels().linear_weigh_linear(*given, _map_view(branches), _map_view(weighed), _map_view(y))
+        _native.cpu_kernels().linear_weigh_linear(*given, _map_view(branches), _map_view(weighed), _map_view(y))
 
     @staticmethod
     def weigh_backward_weights(
@@ -138,13 +138,13 @@ class CPUPasses:
     ) -> None:
         """(B, 4, C): sums of dy times each moved branch of x, and of dy; also y, if it and offset are given."""
         inputs = _map_view(dy), _map_view(x), _small_view(weights), _small_view(offset)
-        _native.kernels().weigh_backward_weights(*inputs, _small_view(sums), _map_view(y))
+        _native.cpu_kernels().weigh_backward_weights(*inputs, _small_view(sums), _map_view(y))
 
     @staticmethod
     def weigh_backward_input(dy: Tensor, weights: Tensor, dpooled: Tensor, dx: Tensor) -> None:
         """Of the gradients dy of y and dpooled of the sum of all moved branches over the pixels."""
         inputs = _map_view(dy), _small_view(weights), _small_view(dpooled)
-        _native.kernels().weigh_backward_input(*inputs, _map_view(dx))
+        _native.cpu_kernels().weigh_backward_input(*inputs, _map_view(dx))
 
 
 def triton_passes() -> ModuleType:

@@ -48,7 +48,7 @@ _CONV = (3, 1, 1, 1, 1)
 
 def _forward_cpu(a: _Arguments) -> Tensor:
     y, p = _output(a), _Parameters(a)
-    _native.kernels().split_cascade(_native.view(a.x), *p.views, _native.view(y), _CONV)
+    _native.cpu_kernels().split_cascade(_native.view(a.x), *p.views, _native.view(y), _CONV)
     return y
 
 
@@ -56,7 +56,7 @@ def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     p = _Parameters(a)
     dx, dweights, dbiases = grads
     outputs = _native.view(dx), list(map(_native.weight_view, dweights)), list(map(_native.weight_view, dbiases))
-    _native.kernels().split_cascade_backward(_native.view(grad), _native.view(a.x), *p.views, *outputs, _CONV)
+    _native.cpu_kernels().split_cascade_backward(_native.view(grad), _native.view(a.x), *p.views, *outputs, _CONV)
 
 
 # On a GPU the depthwise engine runs level by level, on channels_last tensors and channel slices of them.
