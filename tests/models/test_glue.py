@@ -28,13 +28,16 @@ class Counted(TorchDispatchMode):
         return result
 
 
-# EdgeNeXt's convolutions read what the residual behind the MLP reads, too: autograd adds their gradients.
+# EdgeNeXt's convolutions, and MogaNet's batch norms, read what the residual behind them reads, too: autograd adds their
+# gradients.
 @pytest.mark.parametrize(
     ("name", "size", "options", "expected"),
     [
         ("hornet_tiny_7x7", 64, {"depths": (1, 1, 2, 1)}, {}),
         ("s2mlpv2_small_7", 112, {"depth": (1, 2)}, {}),
         ("edgenext_small", 64, {"depths": (2, 2, 2, 2)}, {"add": 8 + 1}),  # and one map of positions
+        ("moganet_tiny", 64, {"depths": (1, 1, 2, 1)}, {"add": 2 * 5}),
+        ("tiny_moat_0", 64, {"depths": (1, 1, 2, 1)}, {}),
     ],
 )
 def test_a_step_has_no_glue(name, size, options, expected):
