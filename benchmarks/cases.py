@@ -507,6 +507,7 @@ OPS = {
             quick=("MOAT-0.3", "MOAT-0.4"),
             pixels=True,
             others={"sdpa": sdpa_relative_self_attention},
+            wrapped=True,
         ),
         Op(
             "shift_split_attention",
@@ -534,6 +535,7 @@ OPS = {
             shapes.batch_norm_cases(),
             build_batch_norm,
             quick=("MogaNet-T.2", "MOAT-0.2"),
+            wrapped=True,
         ),
         Op(
             "mbconv",
@@ -542,6 +544,7 @@ OPS = {
             shapes.mbconv_cases(),
             build_mbconv,
             quick=("MOAT-0.2", "MOAT-0.2 entry", "MOAT-tiny0.3"),
+            wrapped=True,
         ),
         Op(
             "mlp",
@@ -551,6 +554,7 @@ OPS = {
             build_mlp,
             quick=("HorNet-T.2", "EdgeNeXt-S.3", "S2-MLPv2-S.2"),
             pixels=True,
+            wrapped=True,
         ),
         Op(
             "scaled_residual",

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+import vision_ops
 from vision_ops.dispatch import Explanation, Question, resolve_backend
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -78,7 +79,8 @@ class Op:
     """`fused` and `reference` take the same arguments; `devices` have kernels.
 
     quick: the cases that stand for all; the short run takes the first, and compile_in_short has it raced against
-    torch.compile, too, as the op that stands for its network. pixels: x and y are (N, H, W, C). others: more ways to
+    torch.compile, too, as the op that stands for its network. pixels: x and y are (N, H, W, C). wrapped: `fused` calls
+    the public function with other arguments, and hands its options on. others: more ways to
     write it in PyTorch, peers of their names.
     """
 
@@ -91,6 +93,7 @@ class Op:
     compile_in_short: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     pixels: bool = False
+    wrapped: bool = False
     others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
     def laid_out(self, values: Tensor, layout: str) -> Tensor:
@@ -102,6 +105,8 @@ class Op:
 
     def explain(self, problem: Problem) -> Explanation:
         """What the op runs for it."""
+        if not self.wrapped:
+            return vision_ops.explain(self.name, *problem.args, **problem.options)
         question = Question(resolve_backend(None))
         return cast(Explanation, self.fused(*problem.args, **problem.options, backend=question))
 

@@ -145,6 +145,7 @@ def _emulated_op(name: str) -> FusedOp:
         predicate=lambda a: ([], []),
         autocast=source._op._autocasts,
         parts=source._parts,
+        public=False,
     )
 
 
