@@ -132,6 +132,16 @@ def test_autocast(name):
         assert a.dtype == b.dtype and relative_error(a, e) <= 2 * relative_error(b, e) + 4e-3
 
 
+@all_ops
+def test_outputs_may_be_written_in_place(name):
+    case = make(name, size=4)
+    leaves = case.leaves()
+    y = case.run(leaves, "fused")
+    assert not y._is_view()
+    y.mul_(2).sum().backward()
+    assert all(t.grad is not None for t in leaves if t is not None and t.requires_grad)
+
+
 @ops
 def test_compiles(name):
     check_compiles([make(name, size=8)])

@@ -15,7 +15,7 @@ from .. import _native
 from ..reference.layer_norm_2d import layer_norm_2d, layer_norm_pixels
 from ..reference.scaled_residual import scaled
 from ._checks import autocast_enabled, check_beside, check_eps, check_parameter, check_path_scale, check_vector
-from ._maps import as_map, as_tokens, pixel_dense
+from ._maps import as_map, as_tokens, empty_tokens, pixel_dense
 from ._registration import FusedOp, Kernels, allocate, empty, gradient_like, memory_format
 from .layer_norm_2d import MOST_CHANNELS, cpu_norm, cuda_norm
 from .scaled_residual import FoldedWeight, add, cpu_tail, cuda_tail, sum_dtype
@@ -141,9 +141,10 @@ class HalfBlock:
 
     def _empty(self, a: Any, branch: Tensor) -> Tensor:
         residual = a.x if a.adds_x else a.residual
-        t = self._map(branch)
-        y = allocate(t.shape, t, memory_format(t), sum_dtype(residual, branch.dtype, a.gamma))
-        return y if self.maps else as_tokens(y, branch)
+        dtype = sum_dtype(residual, branch.dtype, a.gamma)
+        return (
+            allocate(branch.shape, branch, memory_format(branch), dtype) if self.maps else empty_tokens(branch, dtype)
+        )
 
     def _predicate(self, a: Any) -> tuple[list[str], list[str]]:
         x = a.x

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._pointwise import multiplies_as_is, operand
+from ._registration import allocate, memory_format
 
 
 def pixel_dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -35,3 +36,16 @@ def as_map(t: Tensor) -> Tensor:
 def as_tokens(t: Tensor, like: Tensor) -> Tensor:
     """A map in the shape of what it was made from."""
     return t.permute(0, 2, 3, 1) if like.ndim == 4 else t[..., 0].transpose(1, 2).reshape(like.shape)
+
+
+def empty_tokens(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """An output in the shape and the layout of t, (N, ..., C): a tensor of its own, as views that an autograd.Function
+    returns cannot be written in place."""
+    if memory_format(as_map(t)) == torch.channels_last or t.ndim == 2:
+        return allocate(t.shape, t, dtype=dtype)
+    n, *spatial, channels = t.shape
+    strides = [1]
+    for size in reversed(spatial[1:]):
+        strides.insert(0, strides[0] * size)
+    plane = strides[0] * spatial[0]
+    return allocate(t.shape, t, dtype=dtype, strides=(channels * plane, *strides, plane))

@@ -10,7 +10,15 @@ from .. import _native, reference
 from . import _heads
 from ._checks import autocast_enabled, check_parameter, check_tensor
 from ._heads import wide
-from ._registration import CREW_WORK, FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
+from ._registration import (
+    CREW_WORK,
+    FusedOp,
+    allocate,
+    allocate_contiguous,
+    device_reasons,
+    with_crew,
+    without_autocast,
+)
 
 
 class _Arguments(NamedTuple):
@@ -28,7 +36,7 @@ def _output(a: _Arguments) -> Tensor:
     """In the order of v: its channels stay neighbours where they are, so that merging the heads is a view."""
     b, heads, d, n = a.v.shape
     if a.v.stride(2) == 1 and a.v.stride(3) != 1:
-        return allocate_contiguous((b, n, heads, d), a.v).permute(0, 2, 3, 1)
+        return allocate(a.v.shape, a.v, strides=(n * heads * d, d, 1, heads * d))
     return allocate_contiguous(a.v.shape, a.v)
 
 

@@ -18,7 +18,7 @@ from ._checks import (
     check_tensor,
     check_vector,
 )
-from ._maps import as_map, as_tokens, pixel_dense, product_dense
+from ._maps import as_map, empty_tokens, pixel_dense, product_dense
 from ._pointwise import ACTIVATIONS as ACTIVATION_CODES
 from ._pointwise import (
     crew_pays,
@@ -81,12 +81,10 @@ def _residual(a: _Arguments) -> Tensor | None:
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
     """y, and fc1's output as a map."""
-    x, dtype = as_map(a.x), product_dtype(a.x, a.fc1_weight)
-    form, result = memory_format(x), _result_dtype(a, dtype)
-    n, _, h, w = x.shape
-    y = allocate(x.shape, x, form, result)
-    u = allocate((n if a.keep else 0, len(a.fc1_weight), h, w), x, torch.channels_last, dtype)
-    return as_tokens(y, a.x), u
+    dtype = product_dtype(a.x, a.fc1_weight)
+    n, _, h, w = as_map(a.x).shape
+    u = allocate((n if a.keep else 0, len(a.fc1_weight), h, w), a.x, torch.channels_last, dtype)
+    return empty_tokens(a.x, _result_dtype(a, dtype)), u
 
 
 def _result_dtype(a: _Arguments, dtype: torch.dtype) -> torch.dtype:
@@ -144,9 +142,9 @@ def _forward(device: Callable[[], _Device], a: _Arguments) -> tuple[Tensor, Tens
         before = u if a.keep else act
         linear(normed, a.fc1_weight, a.fc1_bias, before)
         passes.activate(before, act, a.activation)
-    y = allocate(x.shape, x, memory_format(x), _result_dtype(a, dtype))
-    _second(passes, a, act, y)
-    return as_tokens(y, a.x), u
+    y = empty_tokens(a.x, _result_dtype(a, dtype))
+    _second(passes, a, act, as_map(y))
+    return y, u
 
 
 def _second(passes: _Device, a: _Arguments, act: Tensor, y: Tensor) -> None:

@@ -12,7 +12,7 @@ from ..reference._resize import resize, resize_backward
 from . import _relative
 from ._checks import autocast_enabled, check_integer, check_parameter, check_sequence, check_tensor
 from ._heads import wide
-from ._registration import FusedOp, allocate_contiguous, device_reasons
+from ._registration import FusedOp, allocate, allocate_contiguous, device_reasons
 from ._relative import Geometry
 
 
@@ -37,7 +37,7 @@ def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
     """y in the order of v, so that merging the heads is a view where their channels are neighbours, and lse."""
     b, heads, n, d = a.v.shape
     if a.v.stride(1) < a.v.stride(2):
-        y = allocate_contiguous((b, n, heads, d), a.v).transpose(1, 2)
+        y = allocate(a.v.shape, a.v, strides=(n * heads * d, d, heads * d, 1))
     else:
         y = allocate_contiguous(a.v.shape, a.v)
     return y, empty_lse(a.q)

@@ -10,14 +10,12 @@ from .. import _native, reference
 from . import _relative
 from ._checks import check_integer, check_parameter, check_tensor
 from ._half_block import HalfBlock
-from ._maps import as_map, as_tokens, product_dense
+from ._maps import as_map, empty_tokens, product_dense
 from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
 from ._registration import (
     FusedOp,
-    allocate,
     allocate_contiguous,
     device_reasons,
-    memory_format,
     on_devices,
     without_autocast,
 )
@@ -57,8 +55,8 @@ def _reference(a: _Arguments) -> Tensor:
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y; and for the backward pass [q | k | v], what the heads give, and lse."""
-    (b, h, w, c), x = a.x.shape, as_map(a.x)
-    y = as_tokens(allocate(x.shape, x, memory_format(x)), a.x)
+    b, h, w, c = a.x.shape
+    y = empty_tokens(a.x, a.x.dtype)
     qkv, mixed = (allocate_contiguous((b, h, w, n * c), a.x) for n in (3, 1))
     return y, qkv, mixed, empty_lse(_heads(mixed, a))
 

@@ -54,7 +54,7 @@ def cuda_tail() -> Tail:
 
 def _tail(x: Tensor, branch: Tensor, gamma: Tensor | None, path_scale: Tensor | None, y: Tensor) -> None:
     """y = x + path_scale * gamma * branch; y may be x or branch."""
-    _native.run("scaled_residual", x, branch, gamma, path_scale, y)
+    _native.run("scaled_residual", x, branch, _as_wide(gamma, y), _as_wide(path_scale, y), y)
 
 
 def _tail_backward(
@@ -66,7 +66,19 @@ def _tail_backward(
     dgamma: Tensor | None,
 ) -> None:
     """branch is read for dgamma only."""
-    _native.run("scaled_residual_backward", grad, branch, gamma, path_scale, dbranch, dgamma)
+    sums = _as_wide(dgamma, grad)
+    _native.run(
+        "scaled_residual_backward", grad, branch, _as_wide(gamma, grad), _as_wide(path_scale, grad), dbranch, sums
+    )
+    if dgamma is not None and sums is not None and sums is not dgamma:
+        dgamma.copy_(sums)
+
+
+def _as_wide(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """The kernels read float64 beside float64 maps, and beside them only."""
+    if t is None or (t.dtype == torch.float64) == (like.dtype == torch.float64):
+        return t
+    return t.to(like.dtype)
 
 
 def add(tail: Tail, t: Tensor, to: Tensor) -> None:
