@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 import vision_ops
-from vision_ops.dispatch import Explanation, Question, resolve_backend
+
+if TYPE_CHECKING:
+    from vision_ops.dispatch import Explanation
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -107,8 +109,10 @@ class Op:
         """What the op runs for it."""
         if not self.wrapped:
             return vision_ops.explain(self.name, *problem.args, **problem.options)
+        from vision_ops.dispatch import Question, resolve_backend  # which an older tree to compare with lacks
+
         question = Question(resolve_backend(None))
-        return cast(Explanation, self.fused(*problem.args, **problem.options, backend=question))
+        return cast("Explanation", self.fused(*problem.args, **problem.options, backend=question))
 
     def problem(self, case: str, setting: Setting) -> Problem:
         """The same values for every layout, so that one exact result judges them all."""
