@@ -98,8 +98,12 @@ def build_mbconv(shape: shapes.MBConvShape, setting: Setting) -> Problem:
     def drawn(*size: int) -> Tensor:
         return setting.normal(*size) / math.prod(size[1:]) ** 0.5
 
-    weights = drawn(hidden, c, 1, 1), setting.normal(hidden), drawn(hidden, 1, 3, 3)
-    rest = setting.normal(hidden), setting.normal(hidden), drawn(o, hidden, 1, 1), setting.normal(o)
+    def norm_weight(channels: int) -> Tensor:
+        """Near one, as in networks: a channel with hardly any is divided by next to nothing in the norm behind it."""
+        return 1 + 0.1 * setting.normal(channels)
+
+    weights = drawn(hidden, c, 1, 1), norm_weight(hidden), setting.normal(hidden), drawn(hidden, 1, 3, 3)
+    rest = norm_weight(hidden), setting.normal(hidden), drawn(o, hidden, 1, 1), setting.normal(o)
     reduced = o // 4
     se = (drawn(reduced, hidden, 1, 1), setting.normal(reduced), drawn(hidden, reduced, 1, 1), setting.normal(hidden))
     own = (drawn(o, c, 1, 1), setting.normal(o)) if c != o else None
@@ -108,18 +112,15 @@ def build_mbconv(shape: shapes.MBConvShape, setting: Setting) -> Problem:
     dw = dwconv_flops(setting.batch, hidden, shape.size, 3, stride=shape.stride, padding=padding)
     products = 2 * c * hidden * x[:, 0].numel() + 2 * (hidden + (c if own else 0)) * o * setting.batch * size * size
     options = {"stride": shape.stride}
-    return Problem((x, setting.normal(c), *weights, *rest, se if shape.se else None, own), dw + products, options)
+    return Problem((x, norm_weight(c), *weights, *rest, se if shape.se else None, own), dw + products, options)
 
 
 def in_its_norms(mbconv: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """MBConv in training, without running statistics. Left out are the gradient of pre_norm's bias, which is zero, and
-    that of expand_norm's, a sum that the norm behind it cancels but for some digits: one draw of the error of eager,
-    which sums in float64, is no measure for it."""
+    """MBConv in training, without running statistics. The gradient of pre_norm's bias is zero: it is left out."""
 
     def run(x: Tensor, pre: Tensor, expand: Tensor, *given: Any, **options: int) -> Tensor:
-        ew, dw, dww, dwb, shrink, bias, se, shortcut = given
-        shifts = torch.zeros_like(pre), torch.zeros_like(ew), dwb
-        norms = [(weight, shift, None, None) for weight, shift in zip((pre, ew, dww), shifts, strict=True)]
+        ew, eb, dw, dww, dwb, shrink, bias, se, shortcut = given
+        norms = [(weight, shift, None, None) for weight, shift in ((pre, torch.zeros_like(pre)), (ew, eb), (dww, dwb))]
         weights = norms[0], expand, norms[1], dw, norms[2], shrink, bias
         return mbconv(x, *weights, se=se, shortcut=shortcut, training=True, **options)
 
