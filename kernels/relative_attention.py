@@ -3,14 +3,10 @@
 A program has a block of queries, or of keys, of one head in one window, and goes through the others. The bias of a
 query and a key is one load: its place in the table is a number of the key less one of the query. Logits are in units of
 log(2), as is `lse` here. Backward computes them again: the gradient of the queries in one pass, those of the keys and
-values in another, or all in one where a window has at most 64 positions. The table's gradient sums those of the logits
-over the windows first, in registers, for pairs of positions or, in large windows, for pairs of columns of two image
-rows; a second kernel adds what has the same relative position. Sums are cut by the shape only, and added in order.
+values in another, or all in one where a window has at most 64 positions. The table's gradient is another file's.
+Sums are cut by the shape only, and added in order.
 Offsets within a sample have 32 bits.
 """
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,80 +16,16 @@ from torch import Tensor
 from . import power_of_two, scratch
 from ._moves import moves
 from ._specialize import counted
+from ._windows import LOG2_E, load_tokens, place, products, store_tokens, tile, window_of, with_bias
+from .relative_attention_table import add_pairs, chunks_of, pair_gradient_kernel, table_side
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 ONE_TILE = 64  # positions of a window whose logits are one tile
 PAIRS = 256  # positions of a window up to which the table's gradient is summed for pairs of them
 PROGRAMS = 512  # of the table's gradient, about; of pairs of image rows, which differ in length, more
 
 
-class Tile(NamedTuple):
-    BLOCK_M: int  # queries
-    BLOCK_N: int  # keys
-    BLOCK_D: int
-    num_warps: int
-
-
-def tile(positions: int, d: int, dtype: torch.dtype) -> Tile:
-    """What the registers hold without spills; those of float32 hold the operands, too, without tensor cores."""
-    most, warps = (32, 8) if dtype == torch.float32 else (64, 4)
-    side = min(most, max(16, power_of_two(positions)))
-    return Tile(side, min(side, 32), max(16, power_of_two(d)), warps)
-
-
-def table_side(width: int, dtype: torch.dtype) -> int:
-    """Of the pairs that a program of the table's gradient has."""
-    return min(16 if dtype == torch.float32 else 64, max(16, power_of_two(width)))
-
-
-def _products(count: int) -> Callable[..., int]:
-    """The multiply-adds of so many products between the positions of every window."""
-    return lambda q_ptr, window_height, window_width, **_: count * q_ptr.numel() * window_height * window_width
-
-
-@triton.jit
-def _window(problem, height, width, window_height, window_width):
-    """The sample, and of the window the first token and its rows and columns."""
-    across = tl.cdiv(width, window_width)
-    windows = across * tl.cdiv(height, window_height)
-    window = problem % windows
-    top, left = window // across * window_height, window % across * window_width
-    rows, columns = tl.minimum(window_height, height - top), tl.minimum(window_width, width - left)
-    return (problem // windows).to(tl.int64), top * width + left, rows, columns
-
-
-@triton.jit
-def _place(y, x, rows, columns, first, width):
-    """Of positions in a window: whether they are there, and their tokens."""
-    there = (y < rows) & (x < columns) & (y >= 0)
-    return there, tl.where(there, first + y * width + x, 0)
-
-
-@triton.jit
-def _load(ptr, token, there, d, step_n, step_d, D):
-    at = ptr + (token * step_n)[:, None] + (d * step_d)[None, :]
-    return tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(ptr, token, there, d, step_n, step_d, D, values):
-    at = ptr + (token * step_n)[:, None] + (d * step_d)[None, :]
-    tl.store(at, values.to(ptr.dtype.element_ty), mask=there[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def _with_bias(products, table_ptr, scale, y_q, x_q, y_k, x_k, there, window_height, window_width):
-    """Logits [..][..], of which those of keys or queries that are not there are -inf."""
-    logits = products * scale
-    if table_ptr is not None:
-        across = 2 * window_width - 1
-        at = (y_k + window_height - 1) * across + x_k + window_width - 1 - (y_q * across + x_q)
-        logits += tl.load(table_ptr + at, mask=there, other=0.0) * LOG2_E
-    return tl.where(there, logits, float("-inf"))
-
-
 @counted
-@moves("y_ptr", "lse_ptr", multiply_adds=_products(2))
+@moves("y_ptr", "lse_ptr", multiply_adds=products(2))
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -130,28 +62,28 @@ def forward_kernel(
 ):
     positions, head = window_height * window_width, tl.program_id(1)
     blocks = tl.cdiv(positions, BLOCK_M)
-    sample, first, rows, columns = _window(tl.program_id(0) // blocks, height, width, window_height, window_width)
+    sample, first, rows, columns = window_of(tl.program_id(0) // blocks, height, width, window_height, window_width)
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     y_m, x_m = m // window_width, m % window_width
-    there_m, token_m = _place(y_m, x_m, rows, columns, first, width)
+    there_m, token_m = place(y_m, x_m, rows, columns, first, width)
     d = tl.arange(0, BLOCK_D)
     k_ptr += sample * k_b + head * k_h
     v_ptr += sample * v_b + head * v_h
     if table_ptr is not None:
         table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
-    q = _load(q_ptr + sample * q_b + head * q_h, token_m, there_m, d, q_n, q_d, D)
+    q = load_tokens(q_ptr + sample * q_b + head * q_h, token_m, there_m, d, q_n, q_d, D)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, positions, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         y_n_, x_n_ = n // window_width, n % window_width
-        there_n, token_n = _place(y_n_, x_n_, rows, columns, first, width)
-        k = _load(k_ptr, token_n, there_n, d, k_n, k_d, D)
-        v = _load(v_ptr, token_n, there_n, d, v_n, v_d, D)
+        there_n, token_n = place(y_n_, x_n_, rows, columns, first, width)
+        k = load_tokens(k_ptr, token_n, there_n, d, k_n, k_d, D)
+        v = load_tokens(v_ptr, token_n, there_n, d, v_n, v_d, D)
         there = there_m[:, None] & there_n[None, :]
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        logits = _with_bias(
+        logits = with_bias(
             products, table_ptr, scale, y_m[:, None], x_m[:, None], y_n_[None, :], x_n_[None, :], there,
             window_height, window_width,
         )  # fmt: skip
@@ -161,7 +93,7 @@ def forward_kernel(
         weights, shrink = tl.exp2(logits - shift[:, None]), tl.exp2(before - shift)
         total = total * shrink + tl.sum(weights, axis=1)
         y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
-    _store(y_ptr + sample * y_b + head * y_h, token_m, there_m, d, y_n, y_d, D, y / total[:, None])
+    store_tokens(y_ptr + sample * y_b + head * y_h, token_m, there_m, d, y_n, y_d, D, y / total[:, None])
     lse_ptr += (sample * heads + head) * height * width
     tl.store(lse_ptr + token_m, largest + tl.log2(total), mask=there_m)
 
@@ -196,10 +128,10 @@ def _weights_of_keys(
     """Of a block of keys, from `start` on: these, their weights and the gradients of these."""
     n, d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     y, x = n // window_width, n % window_width
-    there, token = _place(y, x, rows, columns, first, width)
-    k = _load(k_ptr, token, there, d, k_n, k_d, D)
-    v = _load(v_ptr, token, there, d, v_n, v_d, D)
-    logits = _with_bias(
+    there, token = place(y, x, rows, columns, first, width)
+    k = load_tokens(k_ptr, token, there, d, k_n, k_d, D)
+    v = load_tokens(v_ptr, token, there, d, v_n, v_d, D)
+    logits = with_bias(
         tl.dot(q, tl.trans(k), input_precision="ieee"), table_ptr, scale, y_m[:, None], x_m[:, None],
         y[None, :], x[None, :], there_m[:, None] & there[None, :], window_height, window_width,
     )  # fmt: skip
@@ -207,7 +139,7 @@ def _weights_of_keys(
 
 
 @counted
-@moves("delta_ptr", "dq_ptr", multiply_adds=_products(3))
+@moves("delta_ptr", "dq_ptr", multiply_adds=products(3))
 def query_gradient_kernel(
     dy_ptr,
     q_ptr,
@@ -257,22 +189,22 @@ def query_gradient_kernel(
     """delta, the sum over the keys of weights times their gradients, for the other kernels, and dq."""
     positions, head = window_height * window_width, tl.program_id(1)
     blocks = tl.cdiv(positions, BLOCK_M)
-    sample, first, rows, columns = _window(tl.program_id(0) // blocks, height, width, window_height, window_width)
+    sample, first, rows, columns = window_of(tl.program_id(0) // blocks, height, width, window_height, window_width)
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     y_m, x_m = m // window_width, m % window_width
-    there_m, token_m = _place(y_m, x_m, rows, columns, first, width)
+    there_m, token_m = place(y_m, x_m, rows, columns, first, width)
     d = tl.arange(0, BLOCK_D)
     k_ptr += sample * k_b + head * k_h
     v_ptr += sample * v_b + head * v_h
     if table_ptr is not None:
         table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
-    q = _load(q_ptr + sample * q_b + head * q_h, token_m, there_m, d, q_n, q_d, D)
-    dy = _load(dy_ptr + sample * dy_b + head * dy_h, token_m, there_m, d, dy_n, dy_d, D)
+    q = load_tokens(q_ptr + sample * q_b + head * q_h, token_m, there_m, d, q_n, q_d, D)
+    dy = load_tokens(dy_ptr + sample * dy_b + head * dy_h, token_m, there_m, d, dy_n, dy_d, D)
     of_rows = (sample * heads + head) * height * width
     lse = tl.load(lse_ptr + of_rows + token_m, mask=there_m, other=0.0)
     delta = tl.zeros((BLOCK_M,), tl.float32)
     if y_ptr is not None:
-        y = _load(y_ptr + sample * y_b + head * y_h, token_m, there_m, d, y_n, y_d, D)
+        y = load_tokens(y_ptr + sample * y_b + head * y_h, token_m, there_m, d, y_n, y_d, D)
         delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
     else:
         for start in range(0, positions, BLOCK_N):
@@ -291,11 +223,11 @@ def query_gradient_kernel(
             )  # fmt: skip
             dlogits = weights * (dweights - delta[:, None])
             dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
-        _store(dq_ptr + sample * dq_b + head * dq_h, token_m, there_m, d, dq_n, dq_d, D, dq * unit)
+        store_tokens(dq_ptr + sample * dq_b + head * dq_h, token_m, there_m, d, dq_n, dq_d, D, dq * unit)
 
 
 @counted
-@moves("dk_ptr", "dv_ptr", multiply_adds=_products(4))
+@moves("dk_ptr", "dv_ptr", multiply_adds=products(4))
 def key_gradient_kernel(
     dy_ptr,
     q_ptr,
@@ -345,31 +277,31 @@ def key_gradient_kernel(
     """Tiles are [keys][queries]; of the names of tiles, M are the keys here, of which a program has BLOCK_M."""
     positions, head = window_height * window_width, tl.program_id(1)
     blocks = tl.cdiv(positions, BLOCK_M)
-    sample, first, rows, columns = _window(tl.program_id(0) // blocks, height, width, window_height, window_width)
+    sample, first, rows, columns = window_of(tl.program_id(0) // blocks, height, width, window_height, window_width)
     m = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     y_m, x_m = m // window_width, m % window_width
-    there_m, token_m = _place(y_m, x_m, rows, columns, first, width)
+    there_m, token_m = place(y_m, x_m, rows, columns, first, width)
     d = tl.arange(0, BLOCK_D)
     q_ptr += sample * q_b + head * q_h
     dy_ptr += sample * dy_b + head * dy_h
     if table_ptr is not None:
         table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
     of_rows = (sample * heads + head) * height * width
-    k = _load(k_ptr + sample * k_b + head * k_h, token_m, there_m, d, k_n, k_d, D)
-    v = _load(v_ptr + sample * v_b + head * v_h, token_m, there_m, d, v_n, v_d, D)
+    k = load_tokens(k_ptr + sample * k_b + head * k_h, token_m, there_m, d, k_n, k_d, D)
+    v = load_tokens(v_ptr + sample * v_b + head * v_h, token_m, there_m, d, v_n, v_d, D)
     dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, positions, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         y_n_, x_n_ = n // window_width, n % window_width
-        there_n, token_n = _place(y_n_, x_n_, rows, columns, first, width)
-        q = _load(q_ptr, token_n, there_n, d, q_n, q_d, D)
-        dy = _load(dy_ptr, token_n, there_n, d, dy_n, dy_d, D)
+        there_n, token_n = place(y_n_, x_n_, rows, columns, first, width)
+        q = load_tokens(q_ptr, token_n, there_n, d, q_n, q_d, D)
+        dy = load_tokens(dy_ptr, token_n, there_n, d, dy_n, dy_d, D)
         lse = tl.load(lse_ptr + of_rows + token_n, mask=there_n, other=0.0)
         delta = tl.load(delta_ptr + of_rows + token_n, mask=there_n, other=0.0)
         there = there_m[:, None] & there_n[None, :]
         products = tl.dot(k, tl.trans(q), input_precision="ieee")
-        logits = _with_bias(
+        logits = with_bias(
             products, table_ptr, scale, y_n_[None, :], x_n_[None, :], y_m[:, None], x_m[:, None], there,
             window_height, window_width,
         )  # fmt: skip
@@ -378,12 +310,12 @@ def key_gradient_kernel(
         dweights = tl.dot(v, tl.trans(dy), input_precision="ieee")
         dlogits = weights * (dweights - delta[None, :])
         dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision="ieee")
-    _store(dk_ptr + sample * dk_b + head * dk_h, token_m, there_m, d, dk_n, dk_d, D, dk * unit)
-    _store(dv_ptr + sample * dv_b + head * dv_h, token_m, there_m, d, dv_n, dv_d, D, dv)
+    store_tokens(dk_ptr + sample * dk_b + head * dk_h, token_m, there_m, d, dk_n, dk_d, D, dk * unit)
+    store_tokens(dv_ptr + sample * dv_b + head * dv_h, token_m, there_m, d, dv_n, dv_d, D, dv)
 
 
 @counted
-@moves("dq_ptr", "dk_ptr", "dv_ptr", "sums_ptr", multiply_adds=_products(5))
+@moves("dq_ptr", "dk_ptr", "dv_ptr", "sums_ptr", multiply_adds=products(5))
 def window_gradient_kernel(
     dy_ptr,
     q_ptr,
@@ -444,173 +376,38 @@ def window_gradient_kernel(
     if table_ptr is not None:
         table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
         inside = (y < window_height)[:, None] & (y < window_height)[None, :]
-        bias = _with_bias(
+        bias = with_bias(
             bias, table_ptr, scale, y[:, None], x[:, None], y[None, :], x[None, :], inside, window_height, window_width
         )  # fmt: skip
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for problem in range(chunk * shares, tl.minimum(count, chunk * shares + shares)):
-        sample, first, rows, columns = _window(problem, height, width, window_height, window_width)
-        there_m, token = _place(y, x, rows, columns, first, width)
+        sample, first, rows, columns = window_of(problem, height, width, window_height, window_width)
+        there_m, token = place(y, x, rows, columns, first, width)
         there = there_m[:, None] & there_m[None, :]
-        q = _load(q_ptr + sample * q_b + head * q_h, token, there_m, d, q_n, q_d, D)
-        k = _load(k_ptr + sample * k_b + head * k_h, token, there_m, d, k_n, k_d, D)
-        v = _load(v_ptr + sample * v_b + head * v_h, token, there_m, d, v_n, v_d, D)
-        dy = _load(dy_ptr + sample * dy_b + head * dy_h, token, there_m, d, dy_n, dy_d, D)
+        q = load_tokens(q_ptr + sample * q_b + head * q_h, token, there_m, d, q_n, q_d, D)
+        k = load_tokens(k_ptr + sample * k_b + head * k_h, token, there_m, d, k_n, k_d, D)
+        v = load_tokens(v_ptr + sample * v_b + head * v_h, token, there_m, d, v_n, v_d, D)
+        dy = load_tokens(dy_ptr + sample * dy_b + head * dy_h, token, there_m, d, dy_n, dy_d, D)
         lse = tl.load(lse_ptr + (sample * heads + head) * height * width + token, mask=there_m, other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
         logits = tl.where(there, logits, float("-inf"))
         weights = tl.exp2(logits - lse[:, None])
         dv = tl.dot(tl.trans(weights.to(dy.dtype)), dy, input_precision="ieee")
-        _store(dv_ptr + sample * dv_b + head * dv_h, token, there_m, d, dv_n, dv_d, D, dv)
+        store_tokens(dv_ptr + sample * dv_b + head * dv_h, token, there_m, d, dv_n, dv_d, D, dv)
         dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
         dlogits = weights * (dweights - tl.sum(weights * dweights, axis=1)[:, None])
         sums += dlogits
         rounded = dlogits.to(q.dtype)
         dq = tl.dot(rounded, k, input_precision="ieee")
-        _store(dq_ptr + sample * dq_b + head * dq_h, token, there_m, d, dq_n, dq_d, D, dq * unit)
+        store_tokens(dq_ptr + sample * dq_b + head * dq_h, token, there_m, d, dq_n, dq_d, D, dq * unit)
         dk = tl.dot(tl.trans(rounded), q, input_precision="ieee")
-        _store(dk_ptr + sample * dk_b + head * dk_h, token, there_m, d, dk_n, dk_d, D, dk * unit)
+        store_tokens(dk_ptr + sample * dk_b + head * dk_h, token, there_m, d, dk_n, dk_d, D, dk * unit)
     if sums_ptr is not None:
         at = (chunk * heads + head).to(tl.int64) * BLOCK * BLOCK + m[:, None] * BLOCK + m[None, :]
         tl.store(sums_ptr + at, sums)
 
 
-@counted
-@moves("sums_ptr", multiply_adds=_products(2))
-def pair_gradient_kernel(
-    dy_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    lse_ptr,
-    delta_ptr,
-    sums_ptr,  # [chunk][head][query][key], or [chunk][head][row of the table][column of the query][column of the key]
-    scale,
-    heads,
-    D,
-    height,
-    width,
-    window_height,
-    window_width,
-    count,
-    shares,
-    dy_b,
-    dy_h,
-    dy_n,
-    dy_d,
-    q_b,
-    q_h,
-    q_n,
-    q_d,
-    k_b,
-    k_h,
-    k_n,
-    k_d,
-    v_b,
-    v_h,
-    v_n,
-    v_d,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The gradients of logits, summed over windows; with ROWS over all pairs of image rows of one distance, too."""
-    chunk, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    side = window_width if ROWS else window_height * window_width
-    blocks = tl.cdiv(side, BLOCK)
-    m = tl.program_id(2) // blocks * BLOCK + tl.arange(0, BLOCK)
-    n = tl.program_id(2) % blocks * BLOCK + tl.arange(0, BLOCK)
-    # With ROWS the first pair of rows; the bias of all is the same.
-    distance, first_row, last_row = 0, 0, 1
-    if ROWS:
-        distance = tl.program_id(1) - (window_height - 1)
-        first_row, last_row = tl.maximum(0, -distance), tl.minimum(window_height, window_height - distance)
-        inside_m, inside_n = m < window_width, n < window_width
-        y_m, x_m = first_row + m * 0, tl.where(inside_m, m, width)
-        y_n_, x_n_ = first_row + distance + n * 0, tl.where(inside_n, n, width)
-    else:
-        inside_m, inside_n = m < side, n < side
-        y_m, x_m = m // window_width, m % window_width
-        y_n_, x_n_ = n // window_width, n % window_width
-    d = tl.arange(0, BLOCK_D)
-    table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
-    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
-    bias = _with_bias(
-        sums, table_ptr, scale, y_m[:, None], x_m[:, None], y_n_[None, :], x_n_[None, :],
-        inside_m[:, None] & inside_n[None, :], window_height, window_width,
-    )  # fmt: skip
-    for problem in range(chunk * shares, tl.minimum(count, chunk * shares + shares)):
-        sample, first, rows, columns = _window(problem, height, width, window_height, window_width)
-        of_rows = (sample * heads + head) * height * width
-        for row in range(last_row - first_row):
-            there_m, token_m = _place(y_m + row, x_m, rows, columns, first, width)
-            there_n, token_n = _place(y_n_ + row, x_n_, rows, columns, first, width)
-            q = _load(q_ptr + sample * q_b + head * q_h, token_m, there_m, d, q_n, q_d, D)
-            k = _load(k_ptr + sample * k_b + head * k_h, token_n, there_n, d, k_n, k_d, D)
-            v = _load(v_ptr + sample * v_b + head * v_h, token_n, there_n, d, v_n, v_d, D)
-            dy = _load(dy_ptr + sample * dy_b + head * dy_h, token_m, there_m, d, dy_n, dy_d, D)
-            lse = tl.load(lse_ptr + of_rows + token_m, mask=there_m, other=0.0)
-            delta = tl.load(delta_ptr + of_rows + token_m, mask=there_m, other=0.0)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
-            logits = tl.where(there_m[:, None] & there_n[None, :], logits, float("-inf"))
-            dweights = tl.dot(dy, tl.trans(v), input_precision="ieee")
-            sums += tl.exp2(logits - lse[:, None]) * (dweights - delta[:, None])
-    part = tl.program_id(0).to(tl.int64)
-    if ROWS:
-        part = part * (2 * window_height - 1) + tl.program_id(1)
-    across = blocks * BLOCK
-    tl.store(sums_ptr + part * across * across + m[:, None] * across + n[None, :], sums)
-
-
-@counted
-@moves("dtable_ptr")
-def table_gradient_kernel(
-    sums_ptr,
-    dtable_ptr,
-    heads,
-    window_height,
-    window_width,
-    chunks,
-    across,  # of a matrix of the sums
-    ROWS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
-    """Adds, over the chunks, all pairs of one distance."""
-    head, row = tl.program_id(0), tl.program_id(1)
-    dy = row - (window_height - 1)
-    column = tl.program_id(2) * BLOCK_X + tl.arange(0, BLOCK_X)
-    dx = column - (window_width - 1)
-    queries = window_width if ROWS else window_height * window_width
-    total = tl.zeros((BLOCK_X,), tl.float32)
-    for chunk in range(chunks):
-        part = (chunk * heads + head).to(tl.int64)
-        if ROWS:
-            part = part * (2 * window_height - 1) + row
-        for start in range(0, queries, BLOCK_Q):
-            m = start + tl.arange(0, BLOCK_Q)
-            x = (m % window_width)[:, None] + dx[None, :]
-            inside = (m < queries)[:, None] & (x >= 0) & (x < window_width)
-            n = x
-            if not ROWS:
-                y = m // window_width + dy
-                inside = inside & ((y >= 0) & (y < window_height))[:, None]
-                n = y[:, None] * window_width + x
-            at = part * across * across + m[:, None] * across + n
-            total += tl.sum(tl.load(sums_ptr + at, mask=inside, other=0.0), axis=0)
-    to = (head * (2 * window_height - 1) + row) * (2 * window_width - 1) + column
-    tl.store(dtable_ptr + to, total, mask=column < 2 * window_width - 1)
-
-
-KERNELS = (
-    forward_kernel,
-    query_gradient_kernel,
-    key_gradient_kernel,
-    window_gradient_kernel,
-    pair_gradient_kernel,
-    table_gradient_kernel,
-)
+KERNELS = (forward_kernel, query_gradient_kernel, key_gradient_kernel, window_gradient_kernel)
 
 
 # --- Launchers. geometry: (height, width, window_height, window_width, scale).
@@ -679,7 +476,7 @@ def backward(
                 scratch(t.shape, t.dtype, t.device) if g is None else g for t, g in ((q, dq), (k, dk), (v, dv))
             )
             side = max(16, power_of_two(positions))
-            shares, chunks = _chunks(count, heads, PROGRAMS)
+            shares, chunks = chunks_of(count, heads, PROGRAMS)
             sums = None if dtable is None else scratch((chunks, heads, side, side), torch.float32, q.device)
             grads = *dq.stride(), *dk.stride(), *dv.stride()
             window_gradient_kernel[(chunks, heads)](
@@ -687,7 +484,7 @@ def backward(
                 BLOCK=side, BLOCK_D=t.BLOCK_D, num_warps=4 if side < 64 else 8, num_stages=1,
             )  # fmt: skip
             if dtable is not None:
-                _add_pairs(sums, dtable, heads, *sizes[2:], chunks, side, rows=False)
+                add_pairs(sums, dtable, heads, *sizes[2:], chunks, side, rows=False)
             return
         delta = scratch((b, heads, n), torch.float32, q.device)
         grid = count * triton.cdiv(positions, t.BLOCK_M), heads
@@ -706,7 +503,7 @@ def backward(
             side = table_side(sizes[3] if rows else positions, q.dtype)
             blocks = triton.cdiv(sizes[3] if rows else positions, side)
             distances = 2 * sizes[2] - 1 if rows else 1
-            shares, chunks = _chunks(count, heads * distances * blocks**2, 8 * PROGRAMS if rows else PROGRAMS)
+            shares, chunks = chunks_of(count, heads * distances * blocks**2, 8 * PROGRAMS if rows else PROGRAMS)
             stages = 1 if q.dtype == torch.float32 else 2
             shape = (chunks, heads, distances, blocks * side, blocks * side)
             sums = scratch(shape, torch.float32, q.device)
@@ -714,20 +511,4 @@ def backward(
                 dy, q, k, v, table, lse, delta, sums, units[0], heads, d, *sizes, count, shares, *strides,
                 ROWS=rows, BLOCK=side, BLOCK_D=t.BLOCK_D, num_warps=4 if side < 32 else 8, num_stages=stages,
             )  # fmt: skip
-            _add_pairs(sums, dtable, heads, *sizes[2:], chunks, blocks * side, rows=rows)
-
-
-def _chunks(count: int, programs: int, most: int) -> tuple[int, int]:
-    """Windows to a chunk, and chunks, for at most so many programs; `programs` are those of one chunk."""
-    shares = triton.cdiv(count, max(1, min(count, most // programs)))
-    return shares, triton.cdiv(count, shares)
-
-
-def _add_pairs(
-    sums: Tensor | None, dtable: Tensor, heads: int, height: int, width: int, chunks: int, across: int, *, rows: bool
-) -> None:
-    grid = heads, 2 * height - 1, triton.cdiv(2 * width - 1, TABLE_TILE["BLOCK_X"])
-    table_gradient_kernel[grid](sums, dtable, heads, height, width, chunks, across, ROWS=rows, **TABLE_TILE)
-
-
-TABLE_TILE = {"BLOCK_Q": 64, "BLOCK_X": 32, "num_warps": 4}
+            add_pairs(sums, dtable, heads, *sizes[2:], chunks, blocks * side, rows=rows)

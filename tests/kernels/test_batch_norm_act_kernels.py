@@ -91,7 +91,7 @@ def make_block(interpreter, shape, outputs=None, *, stride=1, training=True, dty
         a = x, *(t + measured[i // 2] if i % 2 == 0 else t for i, t in enumerate(given))
         options = None if outputs or stride == 2 else scale.to(pre.dtype), stride, 2, 1e-3, True
         if backend == "reference":
-            return mbconv._reference(mbconv._Arguments(*a, excitation, shrink, bias, shortcut, shortcut_bias, *options))
+            return mbconv._reference(mbconv.Arguments(*a, excitation, shrink, bias, shortcut, shortcut_bias, *options))
         return interpreter.run(mbconv._op, *a, excitation, shrink, bias, shortcut, shortcut_bias, *options)
 
     weights = [draw(hidden, c), norms[1], draw(hidden), draw(hidden, 1, 3, 3), norms[2], draw(hidden)]

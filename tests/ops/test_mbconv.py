@@ -19,7 +19,7 @@ from harness import (
 )
 
 from vision_ops import explain, fused_mbconv, nn, reference, use_backend
-from vision_ops.ops import mbconv as ops
+from vision_ops.ops import _mbconv
 
 
 def make(
@@ -108,7 +108,7 @@ def test_matches_reference(dtype, kind, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
 def test_without_gradients(dtype, kind, monkeypatch):
     """Norms are part of the weights, and images are taken some at a time."""
-    monkeypatch.setattr(ops, "_CHUNK_BYTES", 2 * 48 * 9 * 8 * dtype.itemsize)
+    monkeypatch.setattr(_mbconv, "_CHUNK_BYTES", 2 * 48 * 9 * 8 * dtype.itemsize)
     for layout in ("contiguous", "channels_last"):
         case = make((3, 12, 9, 8), dtype=dtype, layout=layout, **KINDS[kind])
         with torch.no_grad():
