@@ -60,6 +60,16 @@ def test_images_in_several_shares(interpreter, layout, monkeypatch):
         check_against_reference(make(interpreter, (2, 6, size, 13), layout=layout, mean=20.0), slack=4)
 
 
+def test_moments_of_a_trend(interpreter):
+    """The means of tiles, shares and images differ, which is most of the variance."""
+    x = torch.randn(3, 8, 40, 13) + torch.linspace(-9, 9, 3 * 520).view(3, 1, 40, 13)
+    for layout in ("contiguous", "channels_last"):
+        mean, variance = torch.full((8,), torch.nan), torch.full((8,), torch.nan)
+        kernels.moments(laid_out(x, layout), mean, variance)
+        assert (mean - x.double().mean((0, 2, 3))).abs().max() < 1e-5
+        assert relative_error(variance, x.double().var((0, 2, 3), correction=0)) < 1e-5
+
+
 def test_variance_about_a_large_mean(interpreter):
     x = torch.randn(2, 8, 20, 20) + 1e4
     for layout in ("contiguous", "channels_last"):

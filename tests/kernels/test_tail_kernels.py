@@ -40,13 +40,14 @@ def test_layouts_and_absent_parameters(name, layout):
 
 
 @pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)  # of float32 on CPUs products end in it
 @pytest.mark.parametrize("activation", ["silu", "hardswish"])
-def test_activations(activation):
+def test_activations(activation, dtype):
     from vision_ops import fused_mlp
 
-    tensors = [torch.randn(2, 5, 13), torch.randn(21, 13), torch.randn(21), torch.randn(13, 21), torch.randn(13)]
-    tensors[1][0], tensors[2][:3] = 0, torch.tensor([3.0, -3.0, 0.0])  # the corners of Hardswish
-    tensors[1][:3] = 0
+    shapes = (2, 5, 13), (21, 13), (21,), (13, 21), (13,)
+    tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    tensors[1][:3], tensors[2][:3] = 0, torch.tensor([3.0, -3.0, 0.0], dtype=dtype)  # the corners of Hardswish
     check_against_reference(Case(lambda t, b: fused_mlp(*t, activation=activation, backend=b), tensors))
 
 

@@ -18,6 +18,7 @@ from harness import (
 )
 
 from vision_ops import explain, fused_batch_norm_act, reference, use_backend
+from vision_ops.ops import batch_norm_act as ops
 
 
 def make(
@@ -97,6 +98,16 @@ def test_means_of_ten_times_the_spread(dtype, layout):
         check_against_reference(
             make((4, 24, 14, 14), dtype=dtype, layout=layout, mean=20.0, training=training), slack=2
         )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_moments_of_a_trend(layout):
+    """The means of rows, shares and images differ, which is most of the variance."""
+    x = laid_out(torch.randn(3, 8, 60, 53) + torch.linspace(-9, 9, 3 * 3180).view(3, 1, 60, 53), layout)
+    mean, variance = torch.full((8,), torch.nan), torch.full((8,), torch.nan)
+    ops.cpu_batch_norm().moments(x, mean, variance)
+    assert (mean - x.double().mean((0, 2, 3))).abs().max() < 1e-5
+    assert relative_error(variance, x.double().var((0, 2, 3), correction=0)) < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

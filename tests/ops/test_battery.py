@@ -82,6 +82,29 @@ def test_x_as_the_residual(name, dtype):
     check_against_reference(half_blocks(dtype=dtype, size=6, adds_x=True)[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["mlp", *HALF_BLOCKS])
+def test_small_layer_scale(name, dtype):
+    """Of 1e-6, as networks begin with, beside a residual of zeros, which hides nothing: in float16 a weight that it is
+    folded into would be gone."""
+    case, wide = make(name, dtype=dtype, size=4), torch.promote_types(dtype, torch.float32)
+    gamma, residual = case.constants[0] - 1, len(case.tensors) - 1
+    if name == "mlp":
+        gamma, residual = 7, 8
+    case.tensors[gamma] = (1e-6 * torch.rand(case.tensors[gamma].shape)).to(wide)
+    case.tensors[residual] = torch.zeros_like(case.tensors[residual], dtype=wide)
+    check_against_reference(case, slack=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["mlp", "gnconv_half_block", "xca_half_block", "s2_attention_half_block"])
+def test_norm_of_a_common_offset(name, dtype):
+    """A thousand times as large as the spread."""
+    case = make(name, dtype=dtype, size=4)
+    case.tensors[0] = case.tensors[0] + 1000
+    check_against_reference(case, slack=2.0)
+
+
 @ops
 def test_empty_batch(name):
     found, _ = outputs(make(name, batch=0), "fused")
