@@ -90,15 +90,6 @@ struct Group {
     }
   }
 };
-// Calls f(group, load, store, keep) for a line.
-template <class P, class F>
-VOPS_INLINE void for_each_group_of(const P& part, const Coefficients<typename P::A>& c, int64_t line, const F& f) {
-  for_each_group(part, part.lines.length,
-                 [&](int64_t k, auto count, const auto& get, const auto& put, const auto& keep) {
-                   f(Group<P, decltype(count)::value>{part, c, line, k}, count, get, put, keep);
-                 });
-}
-
 constexpr int64_t kActivationWork = 16;  // in multiply-adds
 
 // act(z), or act(z) * dy, summed over the pixels of every image and, if there is a y, written.
@@ -114,26 +105,29 @@ Error run_forward(const Lines& lines, const Tensor4& dy, const Tensor4& x, const
       const auto from = part.in(x), by = part.in(dy);
       const auto to = part.out(y);
       const Coefficients<A> c = copied.of(part.image);
+      const Activation activation = act;
       A* const own = out.data ? own_sums(part, sums) : nullptr;
       for (int64_t i = part.begin; i < part.end; i++) {
         const auto *p = from[i], *g = by[i];
         auto* q = to[i];
         Vec<A> of_plane = {};
-        for_each_group_of(part, c, i, [&](const auto& group, auto count, const auto& get, const auto& put, auto keep) {
-          constexpr int N = decltype(count)::value;
-          const int64_t k = group.offset;
-          Vec<A> v[N], z[N];
-          for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes);
-          group.normalize(v, z);
-          activate_group(z, act);
-          for (int j = 0; j < N; j++) {
-            v[j] = keep(z[j]);
-            if (g) v[j] *= get(g + k + j * kLanes);
-          }
-          if (own) group.add_to(own, v, of_plane);
-          if (!q) return;
-          for (int j = 0; j < N; j++) put(q + k + j * kLanes, c.gate ? z[j] * group.of(c.gate, j) : z[j]);
-        });
+        for_each_group<kJam>(part, part.lines.length,
+                             [&](int64_t k, auto count, const auto& get, const auto& put, auto keep) {
+                               constexpr int N = decltype(count)::value;
+                               const Group<decltype(part), N> group = {part, c, i, k};
+                               Vec<A> v[N], z[N];
+                               for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes);
+                               group.normalize(v, z);
+                               activate_group(z, activation);
+                               for (int j = 0; j < N; j++) {
+                                 v[j] = keep(z[j]);
+                                 if (g) v[j] *= get(g + k + j * kLanes);
+                               }
+                               if (own) group.add_to(own, v, of_plane);
+                               if (!q) return;
+                               for (int j = 0; j < N; j++)
+                                 put(q + k + j * kLanes, c.gate ? z[j] * group.of(c.gate, j) : z[j]);
+                             });
         if (part.planes() && own) own[i] += sum_of_lanes<A>(of_plane);
       }
     });
@@ -169,20 +163,24 @@ Error backward_sums(const Tensor4& dy, const Tensor4& x, const BatchNormCoeffici
     const Error error = for_each_part<A>(lines, x.dtype, sums, kActivationWork, [&](auto part) {
       const auto from = part.in(x), grads = part.in(dy);
       const Coefficients<A> c = copied.of(part.image);
+      const Activation activation = act;
       A *const of_dz = own_sums(part, sums), *const of_product = of_dz + step;
       for (int64_t i = part.begin; i < part.end; i++) {
         const auto *p = from[i], *g = grads[i];
         Vec<A> plane_dz = {}, plane_product = {};
-        for_each_group_of(part, c, i, [&](const auto& group, auto count, const auto& get, const auto&, auto keep) {
-          constexpr int N = decltype(count)::value;
-          const int64_t k = group.offset;
-          Vec<A> v[N], dz[N];
-          for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
-          group.gradient(v, dz, act);
-          for (int j = 0; j < N; j++) dz[j] = keep(dz[j]), v[j] = dz[j] * (v[j] - group.of(c.mean, j));
-          group.add_to(of_dz, dz, plane_dz);
-          group.add_to(of_product, v, plane_product);
-        });
+        for_each_group<kBackwardJam>(part, part.lines.length,
+                                     [&](int64_t k, auto count, const auto& get, const auto&, auto keep) {
+                                       constexpr int N = decltype(count)::value;
+                                       const Group<decltype(part), N> group = {part, c, i, k};
+                                       Vec<A> v[N], dz[N];
+                                       for (int j = 0; j < N; j++)
+                                         v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
+                                       group.gradient(v, dz, activation);
+                                       for (int j = 0; j < N; j++)
+                                         dz[j] = keep(dz[j]), v[j] = dz[j] * (v[j] - group.of(c.mean, j));
+                                       group.add_to(of_dz, dz, plane_dz);
+                                       group.add_to(of_product, v, plane_product);
+                                     });
         if (part.planes()) of_dz[i] += sum_of_lanes<A>(plane_dz), of_product[i] += sum_of_lanes<A>(plane_product);
       }
     });
@@ -205,20 +203,22 @@ Error backward_input(const Tensor4& dy, const Tensor4& x, const BatchNormCoeffic
       const auto from = part.in(x), grads = part.in(dy);
       const auto to = part.out(dx);
       const Coefficients<A> c = copied.of(part.image);
+      const Activation activation = act;
       for (int64_t i = part.begin; i < part.end; i++) {
         const auto *p = from[i], *g = grads[i];
         auto* q = to[i];
-        for_each_group_of(part, c, i, [&](const auto& group, auto count, const auto& get, const auto& put, auto) {
-          constexpr int N = decltype(count)::value;
-          const int64_t k = group.offset;
-          Vec<A> v[N], dz[N];
-          for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
-          group.gradient(v, dz, act);
-          for (int j = 0; j < N; j++) {
-            const Vec<A> of_x = group.of(c.slope, j) * (v[j] - group.of(c.mean, j)) + group.of(c.constant, j);
-            put(q + k + j * kLanes, group.of(c.scale, j) * dz[j] + of_x);
-          }
-        });
+        for_each_group<kBackwardJam>(
+            part, part.lines.length, [&](int64_t k, auto count, const auto& get, const auto& put, auto) {
+              constexpr int N = decltype(count)::value;
+              const Group<decltype(part), N> group = {part, c, i, k};
+              Vec<A> v[N], dz[N];
+              for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
+              group.gradient(v, dz, activation);
+              for (int j = 0; j < N; j++) {
+                const Vec<A> of_x = group.of(c.slope, j) * (v[j] - group.of(c.mean, j)) + group.of(c.constant, j);
+                put(q + k + j * kLanes, group.of(c.scale, j) * dz[j] + of_x);
+              }
+            });
       }
     });
   });

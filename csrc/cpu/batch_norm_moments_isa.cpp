@@ -22,11 +22,11 @@ VOPS_INLINE void merge_plane(const Part<T, A, planes>& part, const T* plane, A& 
     const T* p = plane + first;
     const int64_t length = min64(kMomentVectors * kLanes, part.lines.length - first);
     Vec<A> sum = {}, square = {};
-    for_each_group(part, length, [&](int64_t k, auto count, const auto& get, const auto&, const auto&) {
+    for_each_group<kJam>(part, length, [&](int64_t k, auto count, const auto& get, const auto&, const auto&) {
       for (int j = 0; j < decltype(count)::value; j++) sum += get(p + k + j * kLanes);
     });
     const A own = sum_of_lanes<A>(sum) / (A)length;
-    for_each_group(part, length, [&](int64_t k, auto count, const auto& get, const auto&, const auto& keep) {
+    for_each_group<kJam>(part, length, [&](int64_t k, auto count, const auto& get, const auto&, const auto& keep) {
       for (int j = 0; j < decltype(count)::value; j++) {
         const Vec<A> d = keep(get(p + k + j * kLanes) - own);
         square += d * d;
@@ -40,29 +40,30 @@ template <class T, class A, bool planes>
 VOPS_INLINE void merge_rows(const Part<T, A, planes>& part, const Operand<const T>& from, A* means, A* squares) {
   for (int64_t first = part.begin; first < part.end; first += kMomentRows) {
     const int64_t rows = min64(kMomentRows, part.end - first);
-    for_each_group(part, part.lines.length, [&](int64_t k, auto count, const auto& get, const auto&, const auto&) {
-      constexpr int N = decltype(count)::value;
-      Vec<A> own[N] = {}, square[N] = {};
-      for (int64_t i = first; i < first + rows; i++) {
-        const T* p = from[i] + k;
-        for (int j = 0; j < N; j++) own[j] += get(p + j * kLanes);
-      }
-      for (int j = 0; j < N; j++) own[j] *= 1 / (A)rows;
-      for (int64_t i = first; i < first + rows; i++) {
-        const T* p = from[i] + k;
-        for (int j = 0; j < N; j++) {
-          const Vec<A> d = get(p + j * kLanes) - own[j];
-          square[j] += d * d;
-        }
-      }
-      for (int j = 0; j < N; j++) {
-        A *m = means + k + j * kLanes, *s = squares + k + j * kLanes;
-        Vec<A> merged = load(m), sum = load(s);
-        merge(merged, sum, (A)(first - part.begin), own[j], square[j], (A)rows);
-        store(m, merged);
-        store(s, sum);
-      }
-    });
+    for_each_group<kJam>(part, part.lines.length,
+                         [&](int64_t k, auto count, const auto& get, const auto&, const auto&) {
+                           constexpr int N = decltype(count)::value;
+                           Vec<A> own[N] = {}, square[N] = {};
+                           for (int64_t i = first; i < first + rows; i++) {
+                             const T* p = from[i] + k;
+                             for (int j = 0; j < N; j++) own[j] += get(p + j * kLanes);
+                           }
+                           for (int j = 0; j < N; j++) own[j] *= 1 / (A)rows;
+                           for (int64_t i = first; i < first + rows; i++) {
+                             const T* p = from[i] + k;
+                             for (int j = 0; j < N; j++) {
+                               const Vec<A> d = get(p + j * kLanes) - own[j];
+                               square[j] += d * d;
+                             }
+                           }
+                           for (int j = 0; j < N; j++) {
+                             A *m = means + k + j * kLanes, *s = squares + k + j * kLanes;
+                             Vec<A> merged = load(m), sum = load(s);
+                             merge(merged, sum, (A)(first - part.begin), own[j], square[j], (A)rows);
+                             store(m, merged);
+                             store(s, sum);
+                           }
+                         });
   }
 }
 

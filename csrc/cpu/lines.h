@@ -80,7 +80,7 @@ template <class T_, class A_, bool are_planes>
 struct Part {
   typedef T_ T;
   typedef A_ A;
-  const Lines& lines;
+  Lines lines;
   int64_t image, begin, end, share;
 
   bool planes() const { return sizeof(A) == sizeof(double) ? lines.planes : are_planes; }

@@ -41,18 +41,18 @@ Error forward(const Tensor4& x, const Tensor4& b, const Tensor4& g, const Tensor
     const ChannelRows<A> factors = make_factors<A>(g, s, x.size[1], x.size[0]);
     if (!factors.data) return kOutOfMemory;
     return for_each_part<A>(lines, b.dtype, kElementWork, [&](auto part) {
-      const auto branch = part.in(b);
-      const A scale = factors[1][part.image];
       with_stream_type<typename decltype(part)::T>(x.dtype, b.dtype, [&](auto type) {
         typedef decltype(type) T;
+        const auto branch = part.in(b);
         const auto from = part.template operand<const T>(x);
         const auto to = part.template operand<T>(y);
+        const A scale = factors[1][part.image], *const channels = factors[0];
         for (int64_t i = part.begin; i < part.end; i++) {
           const auto* pb = branch[i];
           const T* px = from[i];
           T* py = to[i];
           for_each_vector(part, [&](int64_t k, const auto& get, const auto& put) {
-            const Vec<A> factor = scale * of_channel(part, factors[0], i, k);
+            const Vec<A> factor = scale * of_channel(part, channels, i, k);
             put(py + k, get(px + k) + factor * get(pb + k));
           });
         }
@@ -73,22 +73,22 @@ Error backward(const Tensor4& dy, const Tensor4& b, const Tensor4& g, const Tens
     const PartialSums<A> sums = make_sums<A>(lines, dy.size[1], 1);
     if (!factors.data || !sums.data) return kOutOfMemory;
     const Error error = for_each_part<A>(lines, dtype, sums, kElementWork, [&](auto part) {
-      const auto branch = part.in(b);
-      const auto to = part.out(db);
-      const A scale = factors[1][part.image];
-      A* const own = own_sums(part, sums);
       with_stream_type<typename decltype(part)::T>(dy.dtype, dtype, [&](auto type) {
         const auto grads = part.template operand<const decltype(type)>(dy);
+        const auto branch = part.in(b);
+        const auto to = part.out(db);
+        const A scale = factors[1][part.image], *const channels = factors[0];
+        A* const own = dg.data ? own_sums(part, sums) : nullptr;
         for (int64_t i = part.begin; i < part.end; i++) {
           const auto* pg = grads[i];
           const auto* pb = branch[i];
           auto* pdb = to[i];
-          if (db.data) {
+          if (pdb) {
             for_each_vector(part, [&](int64_t k, const auto& get, const auto& put) {
-              put(pdb + k, scale * of_channel(part, factors[0], i, k) * get(pg + k));
+              put(pdb + k, scale * of_channel(part, channels, i, k) * get(pg + k));
             });
           }
-          if (!dg.data) continue;
+          if (!own) continue;
           add_line<1>(part, own, 0, i, [&](int64_t k, const auto& get, const auto&, auto& values) {
             values[0] = scale * get(pg + k) * get(pb + k);
           });
