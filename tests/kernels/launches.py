@@ -26,6 +26,7 @@ from vision_ops.kernels import (
     layer_norm_2d,
     mlp,
     moga_gate,
+    recursion_chain,
     relative_attention,
     scaled_residual,
     shift_split_attention,
@@ -102,11 +103,11 @@ def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) 
     out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
     expected = channels <= 256 and dtype != torch.float32
     pwa, dw = slices(channels, widths, size, dtype, last)
-    assert gated_recursion.chain(pwa, dw, weights, biases, out) == expected
+    assert recursion_chain.chain(pwa, dw, weights, biases, out) == expected
     du = absent(128, sum(widths[1:]), size, size, dtype=dtype, channels_last=last)
     if expected:
         sums = [absent(width, dtype=torch.float32) for width in widths]
-        gated_recursion.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
+        recursion_chain.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
 
 
 HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))
