@@ -47,7 +47,7 @@ def map_tile(t: Tensor) -> Tile:
 
 @functools.cache
 def channels_of_tile(channels: int, element_size: int, row_bytes: int = ROW_BYTES) -> int:
-    """The widest tile with few idle lanes, or that with the fewest: 32 of 96 channels, where 64 would idle a quarter."""
+    """The widest tile with few idle lanes, or that with the fewest: 32 for 96 channels, as 64 would idle a quarter."""
     widths = [MOST_CHANNELS >> k for k in range(7)]
     widths = [w for w in widths if w * element_size >= row_bytes or w == power_of_two(channels)]
     used = {w: channels / (triton.cdiv(channels, w) * w) for w in widths}
@@ -72,7 +72,7 @@ def walk(tensors: Sequence[Tensor | None], apart: bool = False) -> tuple[int, in
     Where the images follow each other like pixels in all tensors, as in channels_last ones, they are one image, if they
     need not stay apart.
     """
-    (n, _, h, w), pixels = tensors[0].shape, pixel_count(tensors[0])
+    n, pixels = len(tensors[0]), pixel_count(tensors[0])
     strides = [None if t is None else strides_of(t) for t in tensors]
     if not apart and all(s is None or s[0] == pixels * s[2] for s in strides):
         return 1, n * pixels, [s and (0, *s[1:]) for s in strides]

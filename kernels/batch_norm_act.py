@@ -41,7 +41,9 @@ class MergeTile(NamedTuple):
     num_warps: int
 
 
-MERGE_TILE = MergeTile(64, 32, num_warps=4)  # 16 values of a thread, lines of 128 bytes; not measured
+# Launch choices, by counting: no GPU has measured them.
+MERGE_TILE = MergeTile(64, 32, num_warps=4)  # 16 values of a thread, lines of 128 bytes
+ACTIVATING_STAGES = tl.constexpr(1)  # with two, registers for a third fewer programs at a time (64 to 94 on sm_90)
 
 
 @ByLayout
@@ -143,7 +145,7 @@ def norm_act_kernel(
     if gate_ptr is not None:
         gate = load_channels(gate_ptr + n * channels, c, channels)
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for first in tl.range(begin, end, BLOCK_P, num_stages=LOOP_STAGES):
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
         p, there = pixels_from(first, end, BLOCK_P)
         inside = there & (c < channels)
         x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
@@ -197,7 +199,7 @@ def norm_act_bwd_kernel(
         slope, constant = load_channels(line_ptr, c, channels), load_channels(line_ptr + channels, c, channels)
     of_dz = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     of_product = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for first in tl.range(begin, end, BLOCK_P, num_stages=LOOP_STAGES):
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
         p, there = pixels_from(first, end, BLOCK_P)
         inside = there & (c < channels)
         dz = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)

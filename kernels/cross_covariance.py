@@ -52,7 +52,7 @@ def tile(heads: int, d: int, dtype: torch.dtype) -> Tile:
 
 @triton.jit
 def _channels(group, first, heads, d, GROUP: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """Of a group of heads from the first on: channels, those of all heads counted, heads, and whether they are there."""
+    """Of a group of heads from the first on: channels, counted through all heads, heads, and whether they are there."""
     begin = tl.multiple_of(group * GROUP * d, ALIGN)
     end = tl.multiple_of(tl.minimum(group * GROUP + GROUP, heads) * d, ALIGN)
     channel = begin + first + tl.arange(0, BLOCK)

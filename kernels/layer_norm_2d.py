@@ -38,9 +38,7 @@ SECTOR_BYTES = 32  # of every plane at least that a tile of contiguous tensors h
 def tile(channels: int, channels_last: bool, element_size: int, backward: bool) -> Tile:
     """A thread has half as many values in float64, and in contiguous tensors, where every value has its own address."""
     block_c = power_of_two(channels)
-    values, most_warps = (
-        (BACKWARD_VALUES, MOST_BACKWARD_WARPS) if backward else (FORWARD_VALUES, MOST_FORWARD_WARPS)
-    )
+    values, most_warps = (BACKWARD_VALUES, MOST_BACKWARD_WARPS) if backward else (FORWARD_VALUES, MOST_FORWARD_WARPS)
     values >>= int(not channels_last) + int(element_size == 8)
     block_p = max(1, 128 * values // block_c)
     if not channels_last:

@@ -26,7 +26,7 @@ def interpreter(monkeypatch):
     for module in kernel_modules():
         if hasattr(module, "scratch"):
             monkeypatch.setattr(module, "scratch", poisoned)
-        for name in ("PROGRAMS", "IMAGE_PROGRAMS", "MOST_PROGRAMS"):
+        for name in ("PROGRAMS", "ROW_PROGRAMS", "IMAGE_PROGRAMS", "MOST_PROGRAMS"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, 3)
     return interpreter
