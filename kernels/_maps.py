@@ -24,13 +24,18 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# Launch choices, by counting: no GPU has measured them.
-PROGRAMS = 1056  # with a row of sums each: eight on every multiprocessor of an H200; more rows take longer to add
-IMAGE_PROGRAMS = 2112  # with the sums of a share of an image each: twice as many, as images are cut into whole shares
-LOOP_STAGES = tl.constexpr(2)  # of a loop over tiles: the loads of the next are under way. Unasked, Triton does so only
-# for what goes into products of matrices
-CHANNELS_LAST_VALUES, CONTIGUOUS_VALUES = 16, 8  # of a thread, of every tensor: one or two vectors; alone in a plane
-MOST_CHANNELS = 64  # of a tile: 128 bytes of a half type, what L2 keeps together
+# Launch choices, by counting: no GPU has measured them. An H200 has 132 multiprocessors, each of which must have about
+# 22 KB under way to hide the latency of its memory.
+PROGRAMS = 1056  # that leave a row of sums each, all channels counted: eight to a multiprocessor
+MOST_ROWS = 528  # of the same channels, which a second kernel adds: four to one, with two stages 32 KB and more
+IMAGE_PROGRAMS = 2112  # that sum a share of an image each: twice as many, as images are cut into whole shares
+# Of a loop over tiles: the loads of the next are under way. Unasked, Triton does so only for operands of products.
+LOOP_STAGES = tl.constexpr(2)
+CHANNELS_LAST_VALUES, CONTIGUOUS_VALUES = (
+    16,
+    8,
+)  # of a thread, of every tensor: vectors, and what are loads of their own
+MOST_CHANNELS = 64  # of a tile: in half types a line of L2
 ROW_BYTES = 64  # of a tile at least, if its pixels have more: what memory gives at a time
 LANES = 0.9  # of a tile that should have something to do, before it becomes narrower
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import scratch
 from ._maps import (
     LOOP_STAGES,
+    MOST_ROWS,
     PROGRAMS,
     blocks_of,
     channels_of_program,
@@ -126,7 +127,7 @@ def gate_backward(
     blocks, columns = blocks_of(images, pixels, channels, tile)
     programs, sums = blocks, None
     if dbias is not None:
-        programs = min(blocks, triton.cdiv(PROGRAMS, columns))
+        programs = min(blocks, MOST_ROWS, triton.cdiv(PROGRAMS, columns))
         sums = scratch((programs, channels), torch.promote_types(u.dtype, torch.float32), u.device)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(u):

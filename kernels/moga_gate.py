@@ -14,6 +14,7 @@ from torch import Tensor
 from . import scratch
 from ._maps import (
     LOOP_STAGES,
+    MOST_ROWS,
     PROGRAMS,
     Tile,
     blocks_of,
@@ -163,7 +164,7 @@ def gate_backward(
     blocks, columns = blocks_of(images, pixels, channels, tile)
     programs, partial = blocks, None
     if summed:
-        programs = min(blocks, triton.cdiv(PROGRAMS, columns))
+        programs = min(blocks, MOST_ROWS, triton.cdiv(PROGRAMS, columns))
         partial = scratch((programs, 2, channels), torch.promote_types(gate.dtype, torch.float32), gate.device)
     with torch.cuda.device_of(gate):
         moga_gate_bwd_kernel.of(first.stride(1) == 1)[(programs, columns)](

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import scratch
 from ._maps import (
     LOOP_STAGES,
+    MOST_ROWS,
     PROGRAMS,
     blocks_of,
     channels_of_program,
@@ -138,7 +139,7 @@ def backward(
     blocks, columns = blocks_of(images, pixels, channels, tile)
     programs, sums = blocks, None
     if dgamma is not None:
-        programs = min(blocks, triton.cdiv(PROGRAMS, columns))
+        programs = min(blocks, MOST_ROWS, triton.cdiv(PROGRAMS, columns))
         sums = scratch((programs, channels), torch.promote_types(grad.dtype, torch.float32), grad.device)
     given = grad, read, _dense(gamma), _dense(path_scale), dbranch, sums
     with torch.cuda.device_of(grad):
