@@ -34,7 +34,7 @@ LOOP_STAGES = tl.constexpr(2)
 CHANNELS_LAST_VALUES, CONTIGUOUS_VALUES = (
     16,
     8,
-)  # of a thread, of every tensor: vectors, and what are loads of their own
+)  # of a thread, of every tensor: vectors, and loads of their own
 MOST_CHANNELS = 64  # of a tile: in half types a line of L2
 ROW_BYTES = 64  # of a tile at least, if its pixels have more: what memory gives at a time
 LANES = 0.9  # of a tile that should have something to do, before it becomes narrower
