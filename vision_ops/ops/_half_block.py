@@ -130,7 +130,7 @@ class HalfBlock:
 
     def _output(self, a: Any) -> tuple[Tensor, ...]:
         dtype = self._dtype(a)
-        found = self.op.output(self._inner(a, a.x if a.x.dtype == dtype else a.x.to(dtype)))
+        found = self.op.output(self._inner(a, _in(a.x, dtype)))
         branch, *saved = found if self.op._saved else (found,)
         return self._empty(a, branch), *saved, branch if self._keeps(a, dtype) else branch.new_empty(0)
 
@@ -146,7 +146,7 @@ class HalfBlock:
 
     def _predicate(self, a: Any) -> tuple[list[str], list[str]]:
         x = a.x
-        cannot, slower = self.op.predicate(self._inner(a, x if x.dtype == self._dtype(a) else x.to(self._dtype(a))))
+        cannot, slower = self.op.predicate(self._inner(a, _in(x, self._dtype(a))))
         channels = x.shape[1 if self.maps else -1]
         if _native.device_kind(x) == "cuda" and a.norm_weight is not None and channels > MOST_CHANNELS:
             cannot = [
@@ -278,3 +278,8 @@ class HalfBlock:
         given = found if sums is None else pixel_dense(self._map(branch), form)
         tail.run_backward(grad, given, gamma, path_scale, found, sums)
         return found if self.maps else as_tokens(found, x)
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, or in its place an empty tensor of this dtype with its shape and strides."""
+    return x if x.dtype == dtype else allocate(x.shape, x, dtype=dtype, strides=x.stride())
