@@ -31,10 +31,8 @@ MOST_ROWS = 528  # of the same channels, which a second kernel adds: four to one
 IMAGE_PROGRAMS = 2112  # that sum a share of an image each: twice as many, as images are cut into whole shares
 # Of a loop over tiles: the loads of the next are under way. Unasked, Triton does so only for operands of products.
 LOOP_STAGES = tl.constexpr(2)
-CHANNELS_LAST_VALUES, CONTIGUOUS_VALUES = (
-    16,
-    8,
-)  # of a thread, of every tensor: vectors, and loads of their own
+CHANNELS_LAST_VALUES = 16  # of a thread, of every tensor: one or two vectors
+CONTIGUOUS_VALUES = 8  # loads of their own, if planes are not aligned
 MOST_CHANNELS = 64  # of a tile: in half types a line of L2
 ROW_BYTES = 64  # of a tile at least, if its pixels have more: what memory gives at a time
 LANES = 0.9  # of a tile that should have something to do, before it becomes narrower

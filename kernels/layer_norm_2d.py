@@ -91,6 +91,7 @@ def layer_norm_2d_bwd_kernel(
     grad_ptr,
     x_ptr,
     weight_ptr,
+    plus_ptr,  # may be None: what is added to dx
     dx_ptr,  # may be None
     sums_ptr,  # [program][2][channels]: the gradients of weight and bias; may be None
     blocks,
@@ -98,6 +99,7 @@ def layer_norm_2d_bwd_kernel(
     channels,
     grad_strides,
     x_strides,
+    plus_strides,
     dx_strides,
     EPS: tl.constexpr,
     SUM_TYPE: tl.constexpr,
@@ -125,7 +127,10 @@ def layer_norm_2d_bwd_kernel(
             g = grad * weight
             mean_g = (tl.sum(g, axis=1) / channels)[:, None]
             mean_gn = (tl.sum(g * normalized, axis=1) / channels)[:, None]
-            store_map(dx_ptr, dx_strides, n, p, c, (g - mean_g - normalized * mean_gn) * rstd, inside)
+            dx = (g - mean_g - normalized * mean_gn) * rstd
+            if plus_ptr is not None:
+                dx += load_map(plus_ptr, plus_strides, n, p, c, inside).to(SUM_TYPE)
+            store_map(dx_ptr, dx_strides, n, p, c, dx, inside)
     if sums_ptr is not None:
         own = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels
         store_sums(own, dweight, c, channels)
@@ -159,7 +164,9 @@ def backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     eps: float,
+    plus: Tensor | None = None,
 ) -> None:
+    """plus is added to dx."""
     if x.numel() == 0:
         for sums in (dweight, dbias):
             if sums is not None:
@@ -167,7 +174,8 @@ def backward(
         return
     last = _channels_last(x)
     grad, x = _walkable(grad, last), _walkable(x, last)
-    images, pixels, strides = walk([grad, x, dx])
+    plus = None if plus is None else _walkable(plus, last)
+    images, pixels, strides = walk([grad, x, plus, dx])
     channels = x.shape[1]
     t = tile(channels, last, x.element_size(), backward=True)
     blocks = images * triton.cdiv(pixels, t.BLOCK_P)
@@ -177,7 +185,7 @@ def backward(
         sums = scratch((programs, 2, channels), torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
     with torch.cuda.device_of(x):
         layer_norm_2d_bwd_kernel.of(last)[(programs,)](
-            *(grad, x, weight.contiguous(), dx, sums, blocks, pixels, channels, *strides),
+            *(grad, x, weight.contiguous(), plus, dx, sums, blocks, pixels, channels, *strides),
             EPS=eps,
             SUM_TYPE=sum_type(x),
             **t._asdict(),
