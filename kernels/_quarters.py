@@ -6,6 +6,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ._maps import Tile as MapTile
 from ._maps import channels_of_tile
 
 # Launch choices, by counting: no GPU has measured them.
@@ -24,7 +25,17 @@ def tile(channels: int, element_size: int) -> Tile:
     """In float64 a thread has half as many values."""
     block_c = channels_of_tile(triton.cdiv(channels, 4), element_size, ROW_BYTES)
     align = math.gcd(16, *(channels * q // 4 for q in range(1, 5)))
-    return Tile(128 * VALUES // (2 if element_size == 8 else 1) // block_c, block_c, align, num_warps=4)
+    return Tile(_values(element_size) // block_c, block_c, align, num_warps=4)
+
+
+def undivided_tile(channels: int, element_size: int) -> MapTile:
+    """Where quarters do not matter."""
+    block_c = channels_of_tile(channels, element_size)
+    return MapTile(_values(element_size) // block_c, block_c, num_warps=4)
+
+
+def _values(element_size: int) -> int:
+    return 128 * VALUES // (2 if element_size == 8 else 1)
 
 
 def columns_of(channels: int, chosen: Tile) -> int:

@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
-from ._maps import IMAGE_PROGRAMS, LOOP_STAGES, channels_of_tile, sum_type
-from ._maps import Tile as MapTile
+from ._maps import IMAGE_PROGRAMS, LOOP_STAGES, sum_type
 from ._moves import moves
-from ._quarters import VALUES, block_and_column, columns_of, load_branches, offset_of, quarter, tile
+from ._quarters import block_and_column, columns_of, load_branches, offset_of, quarter, tile, undivided_tile
 from ._specialize import counted
 from .branch_weights import bias_backward as bias_backward
 from .branch_weights import branch_weights as branch_weights
@@ -242,10 +241,8 @@ def edge_sums(t: Tensor, sums: Tensor) -> None:
     if t.numel() == 0:
         return
     b, h, w, channels = t.shape
-    block_c = channels_of_tile(channels, t.element_size())
-    values = VALUES // (2 if t.dtype == torch.float64 else 1)
-    chosen = MapTile(128 * values // block_c, block_c, num_warps=4)
-    columns = triton.cdiv(channels, block_c)
+    chosen = undivided_tile(channels, t.element_size())
+    columns = triton.cdiv(channels, chosen.BLOCK_C)
     shares = _shares(t, columns)
     partial = scratch((b, shares, 3, channels), sums.dtype, t.device)
     with torch.cuda.device_of(t):
