@@ -39,7 +39,7 @@ bench: env
 # Without the environment that pip makes for every build.
 build: $(VENV)/.torch $(VENV)/.settings
 	@test -e $(VENV)/.installed || $(MAKE) -s env
-	@$(PIP) install 'setuptools>=64' ninja
+	@$(PIP) install 'setuptools>=70.1' ninja
 	@$(PIP) install --no-build-isolation --no-deps -e .
 	@$(BIN)/python -c '$(SHOW_BUILT)'
 	@touch $(VENV)/.installed
