@@ -182,7 +182,6 @@ Error launch(const Tensor4& f, const ChannelAggregation& p, const Tensor4& h, co
   const Walk g = walk_of(f);
   constexpr int kRings = (Columns<T, kHaloRows>::kElements + BACKWARD * Columns<T, kStripRows>::kElements) * sizeof(T);
   static_assert(kResident * (kRings + 1024) <= kSharedMemoryPerSm, "shared memory holds fewer blocks than declared");
-  if (g.splits * g.channel_blocks > INT32_MAX) return "the convolution has more than 2**31 blocks of work";
   const int64_t pixels_of_f = f.size[0] * f.size[2] * f.size[3], numbers = pixels_of_f * f.size[1];
   const Aggregation a = {pixels(f),
                          pixels(h),
