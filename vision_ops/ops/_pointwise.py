@@ -181,9 +181,9 @@ def _multiply(
     path_scale: Tensor | None = None,
 ) -> bool:
     bias, gamma = (None if t is None else t.contiguous() for t in (bias, gamma))
-    scales = _native.weight_view(gamma), _native.vectors_view(None if path_scale is None else path_scale.view(-1, 1))
+    scales = _native.channels_view(gamma), _native.vectors_view(None if path_scale is None else path_scale.view(-1, 1))
     end = combine, activation, _native.view(other), _native.view(kept), *scales
-    given = _native.view(x), _native.matrix_view(weight), _native.weight_view(bias)
+    given = _native.view(x), _native.matrix_view(weight), _native.channels_view(bias)
     _native.cpu_kernels().pointwise(*given, end, _native.view(out))
     return True
 
@@ -247,7 +247,7 @@ def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None, bias_out: Tenso
         out = out.flatten(1)
     if _has_kernel(x) and _lined(grad) and _lined(x) and _takes(out, x) and _takes(bias_out, x):
         if out is not None or bias_out is not None:
-            gradients = None if out is None else _native.matrix_view(out), _native.weight_view(bias_out)
+            gradients = None if out is None else _native.matrix_view(out), _native.channels_view(bias_out)
             _native.cpu_kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), *gradients)
         return
     if bias_out is not None:
@@ -274,7 +274,7 @@ def channel_sums(t: Tensor, sums: Tensor | None) -> None:
         return
     double = [tensor.dtype == torch.float64 for tensor in (t, sums)]
     if _native.device_kind(t) == "cpu" and _native.cpu is not None and _lined(t) and double[0] == double[1]:
-        _native.cpu_kernels().channel_sums(_native.view(t), _native.weight_view(sums))
+        _native.cpu_kernels().channel_sums(_native.view(t), _native.channels_view(sums))
     else:
         torch.sum(t, (0, 2, 3), dtype=sums.dtype, out=sums)
 

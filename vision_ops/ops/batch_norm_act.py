@@ -61,11 +61,11 @@ class BatchNorm(NamedTuple):
 
 
 def _moments(x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    _native.cpu_kernels().batch_norm_moments(_native.view(x), *map(_native.weight_view, (mean, variance)))
+    _native.cpu_kernels().batch_norm_moments(_native.view(x), *map(_native.channels_view, (mean, variance)))
 
 
 def _views(c: Coefficients) -> list[Any]:
-    return [*map(_native.weight_view, c[:3]), *map(_native.vectors_view, c[3:])]
+    return [*map(_native.channels_view, c[:3]), *map(_native.vectors_view, c[3:])]
 
 
 def _run(x: Tensor, c: Coefficients, activation: str | None, y: Tensor | None, sums: Tensor | None = None) -> None:

@@ -60,7 +60,7 @@ def _image_means(x: Tensor, means: Tensor) -> None:
 
 def _decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
     """means: of x, from `image_means` or, where they are known before x is, in its form."""
-    views = _native.view(x), _native.view(means), _native.weight_view(sigma), _native.view(y)
+    views = _native.view(x), _native.view(means), _native.channels_view(sigma), _native.view(y)
     _native.cpu_kernels().feature_decompose(*views, ACTIVATION_CODES[activation])
 
 
@@ -75,11 +75,11 @@ def _decompose_backward(
     dx_sums: Tensor | None = None,
 ) -> None:
     """dx may be grad; dx_sums: of dx, which is there then, over all pixels."""
-    inputs = _native.view(grad), _native.view(x), _native.view(means), _native.weight_view(sigma)
-    outputs = _native.view(dx), _native.weight_view(dsigma)
+    inputs = _native.view(grad), _native.view(x), _native.view(means), _native.channels_view(sigma)
+    outputs = _native.view(dx), _native.channels_view(dsigma)
     _native.cpu_kernels().feature_decompose_backward(*inputs, *outputs, ACTIVATION_CODES[activation])
     if dx_sums is not None and dx is not None:
-        _native.cpu_kernels().channel_sums(_native.view(dx), _native.weight_view(dx_sums))
+        _native.cpu_kernels().channel_sums(_native.view(dx), _native.channels_view(dx_sums))
 
 
 def flat(sigma: Tensor | None) -> Tensor | None:

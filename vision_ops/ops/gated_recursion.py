@@ -169,7 +169,7 @@ def backward_chain(
 def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     """p = (u + bias) * q; p may be u."""
     bias = None if bias is None else bias.contiguous()
-    _native.cpu_kernels().gate(_native.view(u), _native.weight_view(bias), _native.view(q), _native.view(p))
+    _native.cpu_kernels().gate(_native.view(u), _native.channels_view(bias), _native.view(q), _native.view(p))
 
 
 def _gate_backward(
@@ -177,8 +177,8 @@ def _gate_backward(
 ) -> None:
     """du = dp * q, dq = dp * (u + bias), dbias = the sum of du over the pixels; du may be u."""
     bias = None if bias is None else bias.contiguous()
-    inputs = _native.view(dp), _native.view(u), _native.weight_view(bias), _native.view(q)
-    _native.cpu_kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
+    inputs = _native.view(dp), _native.view(u), _native.channels_view(bias), _native.view(q)
+    _native.cpu_kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.channels_view(dbias))
 
 
 # --- The op

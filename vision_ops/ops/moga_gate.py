@@ -64,7 +64,7 @@ def _gate_backward(
     _native.cpu_kernels().moga_gate_backward(*map(_native.view, (grad, gate, value, dgate, dvalue)), doubled)
     for t, total in zip((dgate, dvalue), sums, strict=True):
         if total is not None:
-            _native.cpu_kernels().channel_sums(_native.view(t), _native.weight_view(total))
+            _native.cpu_kernels().channel_sums(_native.view(t), _native.channels_view(total))
 
 
 def _forward(device: Callable[[], Gate], a: _Arguments) -> Tensor:
