@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _internals, _native
-from .._internals import dispatch_keys, dispatch_modes, function_modes, is_transformed, key_bits, profiler_enabled
+from .._internals import dispatch_modes, function_modes, is_transformed, is_wrapper, profiler_enabled
 from ..dispatch import Explanation, Question, resolve_backend
 from ._autograd import _any_requires_grad, _flat, function_of
 from ._checks import autocast_enabled
@@ -266,12 +266,13 @@ class FusedOp:
         thread looks at ops."""
         if dispatch_modes() or not _internals.calls_directly or function_modes() or profiler_enabled():
             return None
-        kind = _native.device_kind(tensors[0])
-        plain = _plain_keys(kind)
         for t in tensors:
-            if t is not None and (type(t) not in _PLAIN_TYPES or key_bits(dispatch_keys(t)) not in plain):
+            if t is None:
+                continue
+            # Neither wrapped, nor lazily negated, nor of zeros only.
+            if type(t) not in _PLAIN_TYPES or is_wrapper(t) or t.is_neg() or t._is_zerotensor():
                 return None
-        return self.kernels.get(kind.upper())
+        return self.kernels.get(_native.device_kind(tensors[0]).upper())
 
     def gradients(
         self,
@@ -385,16 +386,6 @@ class FusedOp:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
-
-@functools.cache
-def _plain_keys(device: str) -> frozenset[int]:
-    """The dispatch keys of ordinary tensors: none of a wrapper, a lazily negated tensor or one of zeros only."""
-    keys = []
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            keys.append(key_bits(dispatch_keys(torch.empty(0, device=device))))
-    return frozenset(keys)
 
 
 def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:

@@ -1,5 +1,6 @@
 """Batch norm with the activation behind it, in the blocks of MOAT, MogaNet and bn_hs EdgeNeXt."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ def _backward_input(grad: Tensor, x: Tensor, c: Coefficients, activation: str | 
     _native.cpu_kernels().batch_norm_act_backward_input(*given, ACTIVATION_CODES[activation])
 
 
+@functools.cache
 def cpu_batch_norm() -> BatchNorm:
     return BatchNorm(_moments, _run, _backward_gate, _backward_sums, _backward_input)
 

@@ -1,5 +1,6 @@
 """HorNet's gated recursion: a chain of gates with 1x1 convolutions between them, that double the channels."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ class Gates(NamedTuple):
     has_chain: Callable[[Sequence[int], torch.dtype], bool]
 
 
+@functools.cache
 def cpu_gates() -> Gates:
     return Gates(_gate, _gate_backward, channel_sums, lambda *_: False, lambda *_: None, lambda *_: False)
 
