@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def _flat(nested: Sequence[Any]) -> list[Any]:
-    return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else (item,))]
+    found: list[Any] = []
+    for item in nested:
+        if isinstance(item, (list, tuple)):
+            found += item
+        else:
+            found.append(item)
+    return found
 
 
 def _any_requires_grad(arguments: Sequence[Any]) -> bool:

@@ -283,12 +283,13 @@ class FusedOp:
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """Of all tensor arguments, flat; empty ones without `run`, the backward kernel."""
+        lengths = self.lengths(given)
         if self.ungraded:
-            needs = self.graded(needs, self.lengths(given))
+            needs = self.graded(needs, lengths)
         pairs = zip(self.tensors(given), needs, strict=True)
         flat = [gradient_like(t, grad) if needed and t is not None else None for t, needed in pairs]
         if run is not None:
-            grads = self.nested(flat, self.lengths(given)) if self._lists else flat
+            grads = flat if lengths is None else self.nested(flat, lengths)
             laid_out = [lay_out(t) for lay_out, t in zip(self._layouts, saved, strict=True)]
             run(grads, grad, self.arguments(*given), *laid_out)
         return flat
@@ -308,14 +309,18 @@ class FusedOp:
         """Of the lists among the tensor arguments."""
         if not self._lists:
             return None
-        return tuple(len(t) if isinstance(t, (list, tuple)) else None for t in given[: self._tensors])
+        return tuple([len(t) if isinstance(t, (list, tuple)) else None for t in given[: self._tensors]])
 
     def nested(self, tensors: Sequence[Any], lengths: tuple[int | None, ...] | None) -> list[Any]:
         """The tensor arguments from `tensors` and `lengths`."""
         if lengths is None:
             return list(tensors)
-        rest = iter(tensors)
-        return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
+        found: list[Any] = []
+        at = 0
+        for n in lengths:
+            found.append(tensors[at] if n is None else list(tensors[at : at + n]))
+            at += 1 if n is None else n
+        return found
 
     def partial(self, given: Mapping[str, Any]) -> list[Any]:
         """The arguments, of which some are missing, for `explain`."""
