@@ -114,7 +114,10 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def _arguments_in(args: Sequence[Any]) -> Any:
     """The NamedTuple among what a kernel takes."""
-    return next(a for a in args if isinstance(a, tuple))
+    for a in args:
+        if isinstance(a, tuple):
+            return a
+    raise TypeError("a kernel takes the arguments of its op")
 
 
 # Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/parallel.h. So much pays for a
@@ -351,7 +354,7 @@ class FusedOp:
         for name in self.unread(arguments, needed):
             t = kept[places[name]]
             if t is not None:
-                kept[places[name]] = t.detach().new_empty(()).expand(t.shape)
+                kept[places[name]] = t.new_empty_strided(t.shape, (0,) * t.ndim)
         return kept
 
     def explain(self, *given: Any, backend: str) -> Explanation:

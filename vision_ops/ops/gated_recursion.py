@@ -84,7 +84,7 @@ def run_chain(
     if gates.chain(pwa, dw, weights, biases, out):
         return
     n, _, h, w = pwa.shape
-    first, *rest = dw.split(chain_widths(pwa, weights), dim=1)
+    first, *rest = dw.split_with_sizes(chain_widths(pwa, weights), dim=1)
     p = empty(pwa.shape, pwa) if weights else out
     gates.gate(pwa, None, first, p)
     for k, (weight, bias, q) in enumerate(zip(weights, biases, rest, strict=True), start=1):
@@ -109,7 +109,7 @@ class ChainAgain:
     ) -> None:
         """last: whether p_order is wanted, too."""
         self.gates, self.weights, self.biases = gates, [w.flatten(1) for w in weights], [None, *biases]
-        self.q = dw.split(chain_widths(pwa, weights), dim=1)
+        self.q = dw.split_with_sizes(chain_widths(pwa, weights), dim=1)
         self.u, self.p = [pwa], list[Tensor]()
         for k, q in enumerate(self.q):
             if k > 0:
@@ -130,7 +130,7 @@ class ChainAgain:
     ) -> None:
         """Writes the gradients of all arguments, and that of a bias of pwa into `sums`. Only once: gradients take the
         memory of what they are the last to need."""
-        dq = ddw.split([q.shape[1] for q in self.q], dim=1)
+        dq = ddw.split_with_sizes([q.shape[1] for q in self.q], dim=1)
         for k in reversed(range(1, len(self.q))):
             u = self.u[k]
             self.gates.gate_backward(dp, u, self.biases[k], self.q[k], u, dq[k], dbiases[k - 1])
@@ -161,10 +161,10 @@ def backward_chain(
         return chain.backward(dp, dpwa, ddw, dweights, dbiases, sums)
     p, du = empty(ddw.shape, ddw), empty((len(dp), sum(widths[1:]), *dp.shape[2:]), ddw)
     gates.chain_backward(pwa, dw, weights, biases, dp, p, dpwa, ddw, du, [sums, *dbiases])
-    each = p.split(widths, dim=1)
+    each = p.split_with_sizes(widths, dim=1)
     if use_last is not None:
         use_last(each[-1])
-    for of_u, before, dweight in zip(du.split(widths[1:], dim=1), each, dweights, strict=False):
+    for of_u, before, dweight in zip(du.split_with_sizes(widths[1:], dim=1), each, dweights, strict=False):
         weight_gradient(of_u, before, dweight)
 
 

@@ -160,7 +160,7 @@ def multi_order_backward_cuda(
 
 def _branches(t: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     _, c1, c2 = (len(w) for w in weights)
-    return t.split([t.shape[1] - c1 - c2, c1, c2], dim=1)
+    return t.split_with_sizes([t.shape[1] - c1 - c2, c1, c2], dim=1)
 
 
 def multi_order_torch(

@@ -62,7 +62,7 @@ def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
 # On a GPU the depthwise engine runs level by level, on channels_last tensors and channel slices of them.
 def _splits(t: Tensor, a: _Arguments) -> list[Tensor]:
     width, levels = a.weights[0].shape[0], len(a.weights)
-    return list(t.split([width] * levels + [t.shape[1] - levels * width], dim=1))
+    return list(t.split_with_sizes([width] * levels + [t.shape[1] - levels * width], dim=1))
 
 
 def _convolved(t: Tensor, a: _Arguments, level: int, y: Tensor) -> None:
