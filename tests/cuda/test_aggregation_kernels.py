@@ -48,7 +48,7 @@ def run(engine, f, parameters, dscores, dh):
     du, (df, whole), scores = nan(f.shape, f.dtype)[0], nan(f.shape, f.dtype), torch.full_like(dscores, float("nan"))
     du.copy_(dh)
     found, guards = [], [whole[:, channels:]]
-    *given, bias = [_native.weight_view(t) for t in parameters]
+    *given, bias = [_native.channels_view(t) for t in parameters]
 
     def room(bytes):
         return torch.full((bytes // 4,), float("nan"))

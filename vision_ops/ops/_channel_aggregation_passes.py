@@ -141,7 +141,7 @@ def _native_arguments(c: Chunks, h: Tensor) -> tuple[list[Any], tuple[Any, ...]]
     """The parameters; h, and d behind its channels."""
     parameters = c.dw_weight, c.dw_bias, c.decompose_weight, c.a.decompose_bias
     views = _native.view(c.hidden(h)), _native.view(h[:, c.fc2.hidden : c.fc2.end])
-    return [_native.weight_view(t) for t in parameters], views
+    return [_native.channels_view(t) for t in parameters], views
 
 
 def _convolution(c: Chunks, above: int) -> tuple[int, ...]:
@@ -177,7 +177,7 @@ def _aggregate_backward(
     given = map(_native.view, (near.of(scores), dd, dh))
     df = c.hidden(spare)
     sums = parts.dw, parts.dw_bias, parts.decompose, parts.decompose_bias, parts.fc1_bias
-    grads = _native.view(df), *map(_native.weight_view, sums)
+    grads = _native.view(df), *map(_native.channels_view, sums)
     conv = _convolution(c, near.rows.start - chunk.around(2 * c.reach).rows.start)
     geometry = chunk.rows.start - near.rows.start, conv
     _native.cpu_kernels().channel_aggregation_backward(_native.view(f), w, b, v, *given, *views, *grads, *geometry)
@@ -194,7 +194,7 @@ def _marches(c: Chunks, f: Tensor) -> bool:
 
 def _cuda_arguments(c: Chunks, f: Tensor) -> list[Any]:
     parameters = c.dw_weight, c.dw_bias, c.decompose_weight
-    return [_native.view(f), *map(_native.weight_view, parameters)]
+    return [_native.view(f), *map(_native.channels_view, parameters)]
 
 
 def _aggregate_cuda(
@@ -208,7 +208,7 @@ def _aggregate_cuda(
         return triton.scores(u, d, c.decompose_weight, bias, scores)
     kernels = _native.cuda_kernels()
     room = workspace(kernels.channel_aggregation_workspace(_native.view(f)), scores)
-    given = *_cuda_arguments(c, f), _native.weight_view(bias)
+    given = *_cuda_arguments(c, f), _native.channels_view(bias)
     views = map(_native.view, (u, d, scores))
     kernels.channel_aggregation(*given, *views, room.data_ptr(), *_native.target(f))
 
@@ -258,7 +258,7 @@ def _march_backward(c: Chunks, f: Tensor, h: Tensor, dh: Tensor, dscores: Tensor
 def _march_backward_input(c: Chunks, f: Tensor, du: Tensor, df: Tensor, sums: Tensor, parts: Parts) -> None:
     from ..kernels.sums import sum_parts
 
-    views = _native.view(du), _native.view(f), _native.weight_view(c.dw_weight), _native.view(df)
+    views = _native.view(du), _native.view(f), _native.channels_view(c.dw_weight), _native.view(df)
     _native.cuda_kernels().channel_aggregation_backward_input(*views, sums.data_ptr(), *_native.target(f))
     hidden, taps = c.fc2.hidden, c.dw_weight.numel()
     outs = parts.dw, parts.dw_bias, parts.fc1_bias, parts.decompose, parts.decompose_bias
@@ -269,7 +269,7 @@ def _march_backward_input(c: Chunks, f: Tensor, du: Tensor, df: Tensor, sums: Te
 def _whole(c: Chunks, x: Tensor) -> tuple[list[Any], tuple[int, int]]:
     """The arguments of the kernels that take all chunks in one call."""
     vectors = c.fc1_bias, c.dw_weight, c.dw_bias, c.decompose_weight, c.a.decompose_bias, c.fc2_bias
-    fc1_bias, *of_pixels, fc2_bias = map(_native.weight_view, vectors)
+    fc1_bias, *of_pixels, fc2_bias = map(_native.channels_view, vectors)
     fc1, fc2 = _native.matrix_view(c.fc1_weight), _native.matrix_view(c.fc2.matrix)
     return [_native.view(x), fc1, fc1_bias, *of_pixels, fc2, fc2_bias], (c.images, c.rows)
 
@@ -288,7 +288,7 @@ def _backward_whole(c: Chunks, x: Tensor, grad: Tensor, scores: Tensor, kept: Te
     f = kept if keep else c.hidden(c.buffer(pitch, 2 * c.reach))
     product = allocate((x.shape[1], c.fc2.columns), x) if dfc2 is not None or dsigma is not None else None
     of_decompose = allocate((c.fc2.hidden,), x) if ddecompose is None else ddecompose.view(-1)
-    vectors = [_native.weight_view(t) for t in (dfc1_bias, ddw, ddw_bias, of_decompose, ddecompose_bias)]
+    vectors = [_native.channels_view(t) for t in (dfc1_bias, ddw, ddw_bias, of_decompose, ddecompose_bias)]
     matrices = [None if t is None else _native.matrix_view(t.flatten(1)) for t in (dfc1, product)]
     given, buffers = map(_native.view, (grad, scores, f)), [_native.view(t) for t in (h, dh, df)]
     totals = [matrices[0], *vectors, matrices[1]]
