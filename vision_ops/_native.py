@@ -149,8 +149,7 @@ def view(t: Tensor | None) -> View:
 
 
 def channels_view(t: Tensor | None) -> View:
-    """What there is for every channel, contiguous: weights (C, 1, K, K) as a (1, C, 1, K*K) view, (C,) as (1, C, 1, 1).
-    """
+    """What there is for every channel, contiguous: weights (C, 1, K, K) as a (1, C, 1, K*K) view, (C,) as (1, C, 1, 1)."""
     if t is None:
         return None
     if _read_by_kernels and t.is_cpu:
