@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import allocate, empty
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
+from ._devices import device_reasons, on_devices, without_autocast
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
 from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import channel_sums, crew_pays, linear, linear_to, multiplies_as_is, products, weight_gradient
-from ._registration import FusedOp, allocate, device_reasons, empty, on_devices, without_autocast
+from ._registration import FusedOp
 from .dwconv import (
     convolution_name,
     convolve_backward_cuda,
