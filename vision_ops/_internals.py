@@ -21,8 +21,8 @@ def _find(path: str) -> Any:
 BelowAutograd = _find("_C._AutoDispatchBelowAutograd")
 DisableAutocast = _find("_C._DisableAutocast")
 
-# What compiled kernels ask about tensors: DLPack's, which is public; PyTorch 2.11 has it, its future may have another.
-exchanges_tensors = hasattr(Tensor, "__dlpack_c_exchange_api__")
+# DLPack's exchange in C, by which compiled kernels ask about tensors. It is public, and may get another version.
+exchanges_tensors = _find("Tensor.__dlpack_c_exchange_api__") is not None
 
 # Calls past the dispatcher: who would see them, and which tensors are ordinary ones.
 _of_calls = (

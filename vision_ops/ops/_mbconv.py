@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.mbconv import pad_same, pool_same, product_type, same_padding
+from ._allocation import allocate, allocate_channels_last, empty, memory_format
+from ._devices import without_autocast
 from ._maps import pixel_dense
 from ._pointwise import (
     channel_sums,
@@ -16,13 +18,6 @@ from ._pointwise import (
     linear_to,
     operand,
     weight_gradient,
-)
-from ._registration import (
-    allocate,
-    allocate_channels_last,
-    empty,
-    memory_format,
-    without_autocast,
 )
 from .batch_norm_act import (
     BatchNorm,

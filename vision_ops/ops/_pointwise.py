@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._registration import CREW_WORK, allocate_channels_last, memory_format
+from ._allocation import allocate_channels_last, memory_format
+from ._devices import CREW_WORK
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
@@ -180,10 +181,8 @@ def _multiply(
     gamma: Tensor | None = None,
     path_scale: Tensor | None = None,
 ) -> bool:
-    scales = None, None
-    if gamma is not None or path_scale is not None:
-        scales = _vector(gamma), None if path_scale is None else _native.vectors_view(path_scale.view(-1, 1))
-    end = combine, activation, _native.view(other), _native.view(kept), *scales
+    of_images = None if path_scale is None else _native.vectors_view(path_scale.view(-1, 1))
+    end = combine, activation, _native.view(other), _native.view(kept), _vector(gamma), of_images
     given = _native.view(x), _native.matrix_view(weight), _vector(bias)
     _native.cpu_kernels().pointwise(*given, end, _native.view(out))
     return True

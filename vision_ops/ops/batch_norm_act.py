@@ -9,9 +9,11 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.dwconv import ACTIVATIONS
+from ._allocation import allocate, empty, memory_format
 from ._checks import check_eps, check_momentum, check_parameter, check_tensor
+from ._devices import device_reasons, on_devices
 from ._maps import pixel_dense
-from ._registration import FusedOp, allocate, device_reasons, empty, memory_format, on_devices
+from ._registration import FusedOp
 from .dwconv import ACTIVATION_CODES
 
 

@@ -8,17 +8,11 @@ from torch import Tensor
 
 from .. import _native, reference
 from . import _heads
+from ._allocation import allocate, allocate_contiguous
 from ._checks import autocast_enabled, check_parameter, check_tensor
+from ._devices import CREW_WORK, device_reasons, with_crew, without_autocast
 from ._heads import wide
-from ._registration import (
-    CREW_WORK,
-    FusedOp,
-    allocate,
-    allocate_contiguous,
-    device_reasons,
-    with_crew,
-    without_autocast,
-)
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import empty, memory_format
+from ._autograd import any_requires_grad
 from ._checks import check_eps, check_parameter, check_tensor
-from ._registration import FusedOp, _any_requires_grad, device_reasons, empty, memory_format, on_devices
+from ._devices import device_reasons, on_devices
+from ._registration import FusedOp
 from .scaled_residual import add, cpu_tail
 
 MOST_CHANNELS = 2048  # that the registers of a Triton program hold
@@ -99,7 +102,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
         return False
     count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
     wide = _native.cpu_kernels().isa == "avx512"
-    if not torch.is_grad_enabled() or not _any_requires_grad(a[:3]):
+    if not torch.is_grad_enabled() or not any_requires_grad(a[:3]):
         return count < (60_000 if wide else 300_000)
     if not wide:
         return single

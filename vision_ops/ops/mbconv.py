@@ -17,10 +17,11 @@ from ._checks import (
     check_sequence,
     check_tensor,
 )
+from ._devices import device_reasons, on_devices
 from ._maps import channels_last_dense
 from ._mbconv import Arguments
 from ._pointwise import crew_pays, products
-from ._registration import FusedOp, device_reasons, on_devices
+from ._registration import FusedOp
 from .batch_norm_act import check_count, check_running, track
 from .dwconv import convolution_name
 

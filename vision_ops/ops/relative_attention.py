@@ -10,9 +10,11 @@ from torch import Tensor
 from .. import reference
 from ..reference._resize import resize, resize_backward
 from . import _relative
+from ._allocation import allocate, allocate_contiguous
 from ._checks import autocast_enabled, check_integer, check_parameter, check_sequence, check_tensor
+from ._devices import device_reasons
 from ._heads import wide
-from ._registration import FusedOp, allocate, allocate_contiguous, device_reasons
+from ._registration import FusedOp
 from ._relative import Geometry
 
 

@@ -8,17 +8,13 @@ from torch import Tensor
 
 from .. import _native, reference
 from . import _relative
+from ._allocation import allocate_contiguous
 from ._checks import check_integer, check_parameter, check_tensor
+from ._devices import device_reasons, on_devices, without_autocast
 from ._half_block import HalfBlock
 from ._maps import as_map, empty_tokens, product_dense
 from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
-from ._registration import (
-    FusedOp,
-    allocate_contiguous,
-    device_reasons,
-    on_devices,
-    without_autocast,
-)
+from ._registration import FusedOp
 from ._relative import Geometry
 from .relative_attention import (
     attend_backward,

@@ -9,7 +9,9 @@ from torch import Tensor
 from .. import _native, reference
 from .._internals import statically_known_true
 from . import _gram_xca, _heads
+from ._allocation import allocate_contiguous
 from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
+from ._devices import device_reasons, with_crew, without_autocast
 from ._half_block import HalfBlock
 from ._heads import by_head, wide
 from ._parameters import convert, convert_cuda, converted
@@ -21,7 +23,7 @@ from ._pointwise import (
     tf32_allowed,
     weight_gradient_tokens,
 )
-from ._registration import FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
+from ._registration import FusedOp
 from .cross_covariance import (
     Attention,
     attend,
