@@ -31,7 +31,7 @@ def prepare_kernel(
     shares,  # of an image
     pixels,
     channels,
-    eps,
+    EPS: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,  # of the kernel of the parts
     BLOCK_R: tl.constexpr,
@@ -66,7 +66,7 @@ def prepare_kernel(
         mean = tl.load(mean_ptr + c, mask=of_channel, other=0.0).to(SUM_TYPE)
         variance = tl.load(variance_ptr + c, mask=of_channel, other=0.0).to(SUM_TYPE)
         unbiased = variance
-    inverse = 1.0 / tl.sqrt(variance + eps)
+    inverse = 1.0 / tl.sqrt(variance + EPS)
     scale = tl.load(weight_ptr + c, mask=of_channel, other=0.0).to(SUM_TYPE) * inverse
     shift = tl.load(bias_ptr + c, mask=of_channel, other=0.0).to(SUM_TYPE) - scale * mean
     tl.store(table_ptr + c, scale, mask=of_channel)
@@ -149,7 +149,7 @@ def prepare(
             shares,
             pixels,
             table.shape[1],
-            eps,
+            EPS=eps,
             SUM_TYPE=sum_type(table),
             BLOCK_P=block,
             **TILE,

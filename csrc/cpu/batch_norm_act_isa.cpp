@@ -499,7 +499,7 @@ Error backward_images(const Tensor4& dy, const Tensor4& x, const BatchNormCoeffi
 }
 template <class A>
 Error finish_of(const Tensor4& sums, const BatchNormCoefficients& c, const BatchNormEnds& ends) {
-  const int64_t channels = sums.size[1] / (c.offset.data ? 5 : 2);
+  const int64_t channels = c.table.size[1];
   return run_finish((const A*)sums.data, sums.size[0], channels, c, ends, channels);
 }
 Error finish(const Tensor4& sums, const BatchNormCoefficients& c, const BatchNormEnds& ends) {
