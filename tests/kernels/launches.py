@@ -26,6 +26,7 @@ from vision_ops.kernels import (
     layer_norm_2d,
     mlp,
     moga_gate,
+    recursion_chain,
     relative_attention,
     scaled_residual,
     shift_split_attention,
@@ -67,7 +68,17 @@ def norm_without(what: str) -> None:
     layer_norm_2d.backward(grad, x, weight, None if what == "dx" else dx, *sums, 1e-6)
 
 
+def norm_of_a_half_block() -> None:
+    """Under autocast, where x is the residual, too."""
+    y, grad = (absent(128, 128, 28, 28, channels_last=True) for _ in range(2))
+    x, dx, plus = (absent(*y.shape, dtype=torch.float32, channels_last=True) for _ in range(3))
+    weight, bias, dweight, dbias = (absent(128, dtype=torch.float32) for _ in range(4))
+    layer_norm_2d.forward(x, weight, bias, y, 1e-6)
+    layer_norm_2d.backward(grad, x, weight, dx, dweight, dbias, 1e-6, plus)
+
+
 def norms() -> Iterator[Launch]:
+    yield Launch("layer_norm_2d", "of a half-block", norm_of_a_half_block, ARCHS)
     for what in ("dx", "sums"):
         yield Launch("layer_norm_2d", f"without {what}", lambda what=what: norm_without(what), (90,))
     hornet = ((64, 56), (128, 28), (256, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))
@@ -102,11 +113,11 @@ def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) 
     out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
     expected = channels <= 256 and dtype != torch.float32
     pwa, dw = slices(channels, widths, size, dtype, last)
-    assert gated_recursion.chain(pwa, dw, weights, biases, out) == expected
+    assert recursion_chain.chain(pwa, dw, weights, biases, out) == expected
     du = absent(128, sum(widths[1:]), size, size, dtype=dtype, channels_last=last)
     if expected:
         sums = [absent(width, dtype=torch.float32) for width in widths]
-        gated_recursion.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
+        recursion_chain.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
 
 
 HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))

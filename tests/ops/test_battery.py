@@ -11,13 +11,13 @@ from every_op import HALF_BLOCKS, NAMES, every_op, half_blocks
 from harness import (
     Case,
     check_against_reference,
+    check_autocast,
     check_bits_of_needs,
     check_bitwise_repeatable,
     check_compiles,
     check_gradients,
     check_half_types_among_nan,
     outputs,
-    relative_error,
     saved_bytes,
 )
 
@@ -140,19 +140,9 @@ def test_keeps_no_more_than_eager(name):
     assert saved_bytes(case, "fused") <= saved_bytes(case, "reference") + statistics
 
 
-@ops
+@all_ops
 def test_autocast(name):
-    """In the dtypes of eager, which casts for products only, with no more than twice its error."""
-    case = make(name, size=7)
-    exact, grad = outputs(case.to(torch.float64), "reference")
-    found = []
-    for backend in ("fused", "reference"):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = case.run(leaves := case.leaves(), backend)
-        graded = [t for t in leaves if t is not None and t.requires_grad]
-        found.append([y, *torch.autograd.grad(y, graded, grad.to(y.dtype))])
-    for a, b, e in zip(*found, exact, strict=True):
-        assert a.dtype == b.dtype and relative_error(a, e) <= 2 * relative_error(b, e) + 4e-3
+    check_autocast(make(name, size=7))
 
 
 @all_ops

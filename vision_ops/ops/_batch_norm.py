@@ -44,8 +44,8 @@ class Ends(NamedTuple):
 
 
 class BatchNorm(NamedTuple):
-    """As in csrc/include/batch_norm_act.h. Maps are all in one format, pixel_dense. On GPUs backward_input takes `sums`,
-    too, (C,), of dx as it is stored: on CPUs they come with the products of dx."""
+    """As in csrc/include/batch_norm_act.h. Maps are all in one format, pixel_dense. On GPUs backward_input has
+    `sums`, too, (C,), of dx as it is stored: on CPUs they come with the products of dx."""
 
     # x or None, weight, bias, mean and variance or None, table, eps
     prepare: Callable[[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, float], None]

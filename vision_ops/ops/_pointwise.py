@@ -14,7 +14,8 @@ from ._registration import CREW_WORK, allocate_channels_last, memory_format
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
     """out = weight x + bias at every pixel of (N, C, H, W), plus another tensor of its shape, which may be out.
 
-    weight: (O, I), or (N, O, I) for each image of a channels_last out. Where x and out differ in layout, the product changes it.
+    weight: (O, I), or (N, O, I) for each image of a channels_last out. Where x and out differ in layout, the product
+    changes it.
     """
     if _multiplies(x, out, plus):
         _multiply(x, weight, bias, out, _NOTHING if plus is None else _PLUS, other=plus)
