@@ -188,8 +188,8 @@ def norm_act_bwd_kernel(
     shares,
     pixels,
     channels,
-    grad_strides,
     x_strides,
+    grad_strides,
     plus_strides,
     dx_strides,
     ACTIVATION: tl.constexpr,
@@ -327,12 +327,12 @@ def backward_input(
         if sums is not None:
             sums.zero_()
         return
-    images, pixels, strides = walk([grad, x, plus, dx], apart=c.gate is not None or c.offset is not None)
+    images, pixels, (own, *strides) = walk([x, grad, plus, dx], apart=c.gate is not None or c.offset is not None)
     grid, shares, tile = _grid(x, images, pixels)
     partial = None if sums is None else scratch((grid[0], x.shape[1]), sums.dtype, x.device)
     with torch.cuda.device_of(x):
         norm_act_bwd_kernel.of(x.stride(1) == 1)[grid](
-            *(grad, x, c.table, c.gate, c.offset, line, plus, dx, partial, shares, pixels, x.shape[1], *strides),
+            *(grad, x, c.table, c.gate, c.offset, line, plus, dx, partial, shares, pixels, x.shape[1], own, *strides),
             ACTIVATION=activation,
             SUM_TYPE=sum_type(x),
             **tile._asdict(),

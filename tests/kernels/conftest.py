@@ -2,7 +2,7 @@ import emulation
 import pytest
 import torch
 
-from vision_ops.ops import _mbconv, channel_aggregation_ffn, moga_aggregation
+from vision_ops.ops import _channel_aggregation_passes, _mbconv, moga_aggregation
 
 
 @pytest.fixture
@@ -40,6 +40,6 @@ def convolution(request, monkeypatch):
     """What convolves in an op whose other kernels are Triton's: PyTorch, or the CUDA kernels in the emulation."""
     if request.param == "emulated":
         emulation.install(monkeypatch, emulation.kernels())
-        for op in (_mbconv, channel_aggregation_ffn, moga_aggregation):
+        for op in (_channel_aggregation_passes, _mbconv, moga_aggregation):
             monkeypatch.setattr(op, "convolves_cuda", lambda x: True)
     return request.param

@@ -259,10 +259,10 @@ def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> No
     dh = absent(128, hidden, size, size, dtype=dtype, channels_last=True)
     scores, of_d = absent(128, 1, size, size, dtype=wide(dtype)), absent(channels, dtype=wide(dtype))
     weight, bias, dweight = absent(hidden, dtype=dtype), absent(1, dtype=dtype), absent(hidden, dtype=wide(dtype))
-    h = room[:, :hidden]
-    channel_aggregation_ffn.scores(h, 8, weight, bias, scores)
-    channel_aggregation_ffn.scores_backward(x, of_d, scores, scores)
-    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight, absent(1, dtype=dtype))
+    h, d = room[:, :hidden], room[:, hidden : hidden + 8]
+    channel_aggregation_ffn.scores(h, d, weight, bias, scores)
+    channel_aggregation_ffn.scores_backward(x, of_d, scores, scores, d)
+    channel_aggregation_ffn.gelu_backward(h, dh, weight, scores, dweight, absent(1, dtype=dtype))
     matrix, product = absent(channels, hidden + 8, dtype=dtype), absent(channels, hidden + 8, dtype=wide(dtype))
     fc2, sigma, of_d = (
         absent(channels, hidden, dtype=dtype),

@@ -1,5 +1,6 @@
 """The passes of batch norms on a device, for all ops that have one."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -115,6 +116,7 @@ def _backward_input(
     _native.cpu_kernels().batch_norm_act_backward_input(*given, *end)
 
 
+@functools.cache
 def cpu_batch_norm() -> BatchNorm:
     return BatchNorm(_prepare, _run, _backward_sums, _backward_images, _finish, _backward_input)
 
