@@ -2,8 +2,10 @@
 
 Moments are those of a tile about its own mean, merged: within a program, then over programs. With dz = (dy * gate +
 offset) * act'(z), the sums of the backward pass are those of dz and of dz * (x - mean), and dx = scale * dz + slope *
-(x - mean) + constant. Gate and offset are an image's. A program takes a share of an image; where there are neither
-gates nor sums by image, the images of a channels_last batch are one. The order of all sums depends on the shape only.
+(x - mean) + constant. Gate and offset are an image's; an offset that comes of the sums of dy * act(z) is not known when
+these are taken, and its share of the others is summed apart. A program takes a share of an image; where there are
+neither gates nor sums by image, the images of a channels_last batch are one. The order of all sums depends on the shape
+only. What is between two passes is in batch_norm_table.py.
 """
 
 from typing import Any
@@ -14,12 +16,31 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
-from ._maps import activated, map_tile, share_of_image, strides_of, sum_type, walk
+from ._maps import (
+    IMAGE_PROGRAMS,
+    LOOP_STAGES,
+    Tile,
+    activated,
+    blocks_of,
+    channels_of_program,
+    load_channels,
+    load_map,
+    map_tile,
+    pixels_from,
+    share_of_image,
+    store_map,
+    store_sums,
+    sum_type,
+    walk,
+)
 from ._moves import moves
-from ._specialize import ByLayout, counted
+from ._specialize import ByLayout
+from .batch_norm_table import finish
+from .batch_norm_table import prepare as make_table
+from .sums import sum_parts
 
-PROGRAMS = 2112  # sixteen for every multiprocessor of an H200
-MERGE_TILE = {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 4}
+# By counting: no GPU has measured it. With two, registers for a third fewer programs at a time (64 to 94 on sm_90).
+ACTIVATING_STAGES = tl.constexpr(1)
 
 
 @ByLayout
@@ -30,298 +51,299 @@ def moments_kernel(
     shares,
     pixels,
     channels,
-    stride_n,
-    stride_c,
-    stride_p,
+    x_strides,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = channel.to(tl.int64)[None, :]
-    mean = tl.zeros((BLOCK_C,), SUM_TYPE)
-    squares = tl.zeros((BLOCK_C,), SUM_TYPE)
-    for first in range(begin, end, BLOCK_P):
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-        inside = (p < end) & (c < channels)
-        x = tl.load(x_ptr + n * stride_n + p * stride_p + c * stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    c = channels_of_program(BLOCK_C)
+    mean = tl.zeros((1, BLOCK_C), SUM_TYPE)
+    squares = tl.zeros((1, BLOCK_C), SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=LOOP_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
         more = tl.minimum(end - first, BLOCK_P).to(SUM_TYPE)
-        of_tile = tl.sum(x, axis=0) / more
-        difference = tl.where(inside, x - of_tile[None, :], 0.0)
+        of_tile = tl.sum(x, axis=0)[None, :] / more
+        difference = tl.where(inside, x - of_tile, 0.0)
         share = more / (first - begin + more)
         moved = of_tile - mean
-        squares += tl.sum(difference * difference, axis=0) + moved * moved * share * (first - begin)
+        squares += tl.sum(difference * difference, axis=0)[None, :] + moved * moved * share * (first - begin)
         mean += moved * share
-    to = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + channel
-    tl.store(to, mean, mask=channel < channels)
-    tl.store(to + channels, squares, mask=channel < channels)
-
-
-@counted
-@moves("mean_ptr", "variance_ptr")
-def merge_moments_kernel(
-    partial_ptr,
-    mean_ptr,
-    variance_ptr,
-    count,  # of parts
-    shares,
-    pixels,
-    channels,
-    BLOCK_P: tl.constexpr,  # of the kernel above
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    SUM_TYPE: tl.constexpr = mean_ptr.dtype.element_ty
-    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    length = tl.cdiv(tl.cdiv(pixels, shares), BLOCK_P) * BLOCK_P
-    total = tl.zeros((BLOCK_R, BLOCK_C), SUM_TYPE)
-    values = tl.zeros((BLOCK_R, 1), SUM_TYPE)
-    for first in range(0, count, BLOCK_R):
-        part = (first + tl.arange(0, BLOCK_R))[:, None]
-        weight = tl.where(part < count, tl.minimum(tl.maximum(pixels - part % shares * length, 0), length), 0)
-        at = partial_ptr + part.to(tl.int64) * 2 * channels + c
-        total += weight.to(SUM_TYPE) * tl.load(at, mask=(part < count) & (c < channels), other=0.0)
-        values += weight.to(SUM_TYPE)
-    number = tl.sum(values, axis=0)[None, :]
-    mean = tl.sum(total, axis=0)[None, :] / number
-    squares = tl.zeros((BLOCK_R, BLOCK_C), SUM_TYPE)
-    for first in range(0, count, BLOCK_R):
-        part = (first + tl.arange(0, BLOCK_R))[:, None]
-        weight = tl.where(part < count, tl.minimum(tl.maximum(pixels - part % shares * length, 0), length), 0)
-        at, inside = partial_ptr + part.to(tl.int64) * 2 * channels + c, (part < count) & (c < channels)
-        difference = tl.load(at, mask=inside, other=0.0) - mean
-        own = tl.load(at + channels, mask=inside, other=0.0)
-        squares += own + weight.to(SUM_TYPE) * difference * difference
-    tl.store(mean_ptr + c, mean, mask=c < channels)
-    tl.store(variance_ptr + c, tl.sum(squares, axis=0)[None, :] / number, mask=c < channels)
+    own = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + c
+    tl.store(own, mean, mask=c < channels)
+    tl.store(own + channels, squares, mask=c < channels)
 
 
 @ByLayout
 @moves("y_ptr", "partial_ptr")
 def norm_act_kernel(
     x_ptr,
-    grad_ptr,  # may be None: a factor of what is summed
-    scale_ptr,
-    shift_ptr,
-    gate_ptr,  # may be None, as all that follow
+    table_ptr,
     y_ptr,
-    partial_ptr,  # [image][share][channels]
+    partial_ptr,  # [image][share][channels], of act(z); may be None
     shares,
     pixels,
     channels,
-    x_stride_n,
-    x_stride_c,
-    x_stride_p,
-    grad_stride_n,
-    grad_stride_c,
-    grad_stride_p,
-    y_stride_n,
-    y_stride_c,
-    y_stride_p,
+    x_strides,
+    y_strides,
     ACTIVATION: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = channel.to(tl.int64)[None, :]
-    scale = tl.load(scale_ptr + c, mask=c < channels, other=0.0)
-    shift = tl.load(shift_ptr + c, mask=c < channels, other=0.0)
-    if gate_ptr is not None:
-        gate = tl.load(gate_ptr + n * channels + c, mask=c < channels, other=0.0)
+    c = channels_of_program(BLOCK_C)
+    scale, shift = load_channels(table_ptr, c, channels), load_channels(table_ptr + channels, c, channels)
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for first in range(begin, end, BLOCK_P):
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-        inside = (p < end) & (c < channels)
-        x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
         y, _ = activated(scale * x + shift, ACTIVATION)
         if partial_ptr is not None:
-            term = y
-            if grad_ptr is not None:
-                at = grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c
-                term = y * tl.load(at, mask=inside, other=0.0).to(SUM_TYPE)
-            total += tl.where(inside, term, 0.0)
+            total += tl.where(inside, y, 0.0)
+        store_map(y_ptr, y_strides, n, p, c, y, inside)
+    if partial_ptr is not None:
+        store_sums(partial_ptr + tl.program_id(0).to(tl.int64) * channels, total, c, channels)
+
+
+@ByLayout
+@moves("y_ptr", "partial_ptr")
+def norm_act_sums_kernel(
+    grad_ptr,
+    x_ptr,
+    table_ptr,
+    gate_ptr,  # may be None, as y_ptr; of y, BY_IMAGE only
+    y_ptr,
+    partial_ptr,  # [image][share][2][channels], or BY_IMAGE [image][share][5][channels]
+    shares,
+    pixels,
+    channels,
+    grad_strides,
+    x_strides,
+    y_strides,
+    BY_IMAGE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, begin, end = share_of_image(pixels, shares, BLOCK_P)
+    c = channels_of_program(BLOCK_C)
+    scale, shift = load_channels(table_ptr, c, channels), load_channels(table_ptr + channels, c, channels)
+    mean = load_channels(table_ptr + 2 * channels, c, channels)
+    if gate_ptr is not None:
+        gate = load_channels(gate_ptr + n * channels, c, channels)
+    of_dz = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    of_product = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    if BY_IMAGE:
+        of_gate = tl.zeros((1, BLOCK_C), SUM_TYPE)
+        of_slope = tl.zeros((1, BLOCK_C), SUM_TYPE)
+        of_slope_product = tl.zeros((1, BLOCK_C), SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        dz = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
+        y, of_z = activated(scale * x + shift, ACTIVATION)
+        if BY_IMAGE:
+            of_one = tl.where(inside, of_z, 0.0)
+            of_gate += tl.sum(tl.where(inside, dz * y, 0.0), axis=0)[None, :]
+            of_slope += tl.sum(of_one, axis=0)[None, :]
+            of_slope_product += tl.sum(of_one * (x - mean), axis=0)[None, :]
+        dz = tl.where(inside, dz * of_z, 0.0)
+        of_dz += dz
+        of_product += dz * (x - mean)
         if y_ptr is not None:
             if gate_ptr is not None:
                 y = y * gate
-            to = y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c
-            tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside)
-    if partial_ptr is not None:
-        to = partial_ptr + tl.program_id(0).to(tl.int64) * channels + channel
-        tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
+            store_map(y_ptr, y_strides, n, p, c, y, inside)
+    if BY_IMAGE:
+        own = partial_ptr + tl.program_id(0).to(tl.int64) * 5 * channels
+        tl.store(own + c, of_gate, mask=c < channels)
+        store_sums(own + channels, of_dz, c, channels)
+        tl.store(own + 2 * channels + c, of_slope, mask=c < channels)
+        store_sums(own + 3 * channels, of_product, c, channels)
+        tl.store(own + 4 * channels + c, of_slope_product, mask=c < channels)
+    else:
+        own = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels
+        store_sums(own, of_dz, c, channels)
+        store_sums(own + channels, of_product, c, channels)
 
 
 @ByLayout
 @moves("dx_ptr", "partial_ptr")
 def norm_act_bwd_kernel(
-    grad_ptr,
+    grad_ptr,  # may be None: dx without its term
     x_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    gate_ptr,  # may be None, as all that follow
+    table_ptr,
+    gate_ptr,  # may be None, as all that follow up to dx_ptr
     offset_ptr,
     line_ptr,  # slope and constant, [2][channels]
+    plus_ptr,
     dx_ptr,
-    partial_ptr,  # [image][share][2][channels]
+    partial_ptr,  # [image][share][channels], of dx as it is stored; may be None
     shares,
     pixels,
     channels,
-    grad_stride_n,
-    grad_stride_c,
-    grad_stride_p,
-    x_stride_n,
-    x_stride_c,
-    x_stride_p,
-    dx_stride_n,
-    dx_stride_c,
-    dx_stride_p,
+    x_strides,
+    grad_strides,
+    plus_strides,
+    dx_strides,
     ACTIVATION: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = channel.to(tl.int64)[None, :]
-    scale = tl.load(scale_ptr + c, mask=c < channels, other=0.0)
-    shift = tl.load(shift_ptr + c, mask=c < channels, other=0.0)
-    mean = tl.load(mean_ptr + c, mask=c < channels, other=0.0)
+    c = channels_of_program(BLOCK_C)
+    scale, shift = load_channels(table_ptr, c, channels), load_channels(table_ptr + channels, c, channels)
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + n * channels + c, mask=c < channels, other=0.0)
+        gate = load_channels(gate_ptr + n * channels, c, channels)
     if offset_ptr is not None:
-        offset = tl.load(offset_ptr + n * channels + c, mask=c < channels, other=0.0)
-    if dx_ptr is not None:
-        slope = tl.load(line_ptr + c, mask=c < channels, other=0.0)
-        constant = tl.load(line_ptr + channels + c, mask=c < channels, other=0.0)
-    of_dz = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    of_product = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for first in range(begin, end, BLOCK_P):
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-        inside = (p < end) & (c < channels)
-        at = grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c
-        dz = tl.load(at, mask=inside, other=0.0).to(SUM_TYPE)
-        x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
-        if gate_ptr is not None:
-            dz *= gate
-        if offset_ptr is not None:
-            dz += offset
-        _, of_z = activated(scale * x + shift, ACTIVATION)
-        dz = tl.where(inside, dz * of_z, 0.0)
+        offset = load_channels(offset_ptr + n * channels, c, channels)
+    if line_ptr is not None:
+        mean = load_channels(table_ptr + 2 * channels, c, channels)
+        slope, constant = load_channels(line_ptr, c, channels), load_channels(line_ptr + channels, c, channels)
+    total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
+        dx = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+        if grad_ptr is not None:
+            dz = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
+            if gate_ptr is not None:
+                dz *= gate
+            if offset_ptr is not None:
+                dz += offset
+            _, of_z = activated(scale * x + shift, ACTIVATION)
+            dx = scale * (dz * of_z)
+        if line_ptr is not None:
+            dx += slope * (x - mean) + constant
+        if plus_ptr is not None:
+            dx += load_map(plus_ptr, plus_strides, n, p, c, inside).to(SUM_TYPE)
+        store_map(dx_ptr, dx_strides, n, p, c, dx, inside)
         if partial_ptr is not None:
-            of_dz += dz
-            of_product += dz * (x - mean)
-        if dx_ptr is not None:
-            dx = scale * dz + slope * (x - mean) + constant
-            to = dx_ptr + n * dx_stride_n + p * dx_stride_p + c * dx_stride_c
-            tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            total += tl.where(inside, dx.to(dx_ptr.dtype.element_ty).to(SUM_TYPE), 0.0)
     if partial_ptr is not None:
-        to = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + channel
-        tl.store(to, tl.sum(of_dz, axis=0), mask=channel < channels)
-        tl.store(to + channels, tl.sum(of_product, axis=0), mask=channel < channels)
+        store_sums(partial_ptr + tl.program_id(0).to(tl.int64) * channels, total, c, channels)
 
 
-KERNELS = (moments_kernel, merge_moments_kernel, norm_act_kernel, norm_act_bwd_kernel)
-_NO_STRIDES = 0, 0, 0
+KERNELS = (moments_kernel, norm_act_kernel, norm_act_sums_kernel, norm_act_bwd_kernel)
+
+__all__ = ["backward_images", "backward_input", "backward_sums", "finish", "forward", "prepare"]
 
 
-def moments(x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    images, pixels, (strides,) = walk([x])
+def prepare(
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    table: Tensor,
+    eps: float,
+) -> None:
+    """By the moments of x, or by mean and variance."""
+    if x is None:
+        return make_table(None, (mean, variance), weight, bias, table, (1, 1, 1), eps)
+    images, pixels, strides = walk([x])
     grid, shares, tile = _grid(x, images, pixels)
     channels = x.shape[1]
-    partial = scratch((grid[0], 2, channels), mean.dtype, x.device)
+    partial = scratch((grid[0], 2, channels), table.dtype, x.device)
     with torch.cuda.device_of(x):
-        moments_kernel.of(x.stride(1) == 1)[grid](x, partial, shares, pixels, channels, *strides, **tile)
-        merge_moments_kernel[(triton.cdiv(channels, MERGE_TILE["BLOCK_C"]),)](
-            partial, mean, variance, grid[0], shares, pixels, channels, tile["BLOCK_P"], **MERGE_TILE
+        moments_kernel.of(x.stride(1) == 1)[grid](
+            x, partial, shares, pixels, channels, *strides, SUM_TYPE=sum_type(x), **tile._asdict()
         )
+    make_table(partial, (None, None), weight, bias, table, (shares, pixels, tile.BLOCK_P), eps)
 
 
-def forward(x: Tensor, c: Any, activation: str | None, y: Tensor | None, sums: Tensor | None = None) -> None:
-    """c: `Coefficients` of ops/batch_norm_act.py. y may be x. sums: (N, C), of act(z)."""
-    _run(x, None, c, activation, y, sums)
-
-
-def backward_gate(grad: Tensor, x: Tensor, c: Any, activation: str | None, sums: Tensor) -> None:
-    """sums: (N, C), of grad * act(z)."""
-    _run(x, grad, c, activation, None, sums)
-
-
-def _run(x: Tensor, grad: Tensor | None, c: Any, activation: str | None, y: Tensor | None, sums: Tensor | None) -> None:
+def forward(x: Tensor, c: Any, activation: str | None, y: Tensor, means: Tensor | None = None) -> None:
+    """c: `Coefficients` of ops/_batch_norm.py. y may be x. means: (N, C), of act(z)."""
     if x.numel() == 0:
-        if sums is not None:
-            sums.zero_()
+        if means is not None:
+            means.zero_()
         return
-    given = [t for t in (x, grad, y) if t is not None]
-    images, pixels, strides = _images(given, apart=c.gate is not None or sums is not None)
+    images, pixels, strides = walk([x, y], apart=means is not None)
     grid, shares, tile = _grid(x, images, pixels)
     channels = x.shape[1]
-    partial = None if sums is None else scratch((images, shares, channels), sums.dtype, x.device)
-    found = iter(strides)
-    flat = [stride for t in (x, grad, y) for stride in (_NO_STRIDES if t is None else next(found))]
+    partial = None if means is None else scratch((images, shares, channels), means.dtype, x.device)
     with torch.cuda.device_of(x):
         norm_act_kernel.of(x.stride(1) == 1)[grid](
-            *(x, grad, c.scale, c.shift, c.gate, y, partial, shares, pixels, channels, *flat),
+            *(x, c.table, y, partial, shares, pixels, channels, *strides),
             ACTIVATION=activation,
-            **tile,
+            SUM_TYPE=sum_type(x),
+            **tile._asdict(),
         )
-    if partial is not None and sums is not None:
-        torch.sum(partial, 1, out=sums)
+    if partial is not None:
+        sum_parts(partial, [means], pixels=pixels)
 
 
-def backward_sums(grad: Tensor, x: Tensor, c: Any, activation: str | None, sums: Tensor) -> None:
-    """sums: (2, C), of dz and of dz * (x - mean)."""
-    if x.numel() == 0:
-        sums.zero_()
-        return
-    _run_backward(grad, x, c, activation, None, None, sums)
+def backward_sums(grad: Tensor, x: Tensor, c: Any, activation: str | None, ends: Any, y: Tensor | None = None) -> None:
+    """Without gates and offsets: the sums of dz and of dz * (x - mean), for their ends, and y = act(z)."""
+    parts = _sums(grad, x, c, activation, y, 2) if x.numel() else torch.zeros_like(c.table[None, :2])
+    finish(parts, c, ends)
 
 
-def backward_input(grad: Tensor, x: Tensor, c: Any, activation: str | None, line: Tensor, dx: Tensor) -> None:
-    """dx may be grad."""
+def backward_images(
+    grad: Tensor, x: Tensor, c: Any, activation: str | None, sums: Tensor, y: Tensor | None = None
+) -> None:
+    """sums: (N, 5, C), as in csrc/include/batch_norm_act.h; y = act(z) * gate."""
     if x.numel():
-        _run_backward(grad, x, c, activation, line, dx, None)
+        parts = _sums(grad, x, c, activation, y, 5)
+        sum_parts(parts.view(len(x), -1, 5 * x.shape[1]), [sums])
 
 
-def _run_backward(
-    grad: Tensor,
+def _sums(grad: Tensor, x: Tensor, c: Any, activation: str | None, y: Tensor | None, count: int) -> Tensor:
+    images, pixels, strides = walk([grad, x, y], apart=count == 5)
+    grid, shares, tile = _grid(x, images, pixels)
+    channels = x.shape[1]
+    partial = scratch((grid[0], count, channels), c.table.dtype, x.device)
+    with torch.cuda.device_of(x):
+        norm_act_sums_kernel.of(x.stride(1) == 1)[grid](
+            *(grad, x, c.table, c.gate, y, partial, shares, pixels, channels, *strides),
+            BY_IMAGE=count == 5,
+            ACTIVATION=activation,
+            SUM_TYPE=sum_type(x),
+            **tile._asdict(),
+        )
+    return partial
+
+
+def backward_input(
+    grad: Tensor | None,
     x: Tensor,
     c: Any,
     activation: str | None,
     line: Tensor | None,
-    dx: Tensor | None,
-    sums: Tensor | None,
+    dx: Tensor,
+    plus: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
-    given = [t for t in (grad, x, dx) if t is not None]
-    images, pixels, strides = _images(given, apart=c.gate is not None or c.offset is not None)
+    """dx may be grad or plus. sums: (C,), of dx as it is stored."""
+    if x.numel() == 0:
+        if sums is not None:
+            sums.zero_()
+        return
+    images, pixels, (own, *strides) = walk([x, grad, plus, dx], apart=c.gate is not None or c.offset is not None)
     grid, shares, tile = _grid(x, images, pixels)
-    channels = x.shape[1]
-    partial = None if sums is None else scratch((grid[0], 2, channels), sums.dtype, x.device)
-    flat = [stride for of_tensor in (*strides, *([_NO_STRIDES] if dx is None else [])) for stride in of_tensor]
+    partial = None if sums is None else scratch((grid[0], x.shape[1]), sums.dtype, x.device)
     with torch.cuda.device_of(x):
         norm_act_bwd_kernel.of(x.stride(1) == 1)[grid](
-            *(grad, x, c.scale, c.shift, c.mean, c.gate, c.offset, line, dx, partial),
-            *(shares, pixels, channels, *flat),
+            *(grad, x, c.table, c.gate, c.offset, line, plus, dx, partial, shares, pixels, x.shape[1], own, *strides),
             ACTIVATION=activation,
-            **tile,
+            SUM_TYPE=sum_type(x),
+            **tile._asdict(),
         )
-    if partial is not None and sums is not None:
-        torch.sum(partial, 0, out=sums)
+    if partial is not None:
+        sum_parts(partial[None], [sums])
 
 
-def _images(tensors: list[Tensor], apart: bool) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """As `walk`; apart: images that have gates or sums of their own stay images."""
-    if not apart:
-        return walk(tensors)
-    n, _, h, w = tensors[0].shape
-    return n, h * w, [strides_of(t) for t in tensors]
-
-
-def _grid(x: Tensor, images: int, pixels: int) -> tuple[tuple[int, int], int, dict[str, Any]]:
-    """And the shares of an image, and the constants of a kernel."""
-    tile, channels = map_tile(x), x.shape[1]
-    columns = triton.cdiv(channels, tile.BLOCK_C)
-    shares = max(1, min(triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(PROGRAMS, images * columns)))
-    return (images * shares, columns), shares, {"SUM_TYPE": sum_type(x), **tile._asdict()}
+def _grid(x: Tensor, images: int, pixels: int) -> tuple[tuple[int, int], int, Tile]:
+    """And the shares of an image, and the tile."""
+    tile = map_tile(x)
+    blocks, columns = blocks_of(images, pixels, x.shape[1], tile)
+    shares = max(1, min(blocks // images, triton.cdiv(IMAGE_PROGRAMS, images * columns)))
+    return (images * shares, columns), shares, tile

@@ -42,6 +42,14 @@ def _perhaps_one() -> int:
 dispatch_modes = dispatch_modes or _perhaps_one
 
 
+def _lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    for t, end in zip(tensors, ends, strict=True):
+        t.lerp_(end, weight)
+
+
+lerp_all: Callable[..., None] = _find("_foreach_lerp_") or _lerp_all  # one launch on a GPU
+
+
 def short_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its look at functorch, which takes half of the time."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)

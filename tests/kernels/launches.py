@@ -26,11 +26,12 @@ from vision_ops.kernels import (
     layer_norm_2d,
     mlp,
     moga_gate,
+    recursion_chain,
     relative_attention,
     scaled_residual,
     shift_split_attention,
 )
-from vision_ops.ops.batch_norm_act import Coefficients
+from vision_ops.ops._batch_norm import Coefficients, Ends
 
 ARCHS = (80, 90, 100)
 
@@ -112,11 +113,11 @@ def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) 
     out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
     expected = channels <= 256 and dtype != torch.float32
     pwa, dw = slices(channels, widths, size, dtype, last)
-    assert gated_recursion.chain(pwa, dw, weights, biases, out) == expected
+    assert recursion_chain.chain(pwa, dw, weights, biases, out) == expected
     du = absent(128, sum(widths[1:]), size, size, dtype=dtype, channels_last=last)
     if expected:
         sums = [absent(width, dtype=torch.float32) for width in widths]
-        gated_recursion.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
+        recursion_chain.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
 
 
 HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))
@@ -258,10 +259,10 @@ def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> No
     dh = absent(128, hidden, size, size, dtype=dtype, channels_last=True)
     scores, of_d = absent(128, 1, size, size, dtype=wide(dtype)), absent(channels, dtype=wide(dtype))
     weight, bias, dweight = absent(hidden, dtype=dtype), absent(1, dtype=dtype), absent(hidden, dtype=wide(dtype))
-    h = room[:, :hidden]
-    channel_aggregation_ffn.scores(h, 8, weight, bias, scores)
-    channel_aggregation_ffn.scores_backward(x, of_d, scores, scores)
-    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight, absent(1, dtype=dtype))
+    h, d = room[:, :hidden], room[:, hidden : hidden + 8]
+    channel_aggregation_ffn.scores(h, d, weight, bias, scores)
+    channel_aggregation_ffn.scores_backward(x, of_d, scores, scores, d)
+    channel_aggregation_ffn.gelu_backward(h, dh, weight, scores, dweight, absent(1, dtype=dtype))
     matrix, product = absent(channels, hidden + 8, dtype=dtype), absent(channels, hidden + 8, dtype=wide(dtype))
     fc2, sigma, of_d = (
         absent(channels, hidden, dtype=dtype),
@@ -367,18 +368,22 @@ def batch_norm(channels: int, size: int, dtype: torch.dtype, last: bool, by_imag
     """by_image: with gates and sums of every image, as squeeze and excitation takes them."""
     x, y, grad = (absent(128, channels, size, size, dtype=dtype, channels_last=last) for _ in range(3))
     wide = torch.promote_types(dtype, torch.float32)
-    scale, shift, mean = (absent(channels, dtype=wide) for _ in range(3))
-    pair, images = absent(2, channels, dtype=wide), absent(128, channels, dtype=wide)
-    c = Coefficients(scale, shift, mean, *((images, images) if by_image else (None, None)))
+    table, line, gate = (absent(rows, channels, dtype=wide) for rows in (5, 2, 128))
+    weight, bias, dweight, dbias = (absent(channels, dtype=wide) for _ in range(4))
+    c, ends = Coefficients(table), Ends(line, dweight, dbias, x.numel() // channels)
     activation = "gelu" if by_image or channels != 96 else None
     if by_image:
-        batch_norm_act.forward(x, c._replace(gate=None, offset=None), activation, None, images)
-        batch_norm_act.backward_gate(grad, x, c._replace(gate=None, offset=None), activation, images)
+        c, sums = Coefficients(table, gate, gate), absent(128, 5, channels, dtype=wide)
+        batch_norm_act.forward(x, Coefficients(table), activation, y, gate)
+        batch_norm_act.backward_images(grad, x, Coefficients(table, gate), activation, sums, y)
+        batch_norm_act.finish(sums, c, ends)
     else:
-        batch_norm_act.moments(x, scale, shift)
-    batch_norm_act.forward(x, c, activation, y)
-    batch_norm_act.backward_sums(grad, x, c, activation, pair)
-    batch_norm_act.backward_input(grad, x, c, activation, pair, grad)
+        batch_norm_act.prepare(x, weight, bias, None, None, table, 1e-3)
+        batch_norm_act.prepare(None, weight, bias, dweight, dbias, table, 1e-3)
+        batch_norm_act.forward(x, c, activation, y)
+        batch_norm_act.backward_sums(grad, x, c, activation, ends, y)
+        batch_norm_act.backward_input(None, x, c, None, line, grad, y)
+    batch_norm_act.backward_input(grad, x, c, activation, line, grad)
 
 
 def batch_norms() -> Iterator[Launch]:

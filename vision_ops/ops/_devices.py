@@ -35,7 +35,7 @@ def _arguments_in(args: Sequence[Any]) -> Any:
     raise TypeError("a kernel takes the arguments of its op")
 
 
-# Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/parallel.h. So much pays for a
+# Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/runtime.cpp. So much pays for a
 # crew (measured on two threads).
 CREW_WORK = 1 << 19
 

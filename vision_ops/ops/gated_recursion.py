@@ -67,9 +67,10 @@ def cpu_gates() -> Gates:
 
 def cuda_gates() -> Gates:
     from ..kernels import gated_recursion as triton
+    from ..kernels import recursion_chain
 
     gates = triton.gate, triton.gate_backward, triton.channel_sums
-    return Gates(*gates, triton.chain, triton.chain_backward, triton.has_chain)
+    return Gates(*gates, recursion_chain.chain, recursion_chain.chain_backward, recursion_chain.has_chain)
 
 
 def run_chain(
@@ -226,9 +227,9 @@ def gate_parts(x: Tensor, widths: list[int]) -> dict[str, str]:
     """What runs the chain for tensors like x."""
     if _native.device_kind(x) != "cuda":
         return {"gates": _native.kernel_name(_native.device_kind(x)), "1x1 convolutions": products(x)}
-    from ..kernels.gated_recursion import chain_tile
+    from ..kernels.recursion_chain import has_chain
 
-    if chain_tile(widths, x.dtype) is None:
+    if not has_chain(widths, x.dtype):
         return {"gates": "Triton kernel", "1x1 convolutions": "PyTorch's GEMMs"}
     return {"recursion": "Triton kernel", "1x1 convolutions around it": "PyTorch's GEMMs"}
 

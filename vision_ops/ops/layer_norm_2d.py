@@ -52,8 +52,13 @@ def cuda_norm() -> Norm:
     return Norm(triton.forward, triton.backward)
 
 
+def _beside(x: Tensor, t: Tensor) -> bool:
+    """Whether the kernels read or write t beside x."""
+    return t.dtype == x.dtype or (x.dtype == torch.float32 and t.dtype.itemsize == 2)
+
+
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
-    like_x = y if y.dtype == x.dtype else empty(x.shape, x)
+    like_x = y if _beside(x, y) else empty(x.shape, x)
     _native.run("layer_norm_2d", x, weight, bias, like_x, eps)
     if like_x is not y:
         y.copy_(like_x)
@@ -69,7 +74,8 @@ def _norm_backward(
     eps: float,
     plus: Tensor | None = None,
 ) -> None:
-    _native.run("layer_norm_2d_backward", grad.to(x.dtype), x, weight, dx, dweight, dbias, eps)
+    grad = grad if _beside(x, grad) else grad.to(x.dtype)
+    _native.run("layer_norm_2d_backward", grad, x, weight, dx, dweight, dbias, eps)
     if plus is not None and dx is not None:
         add(cpu_tail(), plus, dx)
 
