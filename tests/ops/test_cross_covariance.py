@@ -4,16 +4,11 @@ from harness import (
     HALF,
     Case,
     check_against_reference,
-    check_bitwise_repeatable,
-    check_compiles,
-    check_gradients,
-    check_opcheck,
     outputs,
     relative_error,
-    saved_bytes,
 )
 
-from vision_ops import explain, fused_cross_covariance, reference
+from vision_ops import fused_cross_covariance, reference
 
 
 def not_on_gpus(parameters):
@@ -163,69 +158,6 @@ def test_flat_and_float32_temperature():
     case = make(dtype=torch.bfloat16)
     case.tensors[3] = case.tensors[3].float().flatten() * 1.01
     check_against_reference(case)
-
-
-def test_autocast_leaves_the_temperature_alone():
-    case = make()
-    case.tensors[3] += 0.001
-    leaves = [t.detach().requires_grad_() for t in case.tensors]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = case.run(leaves, "fused")
-    half = [t.bfloat16() for t in case.tensors[:3]]
-    assert y.dtype == torch.bfloat16 and torch.equal(y, case.run([*half, case.tensors[3]], "fused"))
-    y.sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in leaves)
-
-
-def test_gradcheck():
-    check_gradients(make((2, 2, 3, 4)))
-    check_gradients(make((1, 2, 5, 3), "token_major"), second=False)
-
-
-@pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (1, 3)])
-def test_only_some_gradients(needed):
-    case = make()
-    everything, grad = outputs(case, "fused")
-    leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(case.tensors)]
-    some = torch.autograd.grad(case.run(leaves, "fused"), [leaves[i] for i in needed], grad)
-    assert all(torch.equal(a, everything[1 + i]) for i, a in zip(needed, some, strict=True))
-
-
-def test_saves_its_arguments_only():
-    case = make((2, 4, 12, 300))
-    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
-
-
-@pytest.mark.usefixtures("each_device")
-def test_bitwise_repeatable():
-    check_bitwise_repeatable(make((2, 8, 12, 1024), "token_major"))
-    check_bitwise_repeatable(make((1, 2, 25, 3000)))
-
-
-@pytest.mark.usefixtures("each_device")
-def test_compiles():
-    check_compiles([make(), make((2, 4, 12, 70))])
-
-
-@pytest.mark.usefixtures("each_device")
-def test_opcheck():
-    check_opcheck("cross_covariance", make((2, 3, 5, 6)).tensors, tensors=4)
-    given = make((2, 3, 5, 6), "token_major").tensors
-    torch.library.opcheck(torch.ops.vision_ops.cross_covariance.default, given, test_utils="test_faketensor")
-
-
-def test_functorch():
-    case = make((2, 2, 4, 6))
-    vmapped = torch.func.vmap(fused_cross_covariance, in_dims=(0, 0, 0, None))(
-        *(t.unsqueeze(1) for t in case.tensors[:3]), case.tensors[3]
-    )
-    torch.testing.assert_close(vmapped[:, 0], case.run(case.tensors, "reference"))
-
-
-def test_explain():
-    assert "C++ kernel" in str(explain("cross_covariance", *make().tensors))
-    assert explain("cross_covariance", make().tensors[0], backend="reference").parts == {"cross_covariance": "PyTorch"}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,8 @@ from harness import (
     Case,
     check_against_reference,
     check_bitwise_repeatable,
-    check_compiles,
     check_gradients,
-    check_opcheck,
     outputs,
-    saved_bytes,
 )
 
 from vision_ops import explain, fused_relative_attention, reference
@@ -151,36 +148,10 @@ def test_float32_table_beside_half_tokens():
     check_against_reference(case)
 
 
-def test_autocast_leaves_the_table_alone():
-    case = make()
-    leaves = [t.detach().requires_grad_() for t in case.tensors]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = case.run(leaves, "fused")
-    half = [t.bfloat16() for t in case.tensors[:3]]
-    assert y.dtype == torch.bfloat16 and torch.equal(y, case.run([*half, case.tensors[3]], "fused"))
-    y.sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in leaves)
-
-
 @pytest.mark.parametrize("table", [(3, 5), (4, 3)], ids=["as it is", "resized"])
 def test_gradcheck(table):
     check_gradients(make((2, 3), heads=2, d=3, table=table))
     check_gradients(make((2, 3), 1, 2, table=table, window=(2, 2)), second=False)
-
-
-@pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (1, 3)])
-def test_only_some_gradients(needed):
-    case = make()
-    everything, grad = outputs(case, "fused")
-    leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(case.tensors)]
-    some = torch.autograd.grad(case.run(leaves, "fused"), [leaves[i] for i in needed], grad)
-    assert all(torch.equal(a, everything[1 + i]) for i, a in zip(needed, some, strict=True))
-
-
-def test_saves_its_arguments_and_a_number_for_each_query():
-    case = make((10, 10))
-    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors) + case.tensors[0][..., 0].nbytes
 
 
 @pytest.mark.usefixtures("each_device")
@@ -195,29 +166,6 @@ def test_saves_its_arguments_and_a_number_for_each_query():
 )
 def test_bitwise_repeatable(options):
     check_bitwise_repeatable(make(**options))
-
-
-@pytest.mark.usefixtures("each_device")
-def test_compiles():
-    check_compiles([make(), make(batch=3)])
-
-
-@pytest.mark.usefixtures("each_device")
-def test_opcheck():
-    options = 3, 4, 3, 2, 0.5
-    for layout in ("contiguous", "token_major"):
-        given = *make((3, 4), 2, 6, layout=layout).tensors, *options
-        torch.library.opcheck(torch.ops.vision_ops.relative_attention.default, given)
-    check_opcheck("relative_attention", (*make((3, 4), 2, 6).tensors, *options), tensors=4)
-
-
-def test_functorch():
-    case = make((2, 3), heads=2, d=6)
-    batched = (t.unsqueeze(1) for t in case.tensors[:3])
-    vmapped = torch.func.vmap(
-        lambda q, k, v, t: fused_relative_attention(q, k, v, t, height=2, width=3), in_dims=(0, 0, 0, None)
-    )(*batched, case.tensors[3])
-    torch.testing.assert_close(vmapped[:, 0], case.run(case.tensors, "reference"))
 
 
 def test_explain():
