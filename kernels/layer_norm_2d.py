@@ -93,6 +93,7 @@ def layer_norm_2d_bwd_kernel(
     grad_ptr,
     x_ptr,
     weight_ptr,
+    plus_ptr,  # may be None: what is added to dx
     dx_ptr,  # may be None
     sums_ptr,  # [program][2][channels]: the gradients of weight and bias; may be None
     blocks,
@@ -104,6 +105,9 @@ def layer_norm_2d_bwd_kernel(
     x_stride_n,
     x_stride_c,
     x_stride_p,
+    plus_stride_n,
+    plus_stride_c,
+    plus_stride_p,
     dx_stride_n,
     dx_stride_c,
     dx_stride_p,
@@ -135,6 +139,9 @@ def layer_norm_2d_bwd_kernel(
             mean_g = (tl.sum(g, axis=1) / channels)[:, None]
             mean_gn = (tl.sum(g * normalized, axis=1) / channels)[:, None]
             dx = (g - mean_g - normalized * mean_gn) * rstd
+            if plus_ptr is not None:
+                plus_at = plus_ptr + n * plus_stride_n + p * plus_stride_p + c * plus_stride_c
+                dx += tl.load(plus_at, mask=inside, other=0.0).to(SUM_TYPE)
             dx_at = dx_ptr + n * dx_stride_n + p * dx_stride_p + c * dx_stride_c
             tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if sums_ptr is not None:
@@ -177,7 +184,9 @@ def backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     eps: float,
+    plus: Tensor | None = None,
 ) -> None:
+    """plus is added to dx."""
     if x.numel() == 0:
         for sums in (dweight, dbias):
             if sums is not None:
@@ -185,7 +194,8 @@ def backward(
         return
     last = _channels_last(x)
     grad, x = _walkable(grad, last), _walkable(x, last)
-    images, pixels, strides = walk([grad, x, x if dx is None else dx])
+    plus = None if plus is None else _walkable(plus, last)
+    images, pixels, strides = walk([grad, x, x if plus is None else plus, x if dx is None else dx])
     channels = x.shape[1]
     t = tile(channels, last, x.element_size(), backward=True)
     blocks = images * triton.cdiv(pixels, t.BLOCK_P)
@@ -198,6 +208,7 @@ def backward(
             grad,
             x,
             weight.contiguous(),
+            plus,
             dx,
             sums,
             blocks,

@@ -117,6 +117,20 @@ def check_against_reference(case: Case, grad_layout: str = "contiguous", slack: 
         assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 
+def check_autocast(case: Case) -> None:
+    """In the dtypes of eager, which casts for products only, with no more than twice its error."""
+    exact, grad = outputs(case.to(torch.float64), "reference")
+    found = []
+    for backend in ("fused", "reference"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = case.run(leaves := case.leaves(), backend)
+        graded = [t for t in leaves if t is not None and t.requires_grad]
+        found.append([y, *torch.autograd.grad(y, graded, grad.to(y.dtype))])
+    for i, (a, b, e) in enumerate(zip(*found, exact, strict=True)):
+        error, eager = relative_error(a, e), relative_error(b, e)
+        assert a.dtype == b.dtype and error <= 2 * eager + 4e-3, f"{i}: {a.dtype}, {b.dtype}, {error:.2e}, {eager:.2e}"
+
+
 def sensitivity(case: Case, grad: Tensor, which: int, exact: Tensor, draws: int = 8) -> float:
     """The largest error of eager's after its inputs were rounded once more, of an output or gradient.
 

@@ -7,7 +7,8 @@ from vision_ops.ops import _mbconv, channel_aggregation_ffn, moga_aggregation
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """Launches run in Triton's interpreter, on CPU tensors; temporaries are full of NaN before a kernel writes them."""
+    """Launches run in Triton's interpreter, on CPU tensors; temporaries are full of NaN before a kernel writes them.
+    Programs are few, so that each takes several tiles of a tensor that is small enough for a test."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the GPU tests run the same kernels on the GPU")
@@ -25,6 +26,9 @@ def interpreter(monkeypatch):
     for module in kernel_modules():
         if hasattr(module, "scratch"):
             monkeypatch.setattr(module, "scratch", poisoned)
+        for name in ("PROGRAMS", "MOST_PROGRAMS"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, 3)
     return interpreter
 
 

@@ -67,7 +67,17 @@ def norm_without(what: str) -> None:
     layer_norm_2d.backward(grad, x, weight, None if what == "dx" else dx, *sums, 1e-6)
 
 
+def norm_of_a_half_block() -> None:
+    """Under autocast, where x is the residual, too."""
+    y, grad = (absent(128, 128, 28, 28, channels_last=True) for _ in range(2))
+    x, dx, plus = (absent(*y.shape, dtype=torch.float32, channels_last=True) for _ in range(3))
+    weight, bias, dweight, dbias = (absent(128, dtype=torch.float32) for _ in range(4))
+    layer_norm_2d.forward(x, weight, bias, y, 1e-6)
+    layer_norm_2d.backward(grad, x, weight, dx, dweight, dbias, 1e-6, plus)
+
+
 def norms() -> Iterator[Launch]:
+    yield Launch("layer_norm_2d", "of a half-block", norm_of_a_half_block, ARCHS)
     for what in ("dx", "sums"):
         yield Launch("layer_norm_2d", f"without {what}", lambda what=what: norm_without(what), (90,))
     hornet = ((64, 56), (128, 28), (256, 14), (512, 7), (96, 56), (192, 28), (384, 14), (768, 7))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from every_op import every_op
-from harness import Case, check_against_reference, check_bits_of_needs
+from every_op import every_op, half_blocks
+from harness import Case, check_against_reference, check_autocast, check_bits_of_needs
 
+from vision_ops import fused_mlp
 from vision_ops.ops import _registration
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -43,8 +44,6 @@ def test_layouts_and_absent_parameters(name, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)  # of float32 on CPUs products end in it
 @pytest.mark.parametrize("activation", ["silu", "hardswish"])
 def test_activations(activation, dtype):
-    from vision_ops import fused_mlp
-
     shapes = (2, 5, 13), (21, 13), (21,), (13, 21), (13,)
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
     tensors[1][:3], tensors[2][:3] = 0, torch.tensor([3.0, -3.0, 0.0], dtype=dtype)  # the corners of Hardswish
@@ -74,3 +73,27 @@ def test_half_branches_beside_a_float32_residual():
         for a, b in zip(torch.autograd.grad(y, leaves, grad), torch.autograd.grad(exact, leaves, grad), strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("name", ["mlp", "mlp_of_x", "gnconv_half_block", "xca_half_block"])
+def test_autocast(name):
+    """The residual stays float32, norms write and read the half type of the products."""
+    halves = half_blocks(size=5, adds_x=True)
+    check_autocast({"mlp": every_op(size=5)["mlp"], "mlp_of_x": mlp_of_x(), **halves}[name])
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_x_is_the_residual(dtype):
+    check_against_reference(mlp_of_x(dtype))
+
+
+def mlp_of_x(dtype=torch.float32):
+    shapes = (2, 5, 13), (21, 13), (21,), (13, 21), (13,), (13,), (13,), (13,)
+
+    def run(t, backend):
+        norm = {"norm_weight": t[5], "norm_bias": t[6]}
+        return fused_mlp(*t[:5], **norm, gamma=t[7], residual=t[0], backend=backend)
+
+    return Case(run, [torch.randn(shape, dtype=dtype) for shape in shapes])

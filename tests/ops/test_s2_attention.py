@@ -15,9 +15,7 @@ from benchmarks.measure import peak_bytes
 from vision_ops import _native, explain, fused_s2_attention, fused_shift_split_attention, nn
 
 
-def make(
-    shape, *, hidden=None, biases=(True, True), dtype=torch.float32, parameter_dtype=None, layout=None
-):
+def make(shape, *, hidden=None, biases=(True, True), dtype=torch.float32, parameter_dtype=None, layout=None):
     """The pooled vector is a sum: the small MLP's first weights are small, or the softmax would choose one branch."""
     b, h, w, c = shape
     hidden = hidden or c

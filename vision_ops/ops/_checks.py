@@ -15,6 +15,12 @@ def autocast_enabled(x: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def autocast_dtype(x: Tensor) -> str | None:
+    """The name of the dtype in which autocast multiplies x, as an op's argument; None if it is that of x."""
+    dtype = torch.get_autocast_dtype(_native.device_kind(x)) if autocast_enabled(x) else x.dtype
+    return None if x.dtype in (dtype, torch.float64) else str(dtype).removeprefix("torch.")
+
+
 def check_tensor(name: str, t: Any, dims: str) -> None:
     """A dense floating-point tensor with the dimensions that `dims` names, e.g. "N, C, H, W", or "..., C" for two and
     more."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from .. import _native
 from ..reference.layer_norm_2d import layer_norm_2d, layer_norm_pixels
 from ..reference.scaled_residual import scaled
-from ._checks import autocast_enabled, check_beside, check_eps, check_parameter, check_path_scale, check_vector
+from ._checks import autocast_dtype, check_beside, check_eps, check_parameter, check_path_scale, check_vector
 from ._maps import as_map, as_tokens, empty_tokens, pixel_dense
 from ._registration import FusedOp, Kernels, allocate, empty, gradient_like, memory_format
 from .layer_norm_2d import MOST_CHANNELS, cpu_norm, cuda_norm
-from .scaled_residual import FoldedWeight, add, cpu_tail, cuda_tail, sum_dtype
+from .scaled_residual import FoldedWeight, cpu_tail, cuda_tail, sum_dtype
 
 _PASSES = {"CPU": (cpu_norm, cpu_tail), "CUDA": (cuda_norm, cuda_tail)}
 
@@ -97,9 +97,7 @@ class HalfBlock:
         scales = gamma, None if adds_x else residual, path_scale
         keep_branch = torch.is_grad_enabled() and gamma is not None and gamma.requires_grad
         # Autocast leaves an x alone that a norm takes, and weights that the kernels convert.
-        half = torch.get_autocast_dtype(_native.device_kind(x)) if autocast_enabled(x) else x.dtype
-        computes = None if x.dtype in (half, torch.float64) else str(half).removeprefix("torch.")
-        flags = float(eps), adds_x, keep_branch, computes
+        flags = float(eps), adds_x, keep_branch, autocast_dtype(x)
         return cast(Tensor, self.half(*given, norm_weight, norm_bias, *scales, *options, *flags, backend=backend))
 
     def _inner(self, a: Any, x: Tensor, **others: Any) -> Any:
@@ -132,7 +130,7 @@ class HalfBlock:
 
     def _output(self, a: Any) -> tuple[Tensor, ...]:
         dtype = self._dtype(a)
-        found = self.op.output(self._inner(a, a.x if a.x.dtype == dtype else a.x.to(dtype)))
+        found = self.op.output(self._inner(a, _in(a.x, dtype)))
         branch, *saved = found if self.op._saved else (found,)
         return self._empty(a, branch), *saved, branch if self._keeps(a, dtype) else branch.new_empty(0)
 
@@ -148,7 +146,7 @@ class HalfBlock:
 
     def _predicate(self, a: Any) -> tuple[list[str], list[str]]:
         x = a.x
-        cannot, slower = self.op.predicate(self._inner(a, x if x.dtype == self._dtype(a) else x.to(self._dtype(a))))
+        cannot, slower = self.op.predicate(self._inner(a, _in(x, self._dtype(a))))
         channels = x.shape[1 if self.maps else -1]
         if _native.device_kind(x) == "cuda" and a.norm_weight is not None and channels > MOST_CHANNELS:
             cannot = [
@@ -174,9 +172,8 @@ class HalfBlock:
         if a.norm_weight is None:
             return cast(Tensor, a.x)
         x = self._map(a.x)
-        y = empty(x.shape, x)
+        y = allocate(x.shape, x, memory_format(x), self._dtype(a))
         norm().run(x, a.norm_weight, a.norm_bias, y, a.eps)
-        y = y.to(self._dtype(a))
         return y if self.maps else as_tokens(y, a.x)
 
     def _inner_folded(self, a: Any, norm: Callable[[], Any], tail: Any) -> tuple[Any, FoldedWeight | None]:
@@ -187,7 +184,7 @@ class HalfBlock:
         folded = FoldedWeight(tail, weight.flatten(1), bias, a.gamma)
         scaled_bias = None if bias is None else bias * a.gamma.to(bias.dtype)
         return self._inner(
-            a, x, **{self.last[0]: folded.weight().view(weight.shape), self.last[1]: scaled_bias}
+            a, x, **{self.last[0]: folded.weight(weight.dtype).view(weight.shape), self.last[1]: scaled_bias}
         ), folded
 
     def _forward(self, run: Any, norm: Callable[[], Any], tail: Callable[[], Any], a: Any) -> tuple[Tensor, ...]:
@@ -238,14 +235,13 @@ class HalfBlock:
             if dweight is not None:
                 folded.gradients(dweight, dbias, grads[weight], grads[bias], dgamma)
         if normed and through:
-            self._norm_backward(norm(), tail(), a, found[0], grad, dx, dnorm, dnorm_bias)
+            self._norm_backward(norm(), a, found[0], grad, dx, dnorm, dnorm_bias)
         elif dx is not None and found[0] is not dx:
             dx.copy_(found[0])
 
     def _norm_backward(
         self,
         norm: Any,
-        tail: Any,
         a: Any,
         dnormed: Tensor,
         grad: Tensor,
@@ -257,12 +253,9 @@ class HalfBlock:
         into = found = None if dx is None else self._map(dx)
         if into is not None and pixel_dense(into, memory_format(x)) is not into:
             found = empty(x.shape, x)
-        norm.run_backward(self._map(dnormed).to(x.dtype), x, a.norm_weight, found, dnorm, dnorm_bias, a.eps)
-        if into is None or found is None:
-            return
-        if a.adds_x:
-            add(tail, pixel_dense(grad, memory_format(x)), found)
-        if found is not into:
+        plus = pixel_dense(grad, memory_format(x)) if a.adds_x else None
+        norm.run_backward(self._map(dnormed), x, a.norm_weight, found, dnorm, dnorm_bias, a.eps, plus)
+        if into is not None and found is not None and found is not into:
             into.copy_(found)
 
     def _branch_gradient(
@@ -285,3 +278,8 @@ class HalfBlock:
         given = found if sums is None else pixel_dense(self._map(branch), form)
         tail.run_backward(grad, given, gamma, path_scale, found, sums)
         return found if self.maps else as_tokens(found, x)
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, or in its place an empty tensor of this dtype with its shape and strides."""
+    return x if x.dtype == dtype else allocate(x.shape, x, dtype=dtype, strides=x.stride())

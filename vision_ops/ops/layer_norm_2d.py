@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _native, reference
 from ._checks import check_eps, check_parameter, check_tensor
 from ._registration import FusedOp, device_reasons, empty, memory_format, on_devices
+from .scaled_residual import add, cpu_tail
 
 MOST_CHANNELS = 2048  # that the registers of a Triton program hold
 
@@ -29,10 +30,11 @@ def _output(a: _Arguments) -> Tensor:
 
 
 class Norm(NamedTuple):
-    """The kernels of a device, for all ops that begin so. Maps have any strides."""
+    """The kernels of a device, for all ops that begin so. Maps have any strides; beside a float32 x, y and grad may be
+    of a half type, in which products take them."""
 
     run: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
-    run_backward: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float], None]
+    run_backward: Callable[..., None]  # plus, which is added to dx, and dx are pixel_dense in one memory format
 
 
 def cpu_norm() -> Norm:
@@ -46,13 +48,25 @@ def cuda_norm() -> Norm:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
-    _native.run("layer_norm_2d", x, weight, bias, y, eps)
+    like_x = y if y.dtype == x.dtype else empty(x.shape, x)
+    _native.run("layer_norm_2d", x, weight, bias, like_x, eps)
+    if like_x is not y:
+        y.copy_(like_x)
 
 
 def _norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    eps: float,
+    plus: Tensor | None = None,
 ) -> None:
-    _native.run("layer_norm_2d_backward", grad, x, weight, dx, dweight, dbias, eps)
+    _native.run("layer_norm_2d_backward", grad.to(x.dtype), x, weight, dx, dweight, dbias, eps)
+    if plus is not None and dx is not None:
+        add(cpu_tail(), plus, dx)
 
 
 def _forward(device: Callable[[], Norm], a: _Arguments) -> Tensor:

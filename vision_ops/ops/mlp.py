@@ -1,15 +1,16 @@
 """The MLP of a block as one node: layer norm, two products with an activation between, layer scale, residual."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import _native, reference
-from ..reference.mlp import ACTIVATIONS, product_dtype
+from ..reference.mlp import ACTIVATIONS
 from ..reference.scaled_residual import scaled
 from ._checks import (
+    autocast_dtype,
     check_beside,
     check_eps,
     check_parameter,
@@ -19,6 +20,7 @@ from ._checks import (
     check_vector,
 )
 from ._maps import as_map, empty_tokens, pixel_dense, product_dense
+from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import ACTIVATIONS as ACTIVATION_CODES
 from ._pointwise import (
     crew_pays,
@@ -44,6 +46,8 @@ from ._registration import (
 from .layer_norm_2d import MOST_CHANNELS, Norm, cpu_norm, cuda_norm
 from .scaled_residual import FoldedWeight, Tail, add, cpu_tail, cuda_tail, sum_dtype
 
+_WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
 
 class _Arguments(NamedTuple):
     x: Tensor
@@ -60,6 +64,7 @@ class _Arguments(NamedTuple):
     activation: str
     adds_x: bool  # x is the residual
     keep: bool  # fc1's output for the backward pass
+    computes: str | None  # the dtype of the products, where autocast makes it another than that of x
 
 
 def _reference(a: _Arguments) -> Tensor:
@@ -81,10 +86,14 @@ def _residual(a: _Arguments) -> Tensor | None:
 
 def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
     """y, and fc1's output as a map."""
-    dtype = product_dtype(a.x, a.fc1_weight)
+    dtype = _product_dtype(a)
     n, _, h, w = as_map(a.x).shape
     u = allocate((n if a.keep else 0, len(a.fc1_weight), h, w), a.x, torch.channels_last, dtype)
     return empty_tokens(a.x, _result_dtype(a, dtype)), u
+
+
+def _product_dtype(a: _Arguments) -> torch.dtype:
+    return a.x.dtype if a.computes is None else cast(torch.dtype, getattr(torch, a.computes))
 
 
 def _result_dtype(a: _Arguments, dtype: torch.dtype) -> torch.dtype:
@@ -92,8 +101,9 @@ def _result_dtype(a: _Arguments, dtype: torch.dtype) -> torch.dtype:
 
 
 class _Device(NamedTuple):
-    """The passes between the products."""
+    """The passes between the products, and what makes half weights of float32 ones."""
 
+    convert: Convert
     tail: Tail
     norm: Norm
     activate: Callable[[Tensor, Tensor, str], None]
@@ -101,13 +111,13 @@ class _Device(NamedTuple):
 
 
 def _cpu() -> _Device:
-    return _Device(cpu_tail(), cpu_norm(), _activate, _activate_backward)
+    return _Device(convert, cpu_tail(), cpu_norm(), _activate, _activate_backward)
 
 
 def _cuda() -> _Device:
     from ..kernels import mlp
 
-    return _Device(cuda_tail(), cuda_norm(), mlp.activate, mlp.activate_backward)
+    return _Device(convert_cuda, cuda_tail(), cuda_norm(), mlp.activate, mlp.activate_backward)
 
 
 def _activate(u: Tensor, a: Tensor, activation: str) -> None:
@@ -126,14 +136,21 @@ def _normed(device: _Device, a: _Arguments, x: Tensor, dtype: torch.dtype) -> Te
     """What fc1 multiplies."""
     if a.norm_weight is None or a.norm_bias is None:
         return product_dense(x.to(dtype))
-    y = empty(x.shape, x)
+    y = allocate(x.shape, x, memory_format(x), dtype)
     device.norm.run(x, a.norm_weight, a.norm_bias, y, a.eps)
-    return product_dense(y.to(dtype))
+    return product_dense(y)
+
+
+def _converted(device: _Device, a: _Arguments, names: Sequence[str]) -> _Arguments:
+    """With these parameters as the products take them."""
+    found = converted(device.convert, [getattr(a, name) for name in names], _product_dtype(a))
+    return a._replace(**dict(zip(names, found, strict=True)))
 
 
 @without_autocast
 def _forward(device: Callable[[], _Device], a: _Arguments) -> tuple[Tensor, Tensor]:
-    passes, x, dtype = device(), as_map(a.x), product_dtype(a.x, a.fc1_weight)
+    passes, x, dtype = device(), as_map(a.x), _product_dtype(a)
+    a = _converted(passes, a, _WEIGHTS)
     normed = _normed(passes, a, x, dtype)
     hidden = (len(x), len(a.fc1_weight), *x.shape[2:])
     act = allocate_channels_last(hidden, normed)
@@ -169,17 +186,18 @@ def _second(passes: _Device, a: _Arguments, act: Tensor, y: Tensor) -> None:
 @without_autocast
 def _backward(device: Callable[[], _Device], grads: list[Any], grad: Tensor, a: _Arguments, u: Tensor) -> None:
     dx, dfc1, dfc1_bias, dfc2, dfc2_bias, dnorm, dnorm_bias, dgamma, *_ = grads
-    passes, x, dtype, grad = device(), as_map(a.x), product_dtype(a.x, a.fc1_weight), as_map(grad)
+    passes, x, dtype, grad = device(), as_map(a.x), _product_dtype(a), as_map(grad)
+    # Small gammas, which layer scale begins with, underflow in float16 when they meet the weight; elsewhere they may.
+    folds = a.gamma is not None and dtype != torch.float16
+    a = _converted(passes, a, ["fc1_weight", *([] if a.keep else ["fc1_bias"]), *([] if folds else ["fc2_weight"])])
     if not a.keep:
         u = allocate_channels_last((len(x), len(a.fc1_weight), *x.shape[2:]), grad.new_empty(0, dtype=dtype))
         linear(_normed(passes, a, x, dtype), a.fc1_weight, a.fc1_bias, u)
 
-    # Small gammas, which layer scale begins with, underflow in float16 when they meet the weight; elsewhere they may.
-    folds = a.gamma is not None and dtype != torch.float16
     dbranch = _branch_gradient(passes, grad, None if folds else a.gamma, a.path_scale, dtype, memory_format(x))
-    weight = a.fc2_weight.to(dtype)
+    weight = a.fc2_weight
     if folds and a.gamma is not None:
-        weight = FoldedWeight(passes.tail, weight, None, a.gamma).weight()
+        weight = FoldedWeight(passes.tail, weight, None, a.gamma).weight(dtype)
     du = allocate_channels_last(u.shape, u)
     act = None if dfc2 is None and dgamma is None else allocate_channels_last(u.shape, u)
     summed = not linear_activation_backward(dbranch, weight.t(), u, a.activation, du, act)
@@ -216,17 +234,17 @@ def _input_gradients(
     dnorm_bias: Tensor | None,
 ) -> None:
     """Through fc1 and the norm; plus: what is added to dx."""
-    dnormed = allocate(x.shape, x, memory_format(x), du.dtype)
     if a.norm_weight is not None:
+        dnormed = allocate(x.shape, x, memory_format(x), du.dtype)
         linear_to(du, a.fc1_weight.t(), None, dnormed)
-        passes.norm.run_backward(dnormed.to(x.dtype), x, a.norm_weight, dx, dnorm, dnorm_bias, a.eps)
+        passes.norm.run_backward(dnormed, x, a.norm_weight, dx, dnorm, dnorm_bias, a.eps, plus)
     elif dx is not None:
-        dnormed = dx if dx.dtype == du.dtype else dnormed
+        dnormed = dx if dx.dtype == du.dtype else allocate(x.shape, x, memory_format(x), du.dtype)
         linear_to(du, a.fc1_weight.t(), None, dnormed)
         if dnormed is not dx:
             dx.copy_(dnormed)
-    if plus is not None and dx is not None:
-        add(passes.tail, plus, dx)
+        if plus is not None:
+            add(passes.tail, plus, dx)
 
 
 def _branch_gradient(
@@ -310,6 +328,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     uncast=("x", "norm_weight", "norm_bias", "gamma", "residual", "path_scale"),
+    wide=_WEIGHTS,
     saved=(lambda u: pixel_dense(u, torch.channels_last),),
     passes="residual",
     constants=("path_scale",),
@@ -385,4 +404,4 @@ def fused_mlp(
     weights = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
     given = (x, *weights, norm_weight, norm_bias, gamma, None if residual is x else residual, path_scale)
     keep = torch.is_grad_enabled() and _any_requires_grad(given)
-    return _op(*given, float(eps), activation, residual is x, keep, backend=backend)
+    return _op(*given, float(eps), activation, residual is x, keep, autocast_dtype(x), backend=backend)

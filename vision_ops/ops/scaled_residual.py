@@ -99,8 +99,9 @@ class FoldedWeight:
     def __init__(self, tail: Tail, weight: Tensor, bias: Tensor | None, gamma: Tensor) -> None:
         self.tail, self.given, self.bias, self.gamma = tail, weight.contiguous(), bias, gamma
 
-    def weight(self) -> Tensor:
-        weight = allocate(self.given.shape, self.given)
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The folded one: float64, or that of `given`, or half of a float32 one."""
+        weight = allocate(self.given.shape, self.given, dtype=dtype)
         given = _rows(self.given)
         self.tail.run_backward(given, given, self.gamma, None, _rows(weight), None)
         return weight
@@ -122,7 +123,7 @@ class FoldedWeight:
         if dweight is not None and dweight.ndim > 2:
             dweight = dweight.flatten(1)  # of ones at the end: a view
         found = dweight if dweight is None or dweight.is_contiguous() else torch.empty_like(self.given)
-        sums = None if dgamma is None else allocate((len(folded),), folded)
+        sums = None if dgamma is None else _or_allocate(dgamma, folded)
         into = None if found is None else _rows(found)
         self.tail.run_backward(_rows(folded), _rows(self.given), self.gamma, None, into, sums)
         if found is not None and dweight is not None and found is not dweight:
@@ -131,9 +132,17 @@ class FoldedWeight:
             if sums is not None:
                 sums.addcmul_(folded_bias, self.bias.to(folded_bias.dtype))
             if dbias is not None:
-                dbias.copy_(folded_bias * self.gamma)
-        if dgamma is not None and sums is not None:
+                products = _or_allocate(dbias, folded_bias)
+                torch.mul(folded_bias, self.gamma, out=products)
+                if products is not dbias:
+                    dbias.copy_(products)
+        if dgamma is not None and sums is not None and sums is not dgamma:
             dgamma.copy_(sums)
+
+
+def _or_allocate(t: Tensor, like: Tensor) -> Tensor:
+    """t if it is a vector of this dtype, without gaps, else a new one."""
+    return t if t.dtype == like.dtype and t.ndim == 1 and t.is_contiguous() else allocate((t.numel(),), like)
 
 
 def _rows(weight: Tensor) -> Tensor:
