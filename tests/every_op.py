@@ -24,8 +24,8 @@ def every_op(
     bias: bool = True,
     channels: int = 32,
 ) -> dict[str, Case]:
-    """channels: a multiple of 8. run takes the tensors in the order of the public function, lists flat. layout: of the maps, of which
-    tokens and pixels are views."""
+    """run takes the tensors in the order of the public function, lists flat. layout: of the maps, of which tokens and
+    pixels are views. channels: a multiple of 8."""
 
     def draw(*shape: int) -> Tensor:
         fan_in = max(1, torch.Size(shape[1:]).numel())

@@ -5,6 +5,7 @@ import pytest
 import torch
 from harness import (
     HALF,
+    LAYOUTS,
     Case,
     check_against_reference,
     check_compiles,
@@ -126,6 +127,17 @@ def test_sizes(shape):
         if training and shape[0] * shape[2] * shape[3] <= 2:
             continue  # norms of two values are signs
         check_against_reference(make(shape, training=training, layout="channels_last", **KINDS[kind]), slack=8)
+
+
+@pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    case = make((2, 12, 6, 7), layout=layout)
+    for grad_layout in ("contiguous", "channel_slice", "cropped", "expanded"):
+        check_against_reference(case, grad_layout, slack=4)
+    last = layout in ("channels_last", "channel_slice")
+    form = torch.channels_last if last else torch.contiguous_format
+    assert case.run(case.tensors, "fused").is_contiguous(memory_format=form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
