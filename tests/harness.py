@@ -225,7 +225,9 @@ def among_nan(t: Tensor) -> Tensor:
 
 
 def check_half_types_among_nan(case: Case) -> None:
-    """A caller's slices, with NaN in what lies between: PyTorch's products of half types may read it (`unwritten`)."""
+    """A caller's slices, with NaN in what lies between: PyTorch's products of half types may read it (`unwritten`).
+
+    Errors of half types are luck, also with other products of PyTorch's, and NaN is none."""
     for dtype in HALF:
         plain = case.to(dtype)
         spaced = case.of([t if t is None else among_nan(t.detach()) for t in plain.tensors])
@@ -234,7 +236,7 @@ def check_half_types_among_nan(case: Case) -> None:
         exact, _ = outputs(case.to(torch.float64), "reference", grad)
         eager, _ = outputs(plain, "reference", grad)
         for a, b, e in zip(found, eager, exact, strict=True):
-            assert relative_error(a, e) <= (8 if e.numel() == 1 else 2) * relative_error(b, e) + FLOOR[dtype]
+            assert relative_error(a, e) <= (8 if e.numel() == 1 else 4) * relative_error(b, e) + FLOOR[dtype]
 
 
 def saved_bytes(case: Case, backend: str) -> int:

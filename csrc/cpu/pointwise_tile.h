@@ -91,7 +91,7 @@ static inline void pack_tiles(const Matrix& a, int64_t rows, int64_t depth, int6
 struct Tiles {
   const float* data;
   int64_t step;   // of tiles
-  int64_t pitch;  // of rows in place, else 0
+  int64_t pitch;  // of rows in place, else 0; rows that are all the same one are packed
   const float* last;
 };
 static inline Tiles packed_tiles(int64_t rows, const float* data, int64_t step) {
@@ -99,7 +99,7 @@ static inline Tiles packed_tiles(int64_t rows, const float* data, int64_t step) 
 }
 static inline Tiles make_tiles(const Matrix& a, int64_t rows, int64_t depth, float* scratch) {
   const int64_t step = kTilePitch * depth + 16;
-  if (a.depth != 1 || !kReadsRowsInPlace) {
+  if (a.depth != 1 || a.line == 0 || !kReadsRowsInPlace) {
     pack_tiles(a, rows, depth, step, scratch);
     return packed_tiles(rows, scratch, step);
   }

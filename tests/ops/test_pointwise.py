@@ -35,15 +35,15 @@ def close(y, expected, x, weight):
 
 
 def place(t, layout):
-    """Its values in a layout; a slice is one of the channels of a channels_last tensor."""
+    """Its values in a layout; a slice is one of the channels of a channels_last tensor, expanded is its first pixel."""
     if layout != "slice":
-        return laid_out(t, layout)
+        return laid_out(laid_out(t, "channels_last") if layout == "expanded" else t, layout)
     n, c, h, w = t.shape
     return laid_out(torch.full((n, c + 6, h, w), 3.0), "channels_last")[:, 3 : c + 3].copy_(t)
 
 
 @pytest.mark.parametrize("size, outputs", SIZES, ids=str)
-@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("x_layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("y_layout", LAYOUTS)
 def test_linear(size, outputs, x_layout, y_layout):
     n, c, h, w = size
