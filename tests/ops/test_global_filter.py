@@ -57,8 +57,10 @@ def test_dtypes(dtype, width, size, any_device):
 
 def test_float32_weight_beside_half_input(any_device):
     case = make(dtype=torch.bfloat16, device=any_device)
-    case.tensors[1] = case.tensors[1].float()
+    rounded = case.run(case.tensors, "fused")
+    case.tensors[1] = case.tensors[1].float() * 1.001
     check_against_reference(case)
+    assert not torch.equal(case.run(case.tensors, "fused"), rounded)
 
 
 def test_is_a_circular_convolution():
