@@ -61,7 +61,9 @@ def every_op(
     tokens = [maps().unflatten(1, (4, c // 4)).flatten(3) for _ in range(3)]
     pixels = [maps(o).permute(0, 2, 3, 1) for o in (c, 3 * c)]
     flat = maps().flatten(2).mT
-    mlps, temperature = [draw(c, c), draw(3 * c, c)], torch.rand(4, 1, 1, device=device).to(dtype) + 0.5
+    # What is pooled is a sum: of larger weights the softmax would choose one branch.
+    mlps = [draw(c, c) / size**2, draw(3 * c, c)]
+    temperature = torch.rand(4, 1, 1, device=device).to(dtype) + 0.5
     drops = torch.where(torch.arange(batch, device=device) % 2 == 0, 1.25, 0.0).to(dtype)
     linears = [*pointwise(3 * c, c), *pointwise(c, c)]
     by_position = [t.transpose(2, 3) for t in tokens]

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from every_op import HALF_BLOCKS, NAMES, every_op, gram_form, half_blocks, patched
 from harness import (
     HALF,
@@ -30,6 +31,7 @@ OPS = [*NAMES, "xca_gram"]
 ops, all_ops = (pytest.mark.parametrize("name", names) for names in (OPS, [*OPS, *HALF_BLOCKS]))
 each_device = pytest.mark.usefixtures("each_device")
 DTYPES = [torch.float32, *HALF, torch.float64]
+WHOLE = "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
 
 
 def make(name, **options):
@@ -146,7 +148,7 @@ def test_empty_batch(name):
 
 @all_ops
 def test_gradcheck(name):
-    check_gradients(make(name, batch=2, size=2), fast=True)
+    check_gradients(make(name, batch=2, size=2, channels=8), fast=True)
 
 
 @all_ops
@@ -260,30 +262,21 @@ def test_exports(name):
 
 @all_ops
 def test_opcheck(name, monkeypatch):
-    """PyTorch's own check of the op of the dispatcher."""
-    for options in ({}, {"layout": "contiguous", "bias": False})[: 1 if name in HALF_BLOCKS else 2]:
+    """PyTorch's own check of the op of the dispatcher: whole, then of another layout, fewer tensors and gradients."""
+    quick = "test_schema", "test_faketensor"
+    for options, checks in (({}, WHOLE), ({"layout": "contiguous", "bias": False}, quick)):
         seen = []
         case = make(name, size=3, **options)
         with monkeypatch.context() as patch, contextlib.suppress(TypeError):  # there is no result
             patch.setattr(_registration.FusedOp, "_run", lambda op, given, seen=seen: seen.append((op, given)))
             case.run(case.leaves(), "fused")
         ((op, given),) = seen
-        given = [
-            [t if t is None else t.detach() for t in a]
-            if isinstance(a, list) and a and any(isinstance(t, torch.Tensor) for t in a)
-            else a.detach()
-            if isinstance(a, torch.Tensor)
-            else a
-            for a in given
-        ]
-        torch.library.opcheck(op._forward, tuple(given))
-        torch.library.opcheck(op._forward, (given[0].clone().requires_grad_(), *given[1:]))
+        given = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, list(given))
         result = op._forward(*given)
         y, saved = (result[0], (list(result[1:]),)) if op._saved else (result, ())
-        needs = [t is not None for t in op.tensors(given)]
-        every_other = [needed and i % 2 == 0 for i, needed in enumerate(needs)]
-        for some in (needs, every_other):
-            torch.library.opcheck(op._backward, (torch.randn_like(y), *given, *saved, some))
+        needs = [t is not None and (checks is WHOLE or i % 2 == 0) for i, t in enumerate(op.tensors(given))]
+        torch.library.opcheck(op._forward, (given[0].clone().requires_grad_(), *given[1:]), test_utils=checks)
+        torch.library.opcheck(op._backward, (torch.randn_like(y), *given, *saved, needs), test_utils=checks)
 
 
 @all_ops
