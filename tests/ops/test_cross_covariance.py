@@ -2,39 +2,29 @@ import pytest
 import torch
 from harness import (
     HALF,
+    HEADS_LAYOUTS,
     Case,
     check_against_reference,
+    float64_is_left_out,
+    heads_laid_out,
     outputs,
     relative_error,
 )
 
 from vision_ops import fused_cross_covariance, reference
 
-
-def not_on_gpus(parameters):
-    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
+not_on_gpus = float64_is_left_out
 
 
-def tokens(shape, layout, dtype):
-    """(B, heads, d, N): contiguous, a view of a (B, N, 3C) tensor, or with gaps everywhere."""
+def make(shape=(2, 4, 12, 50), layout="channel_major", dtype=torch.float32, scale=1.0):
     b, heads, d, n = shape
-    if layout == "contiguous":
-        return torch.randn(shape, dtype=dtype)
-    if layout == "token_major":
-        return torch.randn(b, n, 3, heads, d, dtype=dtype)[:, :, 1].permute(0, 2, 3, 1)
-    if layout == "strided":
-        return torch.randn(b, heads + 1, 2 * d, n + 3, dtype=dtype)[:, 1:, ::2, 2 : n + 2]
-    return torch.randn(1, heads, d, n, dtype=dtype).expand(shape)
 
-
-LAYOUTS = ("contiguous", "token_major", "strided", "expanded")
-
-
-def make(shape=(2, 4, 12, 50), layout="contiguous", dtype=torch.float32, scale=1.0):
     def run(t, backend):
         return fused_cross_covariance(*t, backend=backend)
 
-    q, k, v = (tokens(shape, layout, dtype) * scale if scale != 1 else tokens(shape, layout, dtype) for _ in range(3))
+    q, k, v = (heads_laid_out((b, heads, n, d), layout, dtype).mT for _ in range(3))
+    if scale != 1:
+        q, k, v = (t * scale for t in (q, k, v))
     return Case(run, [q, k, v, torch.rand(shape[1], 1, 1, dtype=dtype) * 4 + 0.5])
 
 
@@ -64,7 +54,7 @@ def test_matches_reference(shape):
 
 @pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("dtype", [torch.float64, *HALF], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "token_major"])
+@pytest.mark.parametrize("layout", ["channel_major", "token_major"])
 def test_dtypes(dtype, layout):
     check_against_reference(make(layout=layout, dtype=dtype))
 
@@ -83,7 +73,7 @@ def test_what_lies_between_tokens_is_left_out(d):
 
 
 @pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", HEADS_LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "transposed", "expanded"])
 def test_layouts(layout, grad_layout):
     check_against_reference(make(layout=layout), grad_layout)
@@ -195,7 +185,7 @@ def test_half_keys_beside_float32_queries_are_refused():
 @pytest.mark.parametrize("d", [12, 24, 25, 48, 73, 96])
 @pytest.mark.parametrize("n", [1, 2, 7, 196, 1023, 16384])
 def test_sweep(heads, d, n):
-    case = make((1, heads, d, n), "token_major" if (d + n) % 2 else "contiguous")
+    case = make((1, heads, d, n), "token_major" if (d + n) % 2 else "channel_major")
     if n == 1:
         fused, eager = (case.run(case.tensors, backend) for backend in ("fused", "reference"))
         torch.testing.assert_close(fused, eager)

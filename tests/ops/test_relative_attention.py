@@ -5,10 +5,13 @@ import pytest
 import torch
 from harness import (
     HALF,
+    HEADS_LAYOUTS,
     Case,
     check_against_reference,
     check_bitwise_repeatable,
     check_gradients,
+    float64_is_left_out,
+    heads_laid_out,
     outputs,
 )
 
@@ -18,24 +21,7 @@ from vision_ops import explain, fused_relative_attention, reference
 def not_on_gpus(parameters):
     if parameters.get("options", {}).get("d", 0) > 64:
         return "the Triton kernels take at most 64 channels in a head"
-    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
-
-
-def tokens(shape, layout, dtype):
-    """(B, heads, N, d): contiguous, a view of a (B, N, 3C) tensor, or with gaps everywhere."""
-    b, heads, n, d = shape
-    if layout == "contiguous":
-        return torch.randn(shape, dtype=dtype)
-    if layout == "token_major":
-        return torch.randn(b, n, 3, heads, d, dtype=dtype)[:, :, 1].transpose(1, 2)
-    if layout == "strided":
-        return torch.randn(b, heads + 1, n + 3, 2 * d, dtype=dtype)[:, 1:, 2 : n + 2, ::2]
-    if layout == "channel_major":
-        return torch.randn(b, heads, d, n, dtype=dtype).transpose(2, 3)
-    return torch.randn(1, heads, n, d, dtype=dtype).expand(shape)
-
-
-LAYOUTS = ("contiguous", "token_major", "strided", "channel_major", "expanded")
+    return float64_is_left_out(parameters)
 
 
 def make(
@@ -48,7 +34,7 @@ def make(
         options = {"height": height, "width": width, "window_size": window, "scale": scale}
         return fused_relative_attention(*t, **options, backend=backend)
 
-    q, k, v = (tokens((batch, heads, height * width, d), layout, dtype) for _ in range(3))
+    q, k, v = (heads_laid_out((batch, heads, height * width, d), layout, dtype) for _ in range(3))
     return Case(run, [q, k, v, None if table is None else torch.randn(heads, *table, dtype=dtype)])
 
 
@@ -92,7 +78,7 @@ def test_dtypes(dtype, options):
 
 
 @pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", HEADS_LAYOUTS)
 @pytest.mark.parametrize("window", [None, (4, 4)], ids=str)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "expanded"])
 def test_layouts(layout, window, grad_layout):

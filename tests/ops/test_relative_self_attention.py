@@ -6,13 +6,12 @@ from harness import (
     Case,
     check_against_reference,
     check_gradients,
+    float64_is_left_out,
 )
 
 from vision_ops import fused_relative_self_attention
 
-
-def not_on_gpus(parameters):
-    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
+not_on_gpus = float64_is_left_out
 
 
 def make(

@@ -6,6 +6,7 @@ from harness import (
     HALF,
     Case,
     check_against_reference,
+    float64_is_left_out,
     outputs,
 )
 
@@ -24,8 +25,7 @@ EDGENEXT = {  # of XCA: channels and heads of stages 2, 3 and 4, at 32x32, 16x16
 XCIT = {"nano": (128, 4), "tiny": (192, 4), "small": (384, 8), "medium": (512, 8), "large": (768, 16)}
 
 
-def not_on_gpus(parameters):
-    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
+not_on_gpus = float64_is_left_out
 
 
 @pytest.fixture(params=["qkv", "gram"])
