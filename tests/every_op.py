@@ -78,6 +78,11 @@ def every_op(
         given = norms[0], expand, norms[1], rest[2], norms[2], *rest[5:7]
         return ops.fused_mbconv(x, *given, se=rest[7:], training=True, backend=backend)
 
+    def mlp(t: Sequence[Tensor | None], backend: str) -> Tensor:
+        x, residual = (t[i].permute(0, 2, 3, 1) for i in (0, 8))
+        around = {"norm_weight": t[5], "norm_bias": t[6], "gamma": t[7], "path_scale": t[9]}
+        return ops.fused_mlp(x, *t[1:5], residual=x if t[8] is t[0] else residual, **around, backend=backend)
+
     return {
         "dwconv": Case(lambda t, b: ops.fused_dwconv(*t, activation="gelu", backend=b), [maps(), *depthwise(c, 7)]),
         "multi_order_dwconv": Case(
@@ -134,18 +139,7 @@ def every_op(
             lambda t, b: ops.fused_scaled_residual(*t, backend=b), [maps(), maps(), draw(c), drops], constants=(3,)
         ),
         "mlp": Case(
-            lambda t, b: ops.fused_mlp(
-                t[0].permute(0, 2, 3, 1),
-                *t[1:5],
-                norm_weight=t[5],
-                norm_bias=t[6],
-                gamma=t[7],
-                residual=t[8].permute(0, 2, 3, 1),
-                path_scale=t[9],
-                backend=b,
-            ),
-            [maps(), *pointwise(3 * c, c), *pointwise(c, 3 * c), *draws(3), maps(), drops],
-            constants=(9,),
+            mlp, [maps(), *pointwise(3 * c, c), *pointwise(c, 3 * c), *draws(3), maps(), drops], constants=(9,)
         ),
     }
 

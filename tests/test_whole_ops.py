@@ -14,18 +14,21 @@ from vision_ops.ops._definitions import definitions
 from vision_ops.ops._registration import fused_ops
 
 ROOT = Path(__file__).parents[1]
+IMPORT = "import it in vision_ops/ops/__init__.py, as the others are"
 each_op = pytest.mark.parametrize("name", sorted(fused_ops))
 
 
 def test_every_file_is_an_op():
     files = {path.stem for path in (ROOT / "vision_ops" / "ops").glob("[!_]*.py")}
-    assert files == set(fused_ops), "import it in vision_ops/ops/__init__.py; what is no op has a name with an underscore"
+    assert files == set(fused_ops), f"{IMPORT}; what is no op has a name with an underscore"
 
 
 @each_op
 def test_is_exported_with_its_reference(name):
     function = f"fused_{name}"
-    assert function in ops.__all__ and function in vision_ops.__all__, "import it in vision_ops/ops/__init__.py, as the others are"
+    assert function in ops.__all__ and function in vision_ops.__all__, (
+        "import it in vision_ops/ops/__init__.py, as the others are"
+    )
     assert callable(getattr(reference, name, None)), "write it in vision_ops/reference, import it in its __init__.py"
 
 

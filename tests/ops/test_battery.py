@@ -109,10 +109,16 @@ def test_float32_parameters_beside_half_values(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["gnconv_half_block", "xca_half_block", "s2_attention_half_block"])
+@pytest.mark.parametrize("name", ["mlp", "gnconv_half_block", "xca_half_block", "s2_attention_half_block"])
 def test_x_as_the_residual(name, dtype):
     """Whose gradient is added where that of the norm is written."""
-    check_against_reference(half_blocks(dtype=dtype, size=6, adds_x=True)[name])
+    if name == "mlp":
+        mlp = make(name, dtype=dtype, size=6)
+        *given, _, drops = mlp.tensors
+        case = Case(lambda t, backend: mlp.run([*t[:8], t[0], t[8]], backend), [*given, drops], constants=(8,))
+    else:
+        case = half_blocks(dtype=dtype, size=6, adds_x=True)[name]
+    check_against_reference(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
