@@ -39,8 +39,9 @@ bench: env
 # Without the environment that pip makes for every build.
 build: $(VENV)/.torch $(VENV)/.settings
 	@test -e $(VENV)/.installed || $(MAKE) -s env
-	@$(PIP) install 'setuptools>=64' ninja
+	@$(PIP) install 'setuptools>=70.1' ninja
 	@$(PIP) install --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c '$(SHOW_BUILT)'
 	@touch $(VENV)/.installed
 
 # A process per core, but not a hundred that all import torch. Each starts with a stretch of the tests, so that few
@@ -87,7 +88,8 @@ $(VENV)/.settings: settings | $(VENV)/.torch
 # compare, bring another one. Without CUDA, torch brings no Triton; the tests then run the Triton kernels in its
 # interpreter, and that of 3.6.0 needs numpy < 2.4.
 SHOW_BUILT := import json; info = json.load(open("vision_ops/_build_info.json")); \
-  [print(part.upper(), "kernels:", info[part]["reason"] or "built.") for part in ("cpu", "cuda")]
+  [print(part.upper(), "kernels:", info[part]["reason"] or "built.") for part in ("cpu", "cuda")]; \
+  print("Compiled in", info["seconds"], "s")
 IN_CPU_TORCH := import sys, torch; sys.exit(bool(torch.version.cuda or torch.version.hip))
 $(VENV)/.installed: $(VENV)/.torch $(VENV)/.settings setup.py pyproject.toml $(shell find csrc)
 	@echo 'Installing vision_ops and compiling its kernels'

@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -187,8 +188,8 @@ def ninja_file(parts: list[str], archs: list[str]) -> str:
     return "".join(text)
 
 
-def compile_parts(parts: list[str], archs: list[str]) -> None:
-    """Leaves _cpu*.so and _cuda*.so in OUT; what is up to date is not compiled again."""
+def compile_parts(parts: list[str], archs: list[str]) -> float:
+    """Leaves _cpu*.so and _cuda*.so in OUT; what is up to date is not compiled again. Returns the seconds it took."""
     import ninja  # here: metadata and sdist need no compiler and no build requirements
 
     hint = "VISION_OPS_BUILD=none installs without compiled kernels."
@@ -203,10 +204,12 @@ def compile_parts(parts: list[str], archs: list[str]) -> None:
     (OUT / "build.ninja").write_text(ninja_file(parts, archs))
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30  # a compiler process takes up to one
     jobs = JOBS or str(max(1, min(len(os.sched_getaffinity(0)), gib)))
+    start = time.monotonic()
     # PyPI's ninja, never the system's: two versions that take turns distrust each other's logs and rebuild everything.
     if subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(OUT), "-j", jobs]).returncode:
         hint = "VISION_OPS_BUILD=cpu leaves out the CUDA kernels; " + hint if "cuda" in parts else hint
         raise SystemExit(f"Compiling the kernels failed: the compiler's message is above. {hint}")
+    return time.monotonic() - start
 
 
 def build_info(reasons: dict[str, str | None], archs: list[str]) -> dict[str, object]:
@@ -233,9 +236,10 @@ class BuildKernels(build_ext):
         archs = cuda_archs(str(NVCC)) if "cuda" in parts else []
         if archs:
             check_host_compiler(str(NVCC))
+        seconds = 0.0
         if parts:
             OUT.mkdir(parents=True, exist_ok=True)
-            compile_parts(parts, archs)
+            seconds = compile_parts(parts, archs)
         target = ROOT / PACKAGE if self.inplace else Path(self.build_lib, PACKAGE)
         target.mkdir(parents=True, exist_ok=True)
         for part, reason in reasons.items():
@@ -246,7 +250,7 @@ class BuildKernels(build_ext):
             else:  # replaced, not overwritten: a running process keeps the file it has mapped
                 shutil.copy2(OUT / library.name, f"{library}.part")
                 os.replace(f"{library}.part", library)
-        info = {"version": self.distribution.get_version(), **build_info(reasons, archs)}
+        info = {"version": self.distribution.get_version(), **build_info(reasons, archs), "seconds": round(seconds, 1)}
         (target / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 

@@ -41,7 +41,7 @@ PARTS = {
         "workspace",
         "_output",
     ),
-    "views": ("view", "weight_view", "tokens_view", "vectors_view", "matrix_view"),
+    "views": ("view", "channels_view", "tokens_view", "vectors_view", "matrix_view"),
     "products": ("_pointwise",),
 }
 COLUMNS = ("dispatch", *PARTS, "bindings", "kernel")

@@ -1,6 +1,7 @@
 // How Python calls kernels. A function of a module is a C++ one whose parameters say how the arguments are read, in
-// order; tensors are tuples (address, dtype, N, C, H, W, and their strides), or None. In plain C of Python: a library
-// for this takes longer to compile than most kernels, and its calls longer than small kernels to run.
+// order; tensors are tuples (address, dtype, N, C, H, W, and their strides), themselves, (themselves, Reading), or
+// None. In plain C of Python: a library for this takes longer to compile than most kernels, and its calls longer than
+// small kernels to run.
 #pragma once
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -17,6 +18,7 @@
 
 #include "multi_order_dwconv.h"
 #include "relative_attention.h"
+#include "tensors.h"
 
 namespace vops {
 
@@ -75,6 +77,16 @@ inline void read(Arguments& given, Tensor4* t) {
   *t = {};
   PyObject* const view = given.next();
   if (view == Py_None) return;
+  PyObject* tensor = PyTuple_Check(view) ? nullptr : view;
+  Reading how = kByDimensions;
+  if (!tensor && PyTuple_GET_SIZE(view) == 2) {
+    tensor = PyTuple_GET_ITEM(view, 0);
+    how = (Reading)converted(PyLong_AsLong(PyTuple_GET_ITEM(view, 1)));
+  }
+  if (tensor) {
+    if (!read_tensor(tensor, how, t)) throw PythonError();
+    return;
+  }
   Arguments numbers = items(view);
   read(numbers, &t->data);
   read(numbers, &t->dtype);

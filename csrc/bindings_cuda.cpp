@@ -1,4 +1,5 @@
 #include "bindings.h"
+#include "channel_aggregation_ffn_cuda.h"
 #include "dwconv_cuda.h"
 #include "global_filter_cuda.h"
 #include "toolchain.h"
@@ -46,6 +47,25 @@ void define_multi_order_dwconv(PyObject* m) {
       });
 }
 
+void define_channel_aggregation(PyObject* m) {
+  define(m, "has_aggregation_kernel", &has_aggregation_kernel);
+  define(m, "channel_aggregation_workspace", &channel_aggregation_workspace);
+  define(
+      m, "channel_aggregation",
+      +[](Tensor4 f, Tensor4 w, Tensor4 b, Tensor4 decompose, Tensor4 decompose_bias, Tensor4 h, Tensor4 d,
+          Tensor4 scores, void* room, CudaTarget target) {
+        return channel_aggregation_cuda(f, {w, b, decompose, decompose_bias}, h, d, scores, room, target);
+      });
+  define(m, "channel_aggregation_backward_workspace", &channel_aggregation_backward_workspace);
+  define(
+      m, "channel_aggregation_backward",
+      +[](Tensor4 f, Tensor4 w, Tensor4 b, Tensor4 decompose, Tensor4 dscores, Tensor4 h, Tensor4 dh, void* room,
+          CudaTarget target) {
+        return channel_aggregation_backward_cuda(f, {w, b, decompose, {}}, dscores, h, dh, room, target);
+      });
+  define(m, "channel_aggregation_backward_input", &channel_aggregation_backward_input_cuda);
+}
+
 #ifdef VOPS_EMU
 // Since the last call, a launch a line: threads, blocks, bytes of shared memory, the three numbers of VOPS_COST,
 // kernel.
@@ -76,6 +96,7 @@ void fill(PyObject* m) {
   define(m, "dwconv_backward_weight_workspace", &dwconv_backward_weight_workspace);
   define(m, "dwconv_backward_weight", &dwconv_backward_weight_cuda);
   define_multi_order_dwconv(m);
+  define_channel_aggregation(m);
   define(m, "has_filter_kernel", &has_filter_kernel);
   define(m, "global_filter", &global_filter_cuda);
   define(m, "global_filter_backward_workspace", &global_filter_backward_workspace);

@@ -6,7 +6,7 @@ offset) * act'(z), the sums of the backward pass are those of dz and of dz * (x 
 gates nor sums by image, the images of a channels_last batch are one. The order of all sums depends on the shape only.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,12 +14,36 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
-from ._maps import activated, map_tile, share_of_image, strides_of, sum_type, walk
+from ._maps import (
+    IMAGE_PROGRAMS,
+    LOOP_STAGES,
+    Tile,
+    activated,
+    blocks_of,
+    channels_of_program,
+    load_channels,
+    load_map,
+    map_tile,
+    pixels_from,
+    share_of_image,
+    store_map,
+    store_sums,
+    sum_type,
+    walk,
+)
 from ._moves import moves
 from ._specialize import ByLayout, counted
 
-PROGRAMS = 2112  # sixteen for every multiprocessor of an H200
-MERGE_TILE = {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 4}
+
+class MergeTile(NamedTuple):
+    BLOCK_R: int  # parts
+    BLOCK_C: int
+    num_warps: int
+
+
+# Launch choices, by counting: no GPU has measured them.
+MERGE_TILE = MergeTile(64, 32, num_warps=4)  # 16 values of a thread, lines of 128 bytes
+ACTIVATING_STAGES = tl.constexpr(1)  # with two, registers for a third fewer programs at a time (64 to 94 on sm_90)
 
 
 @ByLayout
@@ -30,32 +54,29 @@ def moments_kernel(
     shares,
     pixels,
     channels,
-    stride_n,
-    stride_c,
-    stride_p,
+    x_strides,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = channel.to(tl.int64)[None, :]
-    mean = tl.zeros((BLOCK_C,), SUM_TYPE)
-    squares = tl.zeros((BLOCK_C,), SUM_TYPE)
-    for first in range(begin, end, BLOCK_P):
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-        inside = (p < end) & (c < channels)
-        x = tl.load(x_ptr + n * stride_n + p * stride_p + c * stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    c = channels_of_program(BLOCK_C)
+    mean = tl.zeros((1, BLOCK_C), SUM_TYPE)
+    squares = tl.zeros((1, BLOCK_C), SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=LOOP_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
         more = tl.minimum(end - first, BLOCK_P).to(SUM_TYPE)
-        of_tile = tl.sum(x, axis=0) / more
-        difference = tl.where(inside, x - of_tile[None, :], 0.0)
+        of_tile = tl.sum(x, axis=0)[None, :] / more
+        difference = tl.where(inside, x - of_tile, 0.0)
         share = more / (first - begin + more)
         moved = of_tile - mean
-        squares += tl.sum(difference * difference, axis=0) + moved * moved * share * (first - begin)
+        squares += tl.sum(difference * difference, axis=0)[None, :] + moved * moved * share * (first - begin)
         mean += moved * share
-    to = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + channel
-    tl.store(to, mean, mask=channel < channels)
-    tl.store(to + channels, squares, mask=channel < channels)
+    own = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + c
+    tl.store(own, mean, mask=c < channels)
+    tl.store(own + channels, squares, mask=c < channels)
 
 
 @counted
@@ -110,47 +131,36 @@ def norm_act_kernel(
     shares,
     pixels,
     channels,
-    x_stride_n,
-    x_stride_c,
-    x_stride_p,
-    grad_stride_n,
-    grad_stride_c,
-    grad_stride_p,
-    y_stride_n,
-    y_stride_c,
-    y_stride_p,
+    x_strides,
+    grad_strides,
+    y_strides,
     ACTIVATION: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = channel.to(tl.int64)[None, :]
-    scale = tl.load(scale_ptr + c, mask=c < channels, other=0.0)
-    shift = tl.load(shift_ptr + c, mask=c < channels, other=0.0)
+    c = channels_of_program(BLOCK_C)
+    scale, shift = load_channels(scale_ptr, c, channels), load_channels(shift_ptr, c, channels)
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + n * channels + c, mask=c < channels, other=0.0)
+        gate = load_channels(gate_ptr + n * channels, c, channels)
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for first in range(begin, end, BLOCK_P):
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-        inside = (p < end) & (c < channels)
-        x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
         y, _ = activated(scale * x + shift, ACTIVATION)
         if partial_ptr is not None:
             term = y
             if grad_ptr is not None:
-                at = grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c
-                term = y * tl.load(at, mask=inside, other=0.0).to(SUM_TYPE)
+                term = y * load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
             total += tl.where(inside, term, 0.0)
         if y_ptr is not None:
             if gate_ptr is not None:
                 y = y * gate
-            to = y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c
-            tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside)
+            store_map(y_ptr, y_strides, n, p, c, y, inside)
     if partial_ptr is not None:
-        to = partial_ptr + tl.program_id(0).to(tl.int64) * channels + channel
-        tl.store(to, tl.sum(total, axis=0), mask=channel < channels)
+        store_sums(partial_ptr + tl.program_id(0).to(tl.int64) * channels, total, c, channels)
 
 
 @ByLayout
@@ -169,41 +179,31 @@ def norm_act_bwd_kernel(
     shares,
     pixels,
     channels,
-    grad_stride_n,
-    grad_stride_c,
-    grad_stride_p,
-    x_stride_n,
-    x_stride_c,
-    x_stride_p,
-    dx_stride_n,
-    dx_stride_c,
-    dx_stride_p,
+    grad_strides,
+    x_strides,
+    dx_strides,
     ACTIVATION: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = channel.to(tl.int64)[None, :]
-    scale = tl.load(scale_ptr + c, mask=c < channels, other=0.0)
-    shift = tl.load(shift_ptr + c, mask=c < channels, other=0.0)
-    mean = tl.load(mean_ptr + c, mask=c < channels, other=0.0)
+    c = channels_of_program(BLOCK_C)
+    scale, shift = load_channels(scale_ptr, c, channels), load_channels(shift_ptr, c, channels)
+    mean = load_channels(mean_ptr, c, channels)
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + n * channels + c, mask=c < channels, other=0.0)
+        gate = load_channels(gate_ptr + n * channels, c, channels)
     if offset_ptr is not None:
-        offset = tl.load(offset_ptr + n * channels + c, mask=c < channels, other=0.0)
+        offset = load_channels(offset_ptr + n * channels, c, channels)
     if dx_ptr is not None:
-        slope = tl.load(line_ptr + c, mask=c < channels, other=0.0)
-        constant = tl.load(line_ptr + channels + c, mask=c < channels, other=0.0)
+        slope, constant = load_channels(line_ptr, c, channels), load_channels(line_ptr + channels, c, channels)
     of_dz = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     of_product = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for first in range(begin, end, BLOCK_P):
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
-        inside = (p < end) & (c < channels)
-        at = grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c
-        dz = tl.load(at, mask=inside, other=0.0).to(SUM_TYPE)
-        x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        dz = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
         if gate_ptr is not None:
             dz *= gate
         if offset_ptr is not None:
@@ -215,27 +215,27 @@ def norm_act_bwd_kernel(
             of_product += dz * (x - mean)
         if dx_ptr is not None:
             dx = scale * dz + slope * (x - mean) + constant
-            to = dx_ptr + n * dx_stride_n + p * dx_stride_p + c * dx_stride_c
-            tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            store_map(dx_ptr, dx_strides, n, p, c, dx, inside)
     if partial_ptr is not None:
-        to = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels + channel
-        tl.store(to, tl.sum(of_dz, axis=0), mask=channel < channels)
-        tl.store(to + channels, tl.sum(of_product, axis=0), mask=channel < channels)
+        own = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels
+        store_sums(own, of_dz, c, channels)
+        store_sums(own + channels, of_product, c, channels)
 
 
 KERNELS = (moments_kernel, merge_moments_kernel, norm_act_kernel, norm_act_bwd_kernel)
-_NO_STRIDES = 0, 0, 0
 
 
 def moments(x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    images, pixels, (strides,) = walk([x])
+    images, pixels, strides = walk([x])
     grid, shares, tile = _grid(x, images, pixels)
     channels = x.shape[1]
     partial = scratch((grid[0], 2, channels), mean.dtype, x.device)
     with torch.cuda.device_of(x):
-        moments_kernel.of(x.stride(1) == 1)[grid](x, partial, shares, pixels, channels, *strides, **tile)
-        merge_moments_kernel[(triton.cdiv(channels, MERGE_TILE["BLOCK_C"]),)](
-            partial, mean, variance, grid[0], shares, pixels, channels, tile["BLOCK_P"], **MERGE_TILE
+        moments_kernel.of(x.stride(1) == 1)[grid](
+            x, partial, shares, pixels, channels, *strides, SUM_TYPE=sum_type(x), **tile._asdict()
+        )
+        merge_moments_kernel[(triton.cdiv(channels, MERGE_TILE.BLOCK_C),)](
+            partial, mean, variance, grid[0], shares, pixels, channels, tile.BLOCK_P, **MERGE_TILE._asdict()
         )
 
 
@@ -254,18 +254,16 @@ def _run(x: Tensor, grad: Tensor | None, c: Any, activation: str | None, y: Tens
         if sums is not None:
             sums.zero_()
         return
-    given = [t for t in (x, grad, y) if t is not None]
-    images, pixels, strides = _images(given, apart=c.gate is not None or sums is not None)
+    images, pixels, strides = walk([x, grad, y], apart=c.gate is not None or sums is not None)
     grid, shares, tile = _grid(x, images, pixels)
     channels = x.shape[1]
     partial = None if sums is None else scratch((images, shares, channels), sums.dtype, x.device)
-    found = iter(strides)
-    flat = [stride for t in (x, grad, y) for stride in (_NO_STRIDES if t is None else next(found))]
     with torch.cuda.device_of(x):
         norm_act_kernel.of(x.stride(1) == 1)[grid](
-            *(x, grad, c.scale, c.shift, c.gate, y, partial, shares, pixels, channels, *flat),
+            *(x, grad, c.scale, c.shift, c.gate, y, partial, shares, pixels, channels, *strides),
             ACTIVATION=activation,
-            **tile,
+            SUM_TYPE=sum_type(x),
+            **tile._asdict(),
         )
     if partial is not None and sums is not None:
         torch.sum(partial, 1, out=sums)
@@ -294,34 +292,25 @@ def _run_backward(
     dx: Tensor | None,
     sums: Tensor | None,
 ) -> None:
-    given = [t for t in (grad, x, dx) if t is not None]
-    images, pixels, strides = _images(given, apart=c.gate is not None or c.offset is not None)
+    images, pixels, strides = walk([grad, x, dx], apart=c.gate is not None or c.offset is not None)
     grid, shares, tile = _grid(x, images, pixels)
     channels = x.shape[1]
     partial = None if sums is None else scratch((grid[0], 2, channels), sums.dtype, x.device)
-    flat = [stride for of_tensor in (*strides, *([_NO_STRIDES] if dx is None else [])) for stride in of_tensor]
     with torch.cuda.device_of(x):
         norm_act_bwd_kernel.of(x.stride(1) == 1)[grid](
             *(grad, x, c.scale, c.shift, c.mean, c.gate, c.offset, line, dx, partial),
-            *(shares, pixels, channels, *flat),
+            *(shares, pixels, channels, *strides),
             ACTIVATION=activation,
-            **tile,
+            SUM_TYPE=sum_type(x),
+            **tile._asdict(),
         )
     if partial is not None and sums is not None:
         torch.sum(partial, 0, out=sums)
 
 
-def _images(tensors: list[Tensor], apart: bool) -> tuple[int, int, list[tuple[int, int, int]]]:
-    """As `walk`; apart: images that have gates or sums of their own stay images."""
-    if not apart:
-        return walk(tensors)
-    n, _, h, w = tensors[0].shape
-    return n, h * w, [strides_of(t) for t in tensors]
-
-
-def _grid(x: Tensor, images: int, pixels: int) -> tuple[tuple[int, int], int, dict[str, Any]]:
-    """And the shares of an image, and the constants of a kernel."""
-    tile, channels = map_tile(x), x.shape[1]
-    columns = triton.cdiv(channels, tile.BLOCK_C)
-    shares = max(1, min(triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(PROGRAMS, images * columns)))
-    return (images * shares, columns), shares, {"SUM_TYPE": sum_type(x), **tile._asdict()}
+def _grid(x: Tensor, images: int, pixels: int) -> tuple[tuple[int, int], int, Tile]:
+    """And the shares of an image, and the tile."""
+    tile = map_tile(x)
+    blocks, columns = blocks_of(images, pixels, x.shape[1], tile)
+    shares = max(1, min(blocks // images, triton.cdiv(IMAGE_PROGRAMS, images * columns)))
+    return (images * shares, columns), shares, tile

@@ -3,7 +3,8 @@
 Forward: the score of every pixel is a product with all of its channels, d its GELU. Backward: GELU and its slope, both
 of u, the output of the convolution, and the gradients that meet in it. d goes behind the channels of h: rounded, then
 what the rounding took off, then zeros, as many as fc2's matrix has columns for. Sums over the channels are of one
-program; those over the pixels have two stages of fixed order.
+program; those over the pixels have two stages of fixed order. Where csrc/cuda has kernels that do this in the
+convolution, only the gradient of the scores and fc2's matrix are computed here.
 """
 
 from typing import NamedTuple
@@ -52,9 +53,10 @@ def _store_d(d, to, inside, columns, COLUMNS: tl.constexpr):
 
 
 @counted
-@moves("scores_ptr", partly=("h_ptr",))
+@moves("d_ptr", "scores_ptr")
 def scores_kernel(
     h_ptr,
+    d_ptr,
     weight_ptr,
     bias_ptr,  # may be None
     scores_ptr,
@@ -63,6 +65,8 @@ def scores_kernel(
     columns,
     h_stride_n,
     h_stride_p,
+    d_stride_n,
+    d_stride_p,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -74,30 +78,36 @@ def scores_kernel(
     if bias_ptr is not None:
         score += tl.load(bias_ptr).to(SUM_TYPE)
     tl.store(scores_ptr + n * pixels + p, score, mask=p < pixels)
-    _store_d(gelu(score), matrix + channels, p < pixels, columns, COLUMNS)
+    _store_d(gelu(score), d_ptr + n * d_stride_n + p * d_stride_p, p < pixels, columns, COLUMNS)
 
 
 @counted
-@moves("dscores_ptr")
+@moves("d_ptr", "dscores_ptr")
 def scores_bwd_kernel(
     grad_ptr,
     weight_ptr,
     scores_ptr,
     dscores_ptr,
+    d_ptr,
     pixels,
     channels,
+    columns,
     grad_stride_n,
     grad_stride_p,
+    d_stride_n,
+    d_stride_p,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """The gradient of d, a product of that of y with all of its channels, and so that of the score."""
+    """The gradient of d, a product of that of y with all of its channels, and so that of the score; d once more."""
     n, p = pixels_of_block(tl.program_id(0), pixels, BLOCK_P)
     matrix = grad_ptr + n * grad_stride_n + p * grad_stride_p
     dd = _dots(matrix, weight_ptr, p, pixels, channels, SUM_TYPE, BLOCK_P, BLOCK_C)
-    _, slope = gelu_and_slope(tl.load(scores_ptr + n * pixels + p, mask=p < pixels, other=0.0))
+    d, slope = gelu_and_slope(tl.load(scores_ptr + n * pixels + p, mask=p < pixels, other=0.0))
     tl.store(dscores_ptr + n * pixels + p, dd * slope, mask=p < pixels)
+    _store_d(d, d_ptr + n * d_stride_n + p * d_stride_p, p < pixels, columns, COLUMNS)
 
 
 @counted
@@ -106,13 +116,11 @@ def gelu_bwd_kernel(
     u_ptr,  # becomes h
     dh_ptr,  # becomes du
     weight_ptr,
-    scores_ptr,
     dscores_ptr,
     sums_ptr,  # [program][channels + 1]: the gradients of the weight and of the bias
     blocks,
     pixels,
     channels,
-    columns,
     u_stride_n,
     u_stride_p,
     dh_stride_n,
@@ -120,7 +128,6 @@ def gelu_bwd_kernel(
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0)
     share = tl.cdiv(blocks, tl.num_programs(0))
@@ -140,9 +147,6 @@ def gelu_bwd_kernel(
         du = (tl.load(dh_at, mask=inside, other=0.0).to(SUM_TYPE) + dscore * weight) * slope
         tl.store(u_at + c[None, :], h.to(u_ptr.dtype.element_ty), mask=inside)
         tl.store(dh_at, du.to(dh_ptr.dtype.element_ty), mask=inside)
-        if tl.program_id(1) == 0:
-            d = gelu(tl.load(scores_ptr + n * pixels + p, mask=p < pixels, other=0.0))
-            _store_d(d, u_at + channels, p < pixels, columns, COLUMNS)
     own = sums_ptr + program.to(tl.int64) * (channels + 1)
     tl.store(own + c, tl.sum(total, axis=0), mask=c < channels)
     if tl.program_id(1) == 0:
@@ -253,34 +257,37 @@ def unfold(product: Tensor, weight: Tensor, sigma: Tensor, dweight: Tensor | Non
         )
 
 
-def scores(h: Tensor, columns: int, weight: Tensor, bias: Tensor | None, scores: Tensor) -> None:
-    """scores = weight h + bias, and d into the columns behind the channels of h, which are part of its memory."""
+def scores(h: Tensor, d: Tensor, weight: Tensor, bias: Tensor | None, scores: Tensor) -> None:
+    """scores = weight h + bias. d: columns of its own."""
     if h.numel() == 0:
         return
-    images, pixels, ((h_n, _, h_p), _) = walk([h, scores])
+    images, pixels, ((h_n, _, h_p), (d_n, _, d_p), _) = walk([h, d, scores])
     chosen = tile(h)
     with torch.cuda.device_of(h):
         scores_kernel[(images * triton.cdiv(pixels, chosen.BLOCK_P),)](
             h,
+            d,
             weight,
             bias,
             scores,
             pixels,
             h.shape[1],
-            columns,
+            d.shape[1],
             h_n,
             h_p,
-            COLUMNS=power_of_two(columns),
+            d_n,
+            d_p,
+            COLUMNS=power_of_two(d.shape[1]),
             SUM_TYPE=sum_type(h),
             **chosen._asdict(),
         )
 
 
-def scores_backward(grad: Tensor, weight: Tensor, scores: Tensor, dscores: Tensor) -> None:
-    """weight: of d in every channel of y. dscores as scores."""
+def scores_backward(grad: Tensor, weight: Tensor, scores: Tensor, dscores: Tensor, d: Tensor) -> None:
+    """weight: of d in every channel of y. dscores as scores, d as above."""
     if grad.numel() == 0:
         return
-    images, pixels, ((grad_n, _, grad_p), _) = walk([grad, scores])
+    images, pixels, ((grad_n, _, grad_p), (d_n, _, d_p), _) = walk([grad, d, scores])
     chosen = tile(grad)
     with torch.cuda.device_of(grad):
         scores_bwd_kernel[(images * triton.cdiv(pixels, chosen.BLOCK_P),)](
@@ -288,10 +295,15 @@ def scores_backward(grad: Tensor, weight: Tensor, scores: Tensor, dscores: Tenso
             weight,
             scores,
             dscores,
+            d,
             pixels,
             grad.shape[1],
+            d.shape[1],
             grad_n,
             grad_p,
+            d_n,
+            d_p,
+            COLUMNS=power_of_two(d.shape[1]),
             SUM_TYPE=sum_type(grad),
             **chosen._asdict(),
         )
@@ -300,21 +312,19 @@ def scores_backward(grad: Tensor, weight: Tensor, scores: Tensor, dscores: Tenso
 def gelu_backward(
     u: Tensor,
     dh: Tensor,
-    columns: int,
     weight: Tensor,
-    scores: Tensor,
     dscores: Tensor,
     dweight: Tensor,
     dbias: Tensor | None = None,
 ) -> None:
-    """u becomes h = GELU(u), with d behind its channels; dh becomes du = (dh + dscores * weight) * GELU'(u); dweight =
+    """u becomes h = GELU(u); dh becomes du = (dh + dscores * weight) * GELU'(u); dweight =
     the sum of dscores * h over the pixels, dbias that of dscores."""
     if u.numel() == 0:
         dweight.zero_()
         if dbias is not None:
             dbias.zero_()
         return
-    images, pixels, ((u_n, _, u_p), (dh_n, _, dh_p), _) = walk([u, dh, scores])
+    images, pixels, ((u_n, _, u_p), (dh_n, _, dh_p), _) = walk([u, dh, dscores])
     channels = u.shape[1]
     chosen = tile(u)
     blocks, bundles = images * triton.cdiv(pixels, chosen.BLOCK_P), triton.cdiv(channels, chosen.BLOCK_C)
@@ -325,18 +335,15 @@ def gelu_backward(
             u,
             dh,
             weight,
-            scores,
             dscores,
             sums,
             blocks,
             pixels,
             channels,
-            columns,
             u_n,
             u_p,
             dh_n,
             dh_p,
-            COLUMNS=power_of_two(columns),
             SUM_TYPE=sum_type(u),
             **chosen._asdict(),
         )

@@ -1,4 +1,4 @@
-"""Attention between channels: products over the tokens, the softmax between them, products by head.
+"""Attention between channels: products over the tokens, and products by head.
 
 Heads have 12 to 96 channels. A tile holds several narrow ones, `group`, and computes all their products: those of two
 heads are thrown away, which costs less than tiles filled up with zeros. Of a head with more than 64 channels it
@@ -7,6 +7,7 @@ of fixed order: a program's own chunk, then the chunks, whose number depends on 
 have 32 bits.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,35 +18,60 @@ from torch import Tensor
 from . import power_of_two, scratch
 from ._moves import moves
 from ._specialize import ByLayout
+from .cosine_softmax import SUM_TYPES
+from .cosine_softmax import softmax as softmax
+from .cosine_softmax import softmax_backward as softmax_backward
 from .sums import sum_parts
-
-MOST_CHUNKS, LEAST_TOKENS = 16, 256  # of a sum over the tokens
 
 
 class Tile(NamedTuple):
     GROUP: int  # heads
     BLOCK_I: int  # rows of their matrices, all or some
     BLOCK_J: int  # columns, all of them: the channels of the heads, side by side
-    BLOCK_N: int
+    BLOCK_N: int  # tokens
     num_warps: int
 
 
+# Launch choices: what the registers hold without spills, compiled for sm_80, 90 and 100; no GPU has measured them.
+WIDEST = 64  # channels of whole heads side by side
+WIDE = Tile(GROUP=1, BLOCK_I=32, BLOCK_J=128, BLOCK_N=32, num_warps=8)  # of heads with more
+WIDE_FLOAT32 = WIDE._replace(BLOCK_I=16, BLOCK_N=16)
+NARROW_TOKENS = 32
+FLOAT32_BLOCK = 16  # of what is summed over: without tensor cores the operands of a whole tile are in registers
+MOST_CHUNKS, LEAST_TOKENS = 16, 256  # of a sum over the tokens
+
+
 def tile(heads: int, d: int, dtype: torch.dtype) -> Tile:
-    """About 64 channels of whole heads, or some rows of a wider one: what the registers hold without spills."""
-    if d > 64:
-        rows, tokens = (16, 16) if dtype == torch.float32 else (32, 32)
-        return Tile(1, rows, power_of_two(d), tokens, num_warps=8)
-    group = min(heads, max(1, 64 // d))
+    """Whole heads, equally many in every tile, or some rows of a wider one."""
+    if d > WIDEST:
+        return WIDE_FLOAT32 if dtype == torch.float32 else WIDE
+    group = triton.cdiv(heads, triton.cdiv(heads, WIDEST // d))
     side = max(16, power_of_two(group * d))
-    return Tile(group, side, side, BLOCK_N=32, num_warps=8)
+    return Tile(group, side, side, NARROW_TOKENS, num_warps=8)
 
 
 @triton.jit
-def _channels(group, first, heads, d, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Head, channel in it, and whether they are there, of the channels of a group of heads from the first on."""
-    i = first + tl.arange(0, BLOCK)
-    head = group * GROUP + i // d
-    return head, i % d, (i < GROUP * d) & (head < heads)
+def _channels(group, first, heads, d, GROUP: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """Of a group of heads from the first on: channels, counted through all heads, heads, and whether they are there."""
+    begin = tl.multiple_of(group * GROUP * d, ALIGN)
+    end = tl.multiple_of(tl.minimum(group * GROUP + GROUP, heads) * d, ALIGN)
+    channel = begin + first + tl.arange(0, BLOCK)
+    return channel, channel // d, channel < end
+
+
+@triton.jit
+def _at(channel, head, d, strides, ADJACENT: tl.constexpr):
+    """ADJACENT: one stride leads through the channels of all heads, so that Triton sees how wide loads can be."""
+    if ADJACENT:
+        return channel * strides[2]
+    else:
+        return head * strides[1] + (channel - head * d) * strides[2]
+
+
+@triton.jit
+def _load(ptr, at, n, strides, inside):
+    """[tokens][channels]."""
+    return tl.load(ptr + at[None, :] + (n * strides[3])[:, None], mask=inside, other=0.0)
 
 
 @ByLayout
@@ -64,36 +90,33 @@ def gram_kernel(
     chunks,
     sums_row,
     norms_row,
-    a_b,
-    a_h,
-    a_d,
-    a_n,
-    b_b,
-    b_h,
-    b_d,
-    b_n,
-    u_b,
-    u_h,
-    u_d,
-    u_n,
-    v_b,
-    v_h,
-    v_d,
-    v_n,
+    a_strides,
+    b_strides,
+    u_strides,
+    v_strides,
     SUM_TYPE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D_ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    d = d // D_ALIGN * D_ALIGN  # as it is, but Triton knows
     sample, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
-    head_j, j, there_j = _channels(tl.program_id(1), 0, heads, d, GROUP, BLOCK_J)
-    head_i, i, there_i = head_j, j, there_j
+    j, head_j, there_j = _channels(tl.program_id(1), 0, heads, d, GROUP, BLOCK_J, ALIGN)
+    i, head_i, there_i = j, head_j, there_j
     if BLOCK_I < BLOCK_J:
-        head_i, i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I)
-    a_ptr += sample * a_b
-    b_ptr += sample * b_b
+        i, head_i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I, ALIGN)
+    a_ptr += sample * a_strides[0]
+    b_ptr += sample * b_strides[0]
+    a_at, b_at = _at(i, head_i, d, a_strides, ADJACENT), _at(j, head_j, d, b_strides, ADJACENT)
+    if u_ptr is not None:
+        u_ptr += sample * u_strides[0]
+        v_ptr += sample * v_strides[0]
+        u_at, v_at = _at(i, head_i, d, u_strides, ADJACENT), _at(j, head_j, d, v_strides, ADJACENT)
     gram = tl.zeros((BLOCK_I, BLOCK_J), SUM_TYPE)
     of_a = tl.zeros((BLOCK_I,), SUM_TYPE)
     of_b = tl.zeros((BLOCK_J,), SUM_TYPE)
@@ -101,8 +124,7 @@ def gram_kernel(
     for first in range(chunk * share, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         in_a, in_b = (n < end)[:, None] & there_i[None, :], (n < end)[:, None] & there_j[None, :]
-        a = tl.load(a_ptr + (head_i * a_h + i * a_d)[None, :] + (n * a_n)[:, None], mask=in_a, other=0.0)
-        b = tl.load(b_ptr + (head_j * b_h + j * b_d)[None, :] + (n * b_n)[:, None], mask=in_b, other=0.0)
+        a, b = _load(a_ptr, a_at, n, a_strides, in_a), _load(b_ptr, b_at, n, b_strides, in_b)
         gram += tl.dot(tl.trans(a.to(DOT_TYPE)), b.to(DOT_TYPE), out_dtype=SUM_TYPE, input_precision="ieee")
         if norms_ptr is not None:
             wide_a, wide_b = a.to(SUM_TYPE), b.to(SUM_TYPE)
@@ -110,88 +132,17 @@ def gram_kernel(
                 of_a += tl.sum(wide_a * wide_a, axis=0)
                 of_b += tl.sum(wide_b * wide_b, axis=0)
             else:
-                u_at = u_ptr + sample * u_b + (head_i * u_h + i * u_d)[None, :] + (n * u_n)[:, None]
-                v_at = v_ptr + sample * v_b + (head_j * v_h + j * v_d)[None, :] + (n * v_n)[:, None]
-                of_a += tl.sum(wide_a * tl.load(u_at, mask=in_a, other=0.0).to(SUM_TYPE), axis=0)
-                of_b += tl.sum(wide_b * tl.load(v_at, mask=in_b, other=0.0).to(SUM_TYPE), axis=0)
+                of_a += tl.sum(wide_a * _load(u_ptr, u_at, n, u_strides, in_a).to(SUM_TYPE), axis=0)
+                of_b += tl.sum(wide_b * _load(v_ptr, v_at, n, v_strides, in_b).to(SUM_TYPE), axis=0)
     part = sample * chunks + chunk
     own = (head_i[:, None] == head_j[None, :]) & there_i[:, None] & there_j[None, :]
-    to = sums_ptr + part * sums_row + ((head_i * d + i) * d)[:, None] + j[None, :]
+    to = sums_ptr + part * sums_row + ((i - head_i) * d)[:, None] + j[None, :]
     tl.store(to, gram, mask=own)
     if norms_ptr is not None:
         norms_ptr += part * norms_row
-        tl.store(norms_ptr + head_i * d + i, of_a, mask=there_i)
+        tl.store(norms_ptr + i, of_a, mask=there_i)
         if tl.program_id(2) == 0:
-            tl.store(norms_ptr + heads * d + head_j * d + j, of_b, mask=there_j)
-
-
-@triton.jit
-def _norms(norms_ptr, sample, side, head, heads, d, i, there):
-    """The squared norms, and what F.normalize divides by."""
-    squares = tl.load(norms_ptr + ((sample * 2 + side) * heads + head) * d + i, mask=there, other=1.0)
-    norms = tl.sqrt(tl.where(squares < 0.0, 0.0, squares))
-    return squares, tl.where(norms < 1e-12, 1e-12, norms)
-
-
-@triton.jit
-@moves("weights_ptr")
-def cosine_softmax_kernel(
-    gram_ptr, norms_ptr, temperature_ptr, weights_ptr, heads, d, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
-):
-    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    i, j = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
-    inside = (i < d)[:, None] & (j < d)[None, :]
-    at = ((sample * heads + head) * d + i)[:, None] * d + j[None, :]
-    _, of_q = _norms(norms_ptr, sample, 0, head, heads, d, i, i < d)
-    _, of_k = _norms(norms_ptr, sample, 1, head, heads, d, j, j < d)
-    temperature = tl.load(temperature_ptr + head)
-    logits = tl.load(gram_ptr + at, mask=inside, other=0.0) / of_q[:, None] / of_k[None, :] * temperature
-    logits = tl.where((j < d)[None, :], logits, float("-inf"))
-    e = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    tl.store(weights_ptr + at, e / tl.sum(e, axis=1)[:, None], mask=inside)
-
-
-@triton.jit
-@moves("scales_ptr", "dtemperature_ptr", updated=("grad_ptr",))
-def cosine_softmax_bwd_kernel(
-    grad_ptr,  # in place
-    weights_ptr,
-    gram_ptr,
-    norms_ptr,
-    temperature_ptr,
-    scales_ptr,
-    dtemperature_ptr,
-    heads,
-    d,
-    SUM_TYPE: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """One program a head; its rows in blocks, so that every sum has one order."""
-    sample, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    j = tl.arange(0, BLOCK_J)
-    squares_k, of_k = _norms(norms_ptr, sample, 1, head, heads, d, j, j < d)
-    temperature = tl.load(temperature_ptr + head)
-    products_k = tl.zeros((BLOCK_J,), SUM_TYPE)
-    scales_q = scales_ptr + (sample * 2 * heads + head) * d
-    for first in range(0, d, BLOCK_I):
-        i = first + tl.arange(0, BLOCK_I)
-        inside = (i < d)[:, None] & (j < d)[None, :]
-        at = ((sample * heads + head) * d + i)[:, None] * d + j[None, :]
-        squares_q, of_q = _norms(norms_ptr, sample, 0, head, heads, d, i, i < d)
-        grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
-        weights = tl.load(weights_ptr + at, mask=inside, other=0.0)
-        gram = tl.load(gram_ptr + at, mask=inside, other=0.0)
-        inverse = 1.0 / of_q[:, None] / of_k[None, :]
-        logits = weights * (grad - tl.sum(grad * weights, axis=1)[:, None])
-        products = logits * (gram * inverse)
-        products_k += tl.sum(products, axis=0)
-        tl.store(grad_ptr + at, logits * temperature * inverse, mask=inside)
-        scale = -temperature * tl.sum(products, axis=1) / of_q / of_q
-        tl.store(scales_q + i, tl.where(squares_q < 1e-24, 0.0, scale), mask=i < d)
-    scale = -temperature * products_k / of_k / of_k
-    tl.store(scales_q + heads * d + j, tl.where(squares_k < 1e-24, 0.0, scale), mask=j < d)
-    tl.store(dtemperature_ptr + sample * heads + head, tl.sum(products_k, axis=0))
+            tl.store(norms_ptr + heads * d + j, of_b, mask=there_j)
 
 
 @ByLayout
@@ -205,68 +156,76 @@ def apply_kernel(
     heads,
     d,
     tokens,
-    matrix_i,
-    matrix_j,
-    x_b,
-    x_h,
-    x_d,
-    x_n,
-    scale_b,
-    scale_h,
-    scale_d,
-    z_b,
-    z_h,
-    z_d,
-    z_n,
-    y_b,
-    y_h,
-    y_d,
-    y_n,
+    x_strides,
+    scale_strides,
+    z_strides,
+    y_strides,
+    TRANSPOSED: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     DOT_TYPE: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D_ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    d = d // D_ALIGN * D_ALIGN  # as it is, but Triton knows
     blocks = tl.cdiv(tokens, BLOCK_N)
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    head_i, i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I)
+    i, head_i, there_i = _channels(tl.program_id(1), tl.program_id(2) * BLOCK_I, heads, d, GROUP, BLOCK_I, ALIGN)
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     in_y = (n < tokens)[:, None] & there_i[None, :]
     matrix_ptr += sample * heads * d * d
-    x_ptr += sample * x_b
+    x_ptr += sample * x_strides[0]
     y = tl.zeros((BLOCK_N, BLOCK_I), SUM_TYPE)
     for first in range(0, BLOCK_J, BLOCK_K):
-        head_j, j, there_j = _channels(tl.program_id(1), first, heads, d, GROUP, BLOCK_K)
+        j, head_j, there_j = _channels(tl.program_id(1), first, heads, d, GROUP, BLOCK_K, ALIGN)
         own = (head_j[:, None] == head_i[None, :]) & there_j[:, None] & there_i[None, :]
-        # Transposed, [j][i]: tokens are the rows.
-        at = (head_i * d * d + i * matrix_i)[None, :] + (j * matrix_j)[:, None]
+        # [j][i], as tokens are the rows of the product.
+        if TRANSPOSED:
+            at = (head_i * d * d + i - head_i * d)[None, :] + ((j - head_j * d) * d)[:, None]
+        else:
+            at = (i * d)[None, :] + (j - head_j * d)[:, None]
         matrix = tl.load(matrix_ptr + at, mask=own, other=0.0)
         if tl.float16 == DOT_TYPE:  # which does not hold gradients of rows of almost nothing; there is one step for it
             size = tl.max(tl.abs(matrix), axis=0)
             size = tl.where(size == 0.0, 1.0, size)[None, :]
             matrix /= size
         in_x = (n < tokens)[:, None] & there_j[None, :]
-        x_at = x_ptr + (head_j * x_h + j * x_d)[None, :] + (n * x_n)[:, None]
-        x = tl.load(x_at, mask=in_x, other=0.0).to(DOT_TYPE)
+        x = _load(x_ptr, _at(j, head_j, d, x_strides, ADJACENT), n, x_strides, in_x).to(DOT_TYPE)
         y = tl.dot(x, matrix.to(DOT_TYPE), y, out_dtype=SUM_TYPE, input_precision="ieee")
         if tl.float16 == DOT_TYPE:
             y *= size
     if z_ptr is not None:
-        scale = tl.load(scale_ptr + sample * scale_b + head_i * scale_h + i * scale_d, mask=there_i, other=0.0)
-        z_at = z_ptr + sample * z_b + (head_i * z_h + i * z_d)[None, :] + (n * z_n)[:, None]
-        y += scale[None, :] * tl.load(z_at, mask=in_y, other=0.0).to(SUM_TYPE)
-    y_at = y_ptr + sample * y_b + (head_i * y_h + i * y_d)[None, :] + (n * y_n)[:, None]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=in_y)
+        at = scale_ptr + sample * scale_strides[0] + head_i * scale_strides[1] + (i - head_i * d) * scale_strides[2]
+        scale = tl.load(at, mask=there_i, other=0.0)
+        z_at = _at(i, head_i, d, z_strides, ADJACENT)
+        y += scale[None, :] * _load(z_ptr + sample * z_strides[0], z_at, n, z_strides, in_y).to(SUM_TYPE)
+    to = y_ptr + sample * y_strides[0] + _at(i, head_i, d, y_strides, ADJACENT)[None, :]
+    tl.store(to + (n * y_strides[3])[:, None], y.to(y_ptr.dtype.element_ty), mask=in_y)
 
 
-KERNELS = (gram_kernel, cosine_softmax_kernel, cosine_softmax_bwd_kernel, apply_kernel)
+KERNELS = (gram_kernel, apply_kernel)
 
 
 def _grid(first: int, heads: int, d: int, t: Tile) -> tuple[int, int, int]:
     return first, triton.cdiv(heads, t.GROUP), triton.cdiv(d, t.BLOCK_I) if t.BLOCK_I < t.BLOCK_J else 1
+
+
+def _constants(t: Tile, tokens: list[Tensor | None], out: Tensor, dot: tuple[Tensor, ...]) -> dict[str, object]:
+    """Of the kernels: what tokens, all of one shape, have in common; sums are of the type of out."""
+    (_, heads, d, _), present = tokens[0].shape, [x for x in tokens if x is not None]
+    return {
+        "SUM_TYPE": SUM_TYPES[out.dtype],
+        "DOT_TYPE": _dot_type(*dot),
+        "ADJACENT": all(x.stride(1) == d * x.stride(2) for x in present),
+        "ALIGN": math.gcd(t.GROUP * d, heads * d, 16),
+        "D_ALIGN": math.gcd(d, 16),
+        **t._asdict(),
+    }
 
 
 def gram(
@@ -277,7 +236,7 @@ def gram(
         u = v = None
     t = tile(heads, d, a.dtype)
     if a.dtype == torch.float32:
-        t = t._replace(BLOCK_N=16)  # without tensor cores the operands of a whole tile are in registers
+        t = t._replace(BLOCK_N=FLOAT32_BLOCK)
     share = triton.cdiv(triton.cdiv(tokens, min(max(1, tokens // LEAST_TOKENS), MOST_CHUNKS)), t.BLOCK_N) * t.BLOCK_N
     chunks = triton.cdiv(tokens, share)
     lengths = [heads * d * d] if norms is None else [heads * d * d, 2 * heads * d]
@@ -286,65 +245,14 @@ def gram(
         partial = scratch((batch, chunks, sum(lengths)), out.dtype, out.device)
         sums, sums_of_norms = partial, None if norms is None else partial[:, :, lengths[0] :]
         rows = (sum(lengths),) * 2
+    given = [a, b, u, v]
     with torch.cuda.device_of(a):
         gram_kernel.of(a.stride(2) == b.stride(2) == 1)[_grid(batch * chunks, heads, d, t)](
-            a,
-            b,
-            u,
-            v,
-            sums,
-            sums_of_norms,
-            heads,
-            d,
-            tokens,
-            share,
-            chunks,
-            *rows,
-            *a.stride(),
-            *b.stride(),
-            *(a if u is None else u).stride(),
-            *(b if v is None else v).stride(),
-            SUM_TYPE=_SUM_TYPES[out.dtype],
-            DOT_TYPE=_dot_type(a, b),
-            **t._asdict(),
+            *(*given, sums, sums_of_norms, heads, d, tokens, share, chunks, *rows, *map(_strides, given)),
+            **_constants(t, given, out, (a, b)),
         )
         if chunks > 1:
             sum_parts(partial, [out] if norms is None else [out, norms], lengths)
-
-
-def softmax(gram: Tensor, norms: Tensor, temperature: Tensor, weights: Tensor) -> None:
-    batch, heads, d, _ = gram.shape
-    t = rows_tile(d)
-    with torch.cuda.device_of(gram):
-        cosine_softmax_kernel[(batch * heads, triton.cdiv(d, t.BLOCK_I))](
-            gram, norms, temperature, weights, heads, d, **t._asdict()
-        )
-
-
-def softmax_backward(
-    grad: Tensor,
-    weights: Tensor,
-    gram: Tensor,
-    norms: Tensor,
-    temperature: Tensor,
-    scales: Tensor,
-    dtemperature: Tensor,
-) -> None:
-    batch, heads, d, _ = gram.shape
-    with torch.cuda.device_of(gram):
-        cosine_softmax_bwd_kernel[(batch * heads,)](
-            grad,
-            weights,
-            gram,
-            norms,
-            temperature,
-            scales,
-            dtemperature,
-            heads,
-            d,
-            SUM_TYPE=_SUM_TYPES[gram.dtype],
-            **rows_tile(d)._asdict(),
-        )
 
 
 def apply(
@@ -360,40 +268,18 @@ def apply(
     t = tile(heads, d, x.dtype)
     with torch.cuda.device_of(x):
         apply_kernel.of(x.stride(2) == y.stride(2) == 1)[_grid(batch * triton.cdiv(tokens, t.BLOCK_N), heads, d, t)](
-            matrix,
-            x,
-            scale,
-            z,
-            y,
-            heads,
-            d,
-            tokens,
-            *((1, d) if transposed else (d, 1)),
-            *x.stride(),
-            *((0, 0, 0) if scale is None else scale.stride()[:3]),
-            *(x if z is None else z).stride(),
-            *y.stride(),
-            SUM_TYPE=_SUM_TYPES[matrix.dtype],
-            DOT_TYPE=_dot_type(x),
-            BLOCK_K=16 if x.dtype == torch.float32 else t.BLOCK_J,  # as in `gram`
-            **t._asdict(),
+            *(matrix, x, scale, z, y, heads, d, tokens, *map(_strides, (x, scale, z, y))),
+            TRANSPOSED=transposed,
+            BLOCK_K=FLOAT32_BLOCK if x.dtype == torch.float32 else t.BLOCK_J,
+            **_constants(t, [x, z, y], matrix, (x,)),
         )
 
 
-_SUM_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-_DOT_TYPES = {**_SUM_TYPES, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DOT_TYPES = {**SUM_TYPES, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class RowsTile(NamedTuple):
-    BLOCK_I: int
-    BLOCK_J: int
-    num_warps: int
-
-
-def rows_tile(d: int) -> RowsTile:
-    """A thread has up to eight values of each matrix, of more than 64 channels four."""
-    block_i, warps = (16, 4) if d <= 64 else (8, 8)
-    return RowsTile(block_i, max(16, power_of_two(d)), warps)
+def _strides(t: Tensor | None) -> tuple[int, ...] | None:
+    return None if t is None else t.stride()
 
 
 def _dot_type(*tensors: Tensor) -> tl.dtype:

@@ -12,37 +12,38 @@ import triton.language as tl
 from torch import Tensor
 
 from . import power_of_two, scratch
-from ._maps import Tile, sum_type, walk
+from ._maps import (
+    LOOP_STAGES,
+    Tile,
+    load_channels,
+    load_map,
+    pixels_of_block,
+    share_of_blocks,
+    store_map,
+    store_sums,
+    sum_type,
+    walk,
+)
 from ._moves import moves
 from ._specialize import ByLayout
 from .sums import sum_parts
 
-MOST_PROGRAMS = 528  # of the backward pass, each with a row of partial sums: four on every multiprocessor of an H200
+# Launch choices, by counting: no GPU has measured them.
+PROGRAMS = 528  # that share the sums: four on every multiprocessor of an H200, as large as their tiles are
+FORWARD_VALUES, MOST_FORWARD_WARPS = 32, 16  # of a thread, of a program
+BACKWARD_VALUES, MOST_BACKWARD_WARPS = 16, 8  # four such tiles are in registers
+SECTOR_BYTES = 32  # of every plane at least that a tile of contiguous tensors has, as long as the registers hold that
 
 
 def tile(channels: int, channels_last: bool, element_size: int, backward: bool) -> Tile:
-    """A thread holds 32 values going forward and 16 going back, which takes four such tiles; half of it in float64.
-
-    Half of it in contiguous tensors, too: there every value has an address of its own. Their tiles are as wide as a
-    sector of 32 bytes in every plane, as long as the registers hold that.
-    """
+    """A thread has half as many values in float64, and in contiguous tensors, where every value has its own address."""
     block_c = power_of_two(channels)
-    values = 32 >> (int(backward) + int(not channels_last) + int(element_size == 8))
-    most_warps = 8 if backward else 16
+    values, most_warps = (BACKWARD_VALUES, MOST_BACKWARD_WARPS) if backward else (FORWARD_VALUES, MOST_FORWARD_WARPS)
+    values >>= int(not channels_last) + int(element_size == 8)
     block_p = max(1, 128 * values // block_c)
     if not channels_last:
-        block_p = max(block_p, min(32 // element_size, 32 * most_warps * values // block_c))
+        block_p = max(block_p, min(SECTOR_BYTES // element_size, 32 * most_warps * values // block_c))
     return Tile(block_p, block_c, num_warps=min(most_warps, max(4, block_p * block_c // (32 * values))))
-
-
-@triton.jit
-def _pixels_and_channels(block, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Image, pixels and channels of a block, in 64 bits: a batch of large maps has more than 2^31 elements."""
-    blocks = tl.cdiv(pixels, BLOCK_P)
-    image = (block // blocks).to(tl.int64)
-    p = (block % blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.arange(0, BLOCK_C).to(tl.int64)
-    return image, p[:, None], c[None, :], (p < pixels)[:, None] & (c < channels)[None, :]
 
 
 @triton.jit
@@ -66,25 +67,22 @@ def layer_norm_2d_fwd_kernel(
     y_ptr,
     pixels,
     channels,
-    x_stride_n,
-    x_stride_c,
-    x_stride_p,
-    y_stride_n,
-    y_stride_c,
-    y_stride_p,
+    x_strides,
+    y_strides,
     EPS: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    n, p, c, inside = _pixels_and_channels(tl.program_id(0), pixels, channels, BLOCK_P, BLOCK_C)
-    x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
+    n, p = pixels_of_block(tl.program_id(0), pixels, BLOCK_P)
+    c = tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+    inside = (p < pixels) & (c < channels)
+    x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
     d = _distance_from_mean(x, inside, channels)
     rstd = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / channels + EPS)
-    weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
-    bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(SUM_TYPE)
-    y = d * rstd[:, None] * weight + bias
-    tl.store(y_ptr + n * y_stride_n + p * y_stride_p + c * y_stride_c, y.to(y_ptr.dtype.element_ty), mask=inside)
+    weight = load_channels(weight_ptr, c, channels).to(SUM_TYPE)
+    bias = load_channels(bias_ptr, c, channels).to(SUM_TYPE)
+    store_map(y_ptr, y_strides, n, p, c, d * rstd[:, None] * weight + bias, inside)
 
 
 @ByLayout
@@ -99,34 +97,25 @@ def layer_norm_2d_bwd_kernel(
     blocks,
     pixels,
     channels,
-    grad_stride_n,
-    grad_stride_c,
-    grad_stride_p,
-    x_stride_n,
-    x_stride_c,
-    x_stride_p,
-    plus_stride_n,
-    plus_stride_c,
-    plus_stride_p,
-    dx_stride_n,
-    dx_stride_c,
-    dx_stride_p,
+    grad_strides,
+    x_strides,
+    plus_strides,
+    dx_strides,
     EPS: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    share = tl.cdiv(blocks, tl.num_programs(0))
-    channel = tl.arange(0, BLOCK_C)
-    weight = tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(SUM_TYPE)[None, :]
+    c = tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+    weight = load_channels(weight_ptr, c, channels).to(SUM_TYPE)
     dweight = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     dbias = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for block in range(program * share, tl.minimum(program * share + share, blocks)):
-        n, p, c, inside = _pixels_and_channels(block, pixels, channels, BLOCK_P, BLOCK_C)
-        x = tl.load(x_ptr + n * x_stride_n + p * x_stride_p + c * x_stride_c, mask=inside, other=0.0).to(SUM_TYPE)
-        grad = tl.load(grad_ptr + n * grad_stride_n + p * grad_stride_p + c * grad_stride_c, mask=inside, other=0.0)
-        grad = grad.to(SUM_TYPE)
+    begin, end = share_of_blocks(blocks)
+    for block in tl.range(begin, end, num_stages=LOOP_STAGES):
+        n, p = pixels_of_block(block, pixels, BLOCK_P)
+        inside = (p < pixels) & (c < channels)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
+        grad = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
         d = _distance_from_mean(x, inside, channels)
         rstd = (1.0 / tl.sqrt(tl.sum(d * d, axis=1) / channels + EPS))[:, None]
         # Pixels past the end have no variance: without EPS their rstd would be infinite, and NaN in the sums.
@@ -140,14 +129,12 @@ def layer_norm_2d_bwd_kernel(
             mean_gn = (tl.sum(g * normalized, axis=1) / channels)[:, None]
             dx = (g - mean_g - normalized * mean_gn) * rstd
             if plus_ptr is not None:
-                plus_at = plus_ptr + n * plus_stride_n + p * plus_stride_p + c * plus_stride_c
-                dx += tl.load(plus_at, mask=inside, other=0.0).to(SUM_TYPE)
-            dx_at = dx_ptr + n * dx_stride_n + p * dx_stride_p + c * dx_stride_c
-            tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+                dx += load_map(plus_ptr, plus_strides, n, p, c, inside).to(SUM_TYPE)
+            store_map(dx_ptr, dx_strides, n, p, c, dx, inside)
     if sums_ptr is not None:
-        own = sums_ptr + program.to(tl.int64) * 2 * channels + channel
-        tl.store(own, tl.sum(dweight, axis=0), mask=channel < channels)
-        tl.store(own + channels, tl.sum(dbias, axis=0), mask=channel < channels)
+        own = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels
+        store_sums(own, dweight, c, channels)
+        store_sums(own + channels, dbias, c, channels)
 
 
 KERNELS = (layer_norm_2d_fwd_kernel, layer_norm_2d_bwd_kernel)
@@ -158,18 +145,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> N
         return
     last = _channels_last(y)
     x = _walkable(x, last)
-    images, pixels, (x_strides, y_strides) = walk([x, y])
+    images, pixels, strides = walk([x, y])
     t = tile(x.shape[1], last, x.element_size(), backward=False)
     with torch.cuda.device_of(x):
         layer_norm_2d_fwd_kernel.of(last)[(images * triton.cdiv(pixels, t.BLOCK_P),)](
-            x,
-            weight.contiguous(),
-            bias.contiguous(),
-            y,
-            pixels,
-            x.shape[1],
-            *x_strides,
-            *y_strides,
+            *(x, weight.contiguous(), bias.contiguous(), y, pixels, x.shape[1], *strides),
             EPS=eps,
             SUM_TYPE=sum_type(x),
             **t._asdict(),
@@ -195,26 +175,17 @@ def backward(
     last = _channels_last(x)
     grad, x = _walkable(grad, last), _walkable(x, last)
     plus = None if plus is None else _walkable(plus, last)
-    images, pixels, strides = walk([grad, x, x if plus is None else plus, x if dx is None else dx])
+    images, pixels, strides = walk([grad, x, plus, dx])
     channels = x.shape[1]
     t = tile(channels, last, x.element_size(), backward=True)
     blocks = images * triton.cdiv(pixels, t.BLOCK_P)
-    programs = min(MOST_PROGRAMS, blocks)
+    programs = min(PROGRAMS, blocks)
     sums = None
     if dweight is not None or dbias is not None:
         sums = scratch((programs, 2, channels), torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
     with torch.cuda.device_of(x):
         layer_norm_2d_bwd_kernel.of(last)[(programs,)](
-            grad,
-            x,
-            weight.contiguous(),
-            plus,
-            dx,
-            sums,
-            blocks,
-            pixels,
-            channels,
-            *(stride for of_tensor in strides for stride in of_tensor),
+            *(grad, x, weight.contiguous(), plus, dx, sums, blocks, pixels, channels, *strides),
             EPS=eps,
             SUM_TYPE=sum_type(x),
             **t._asdict(),

@@ -5,7 +5,6 @@ activations again. Results may take the place of what they are computed from.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -13,17 +12,33 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scratch
-from ._maps import Tile, load_map, map_tile, pixels_of_block, silu_and_slope, store_map, sum_type, walk
+from ._maps import (
+    LOOP_STAGES,
+    MOST_ROWS,
+    PROGRAMS,
+    Tile,
+    blocks_of,
+    channels_of_program,
+    load_map,
+    map_tile,
+    pixels_of_block,
+    share_of_blocks,
+    silu_and_slope,
+    store_map,
+    store_sums,
+    sum_type,
+    walk,
+)
 from ._moves import moves
 from ._specialize import ByLayout
 from .sums import sum_parts
 
-MOST_PROGRAMS = 1056  # along the pixels, each with a row of partial sums: eight on every multiprocessor of an H200
-LINE_TILE = Tile(1024, 1, num_warps=4)  # a thread has a vector of each half tensor
+LINE_TILE = Tile(1024, 1, num_warps=4)  # a thread has a vector of each half tensor; not measured
 
 
 @triton.jit
-def _activated(x, DOUBLED: tl.constexpr):
+def _silu(x, DOUBLED: tl.constexpr):
+    """Once or twice, and the slope."""
     y, slope = silu_and_slope(x)
     if DOUBLED:
         y, outer = silu_and_slope(y)
@@ -39,28 +54,20 @@ def moga_gate_kernel(
     y_ptr,
     pixels,
     channels,
-    gate_stride_n,
-    gate_stride_c,
-    gate_stride_p,
-    value_stride_n,
-    value_stride_c,
-    value_stride_p,
-    y_stride_n,
-    y_stride_c,
-    y_stride_p,
+    gate_strides,
+    value_strides,
+    y_strides,
     DOUBLED: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     n, p = pixels_of_block(tl.program_id(0), pixels, BLOCK_P)
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)[None, :]
+    c = channels_of_program(BLOCK_C)
     inside = (p < pixels) & (c < channels)
-    gate = load_map(gate_ptr, n, p, c, gate_stride_n, gate_stride_p, gate_stride_c, inside).to(SUM_TYPE)
-    value = load_map(value_ptr, n, p, c, value_stride_n, value_stride_p, value_stride_c, inside).to(SUM_TYPE)
-    gate, _ = _activated(gate, DOUBLED)
-    value, _ = _activated(value, DOUBLED)
-    store_map(y_ptr, gate * value, n, p, c, y_stride_n, y_stride_p, y_stride_c, inside)
+    gate, _ = _silu(load_map(gate_ptr, gate_strides, n, p, c, inside).to(SUM_TYPE), DOUBLED)
+    value, _ = _silu(load_map(value_ptr, value_strides, n, p, c, inside).to(SUM_TYPE), DOUBLED)
+    store_map(y_ptr, y_strides, n, p, c, gate * value, inside)
 
 
 @ByLayout
@@ -76,57 +83,41 @@ def moga_gate_bwd_kernel(
     blocks,
     pixels,
     channels,
-    grad_stride_n,
-    grad_stride_c,
-    grad_stride_p,
-    gate_stride_n,
-    gate_stride_c,
-    gate_stride_p,
-    value_stride_n,
-    value_stride_c,
-    value_stride_p,
-    dgate_stride_n,
-    dgate_stride_c,
-    dgate_stride_p,
-    dvalue_stride_n,
-    dvalue_stride_c,
-    dvalue_stride_p,
-    y_stride_n,
-    y_stride_c,
-    y_stride_p,
+    grad_strides,
+    gate_strides,
+    value_strides,
+    dgate_strides,
+    dvalue_strides,
+    y_strides,
     DOUBLED: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    share = tl.cdiv(blocks, tl.num_programs(0))
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = channel.to(tl.int64)[None, :]
+    c = channels_of_program(BLOCK_C)
     of_gate = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     of_value = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    for block in range(program * share, tl.minimum(program * share + share, blocks)):
+    begin, end = share_of_blocks(blocks)
+    for block in tl.range(begin, end, num_stages=LOOP_STAGES):
         n, p = pixels_of_block(block, pixels, BLOCK_P)
         inside = (p < pixels) & (c < channels)
-        grad = load_map(grad_ptr, n, p, c, grad_stride_n, grad_stride_p, grad_stride_c, inside).to(SUM_TYPE)
-        gate = load_map(gate_ptr, n, p, c, gate_stride_n, gate_stride_p, gate_stride_c, inside).to(SUM_TYPE)
-        value = load_map(value_ptr, n, p, c, value_stride_n, value_stride_p, value_stride_c, inside).to(SUM_TYPE)
-        gate, gate_slope = _activated(gate, DOUBLED)
-        value, value_slope = _activated(value, DOUBLED)
+        grad = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
+        gate, gate_slope = _silu(load_map(gate_ptr, gate_strides, n, p, c, inside).to(SUM_TYPE), DOUBLED)
+        value, value_slope = _silu(load_map(value_ptr, value_strides, n, p, c, inside).to(SUM_TYPE), DOUBLED)
         if y_ptr is not None:
-            store_map(y_ptr, gate * value, n, p, c, y_stride_n, y_stride_p, y_stride_c, inside)
+            store_map(y_ptr, y_strides, n, p, c, gate * value, inside)
         dgate, dvalue = grad * value * gate_slope, grad * gate * value_slope
         if dgate_ptr is not None:
-            store_map(dgate_ptr, dgate, n, p, c, dgate_stride_n, dgate_stride_p, dgate_stride_c, inside)
+            store_map(dgate_ptr, dgate_strides, n, p, c, dgate, inside)
         if dvalue_ptr is not None:
-            store_map(dvalue_ptr, dvalue, n, p, c, dvalue_stride_n, dvalue_stride_p, dvalue_stride_c, inside)
+            store_map(dvalue_ptr, dvalue_strides, n, p, c, dvalue, inside)
         if sums_ptr is not None:
             of_gate += dgate
             of_value += dvalue
     if sums_ptr is not None:
-        own = sums_ptr + program.to(tl.int64) * 2 * channels + channel
-        tl.store(own, tl.sum(of_gate, axis=0), mask=channel < channels)
-        tl.store(own + channels, tl.sum(of_value, axis=0), mask=channel < channels)
+        own = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * channels
+        store_sums(own, of_gate, c, channels)
+        store_sums(own + channels, of_value, c, channels)
 
 
 KERNELS = (moga_gate_kernel, moga_gate_bwd_kernel)
@@ -136,12 +127,14 @@ def gate(gate: Tensor, value: Tensor, doubled: bool, y: Tensor) -> None:
     """y may be gate or value."""
     if gate.numel() == 0:
         return
-    tensors, (images, pixels, strides), tile = _walked([gate, value, y])
-    grid = images * triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(tensors[0].shape[1], tile.BLOCK_C)
+    tensors = _lines([gate, value, y])
+    images, pixels, strides = walk(tensors)
+    first = tensors[0]
+    tile, channels = _tile(first), first.shape[1]
     constants = {"DOUBLED": doubled, "SUM_TYPE": sum_type(gate), **tile._asdict()}
     with torch.cuda.device_of(gate):
-        moga_gate_kernel.of(tensors[0].stride(1) == 1)[grid](
-            *tensors, pixels, tensors[0].shape[1], *strides, **constants
+        moga_gate_kernel.of(first.stride(1) == 1)[blocks_of(images, pixels, channels, tile)](
+            *tensors, pixels, channels, *strides, **constants
         )
 
 
@@ -162,31 +155,27 @@ def gate_backward(
             if t is not None:
                 t.zero_()
         return
-    tensors, (images, pixels, strides), tile = _walked([grad, gate, value, dgate, dvalue, y], lines=not summed)
-    channels = tensors[0].shape[1]
-    blocks, columns = images * triton.cdiv(pixels, tile.BLOCK_P), triton.cdiv(channels, tile.BLOCK_C)
+    given = [grad, gate, value, dgate, dvalue, y]
+    tensors = given if summed else _lines(given)
+    images, pixels, strides = walk(tensors)
+    first = tensors[0]
+    tile, channels = _tile(first), first.shape[1]
+    constants = {"DOUBLED": doubled, "SUM_TYPE": sum_type(gate), **tile._asdict()}
+    blocks, columns = blocks_of(images, pixels, channels, tile)
     programs, partial = blocks, None
     if summed:
-        programs = min(blocks, triton.cdiv(MOST_PROGRAMS, columns))
+        programs = min(blocks, MOST_ROWS, triton.cdiv(PROGRAMS, columns))
         partial = scratch((programs, 2, channels), torch.promote_types(gate.dtype, torch.float32), gate.device)
-    constants = {"DOUBLED": doubled, "SUM_TYPE": sum_type(gate), **tile._asdict()}
     with torch.cuda.device_of(gate):
-        moga_gate_bwd_kernel.of(tensors[0].stride(1) == 1)[(programs, columns)](
+        moga_gate_bwd_kernel.of(first.stride(1) == 1)[(programs, columns)](
             *tensors, partial, blocks, pixels, channels, *strides, **constants
         )
         if partial is not None:
             sum_parts(partial.view(1, programs, -1), sums)
 
 
-def _walked(tensors: list[Tensor | None], lines: bool = True) -> tuple[list[Any], tuple[int, int, list[int]], Tile]:
-    """The tensors to walk, the first of which is there, images, pixels and strides, and the tile."""
-    tensors = _lines(tensors) if lines else tensors
-    present = [t for t in tensors if t is not None]
-    images, pixels, found = walk(present)
-    strides = iter(found)
-    flat = [stride for t in tensors for stride in (next(strides) if t is not None else (0, 0, 0))]
-    tile = LINE_TILE if present[0].shape[1] == 1 else map_tile(present[0])
-    return tensors, (images, pixels, flat), tile
+def _tile(t: Tensor) -> Tile:
+    return LINE_TILE if t.shape[1] == 1 else map_tile(t)
 
 
 def _lines(tensors: list[Tensor | None]) -> list[Tensor | None]:

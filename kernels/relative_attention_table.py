@@ -4,22 +4,40 @@ For pairs of positions or, in large windows, for pairs of columns of two image r
 same relative position, in order.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import power_of_two
 from ._moves import moves
 from ._specialize import counted
-from ._windows import load_tokens, place, products, window_of, with_bias
-
-TABLE_TILE = {"BLOCK_Q": 64, "BLOCK_X": 32, "num_warps": 4}
+from ._windows import centre_of, load_tokens, number_of, of_head, place, products, side_of, window_of, with_bias
 
 
-def table_side(width: int, dtype: torch.dtype) -> int:
-    """Of the pairs that a program of the table's gradient has."""
-    return min(16 if dtype == torch.float32 else 64, max(16, power_of_two(width)))
+class PairTile(NamedTuple):
+    BLOCK: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+class TableTile(NamedTuple):
+    BLOCK_Q: int
+    BLOCK_X: int
+    num_warps: int
+
+
+# Launch choices, by what registers hold without spills: no GPU has measured them.
+MOST_PAIRS, MOST_PAIRS_FLOAT32 = 64, 16  # of a side; without tensor cores the operands are in registers, too
+TABLE_TILE = TableTile(64, 32, num_warps=4)
+
+
+def pair_tile(positions: int, d: int, dtype: torch.dtype) -> PairTile:
+    most, stages = (MOST_PAIRS_FLOAT32, 1) if dtype == torch.float32 else (MOST_PAIRS, 2)
+    side = min(most, side_of(positions))
+    return PairTile(side, side_of(d), num_warps=4 if side < 32 else 8, num_stages=stages)
 
 
 @counted
@@ -42,22 +60,10 @@ def pair_gradient_kernel(
     window_width,
     count,
     shares,
-    dy_b,
-    dy_h,
-    dy_n,
-    dy_d,
-    q_b,
-    q_h,
-    q_n,
-    q_d,
-    k_b,
-    k_h,
-    k_n,
-    k_d,
-    v_b,
-    v_h,
-    v_n,
-    v_d,
+    dy_strides,
+    q_strides,
+    k_strides,
+    v_strides,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,28 +81,28 @@ def pair_gradient_kernel(
         first_row, last_row = tl.maximum(0, -distance), tl.minimum(window_height, window_height - distance)
         inside_m, inside_n = m < window_width, n < window_width
         y_m, x_m = first_row + m * 0, tl.where(inside_m, m, width)
-        y_n_, x_n_ = first_row + distance + n * 0, tl.where(inside_n, n, width)
+        y_n, x_n = first_row + distance + n * 0, tl.where(inside_n, n, width)
     else:
         inside_m, inside_n = m < side, n < side
         y_m, x_m = m // window_width, m % window_width
-        y_n_, x_n_ = n // window_width, n % window_width
+        y_n, x_n = n // window_width, n % window_width
     d = tl.arange(0, BLOCK_D)
-    table_ptr += head * (2 * window_height - 1) * (2 * window_width - 1)
+    number_m, number_n = number_of(y_m, x_m, window_width), number_of(y_n, x_n, window_width)
+    table_ptr = centre_of(table_ptr, head, window_height, window_width)
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     bias = with_bias(
-        sums, table_ptr, scale, y_m[:, None], x_m[:, None], y_n_[None, :], x_n_[None, :],
-        inside_m[:, None] & inside_n[None, :], window_height, window_width,
-    )  # fmt: skip
+        sums, table_ptr, scale, number_n[None, :] - number_m[:, None], inside_m[:, None] & inside_n[None, :]
+    )
     for problem in range(chunk * shares, tl.minimum(count, chunk * shares + shares)):
         sample, first, rows, columns = window_of(problem, height, width, window_height, window_width)
         of_rows = (sample * heads + head) * height * width
         for row in range(last_row - first_row):
             there_m, token_m = place(y_m + row, x_m, rows, columns, first, width)
-            there_n, token_n = place(y_n_ + row, x_n_, rows, columns, first, width)
-            q = load_tokens(q_ptr + sample * q_b + head * q_h, token_m, there_m, d, q_n, q_d, D)
-            k = load_tokens(k_ptr + sample * k_b + head * k_h, token_n, there_n, d, k_n, k_d, D)
-            v = load_tokens(v_ptr + sample * v_b + head * v_h, token_n, there_n, d, v_n, v_d, D)
-            dy = load_tokens(dy_ptr + sample * dy_b + head * dy_h, token_m, there_m, d, dy_n, dy_d, D)
+            there_n, token_n = place(y_n + row, x_n, rows, columns, first, width)
+            q = load_tokens(of_head(q_ptr, q_strides, sample, head), token_m, there_m, d, q_strides, D)
+            k = load_tokens(of_head(k_ptr, k_strides, sample, head), token_n, there_n, d, k_strides, D)
+            v = load_tokens(of_head(v_ptr, v_strides, sample, head), token_n, there_n, d, v_strides, D)
+            dy = load_tokens(of_head(dy_ptr, dy_strides, sample, head), token_m, there_m, d, dy_strides, D)
             lse = tl.load(lse_ptr + of_rows + token_m, mask=there_m, other=0.0)
             delta = tl.load(delta_ptr + of_rows + token_m, mask=there_m, other=0.0)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
@@ -162,5 +168,5 @@ def chunks_of(count: int, programs: int, most: int) -> tuple[int, int]:
 def add_pairs(
     sums: Tensor | None, dtable: Tensor, heads: int, height: int, width: int, chunks: int, across: int, *, rows: bool
 ) -> None:
-    grid = heads, 2 * height - 1, triton.cdiv(2 * width - 1, TABLE_TILE["BLOCK_X"])
-    table_gradient_kernel[grid](sums, dtable, heads, height, width, chunks, across, ROWS=rows, **TABLE_TILE)
+    grid = heads, 2 * height - 1, triton.cdiv(2 * width - 1, TABLE_TILE.BLOCK_X)
+    table_gradient_kernel[grid](sums, dtable, heads, height, width, chunks, across, ROWS=rows, **TABLE_TILE._asdict())

@@ -23,8 +23,10 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-FEW, MANY = Tile(1, 128, num_warps=4), Tile(32, 32, num_warps=4)  # parts
+# Launch choices, by counting: no GPU has measured them.
+FEW, MANY = Tile(1, 128, num_warps=4), Tile(32, 32, num_warps=4)  # parts; of many, lines of 128 bytes
 MOST_OF_FEW = 16
+STAGES = tl.constexpr(4)  # of a loop that a thousand parts go through 32 times, which latency would bound
 
 
 @counted
@@ -48,7 +50,7 @@ def sum_parts_kernel(
         if tl.program_id(2) == k:
             at = parts_ptr + sample * count * row + starts[k] + c[None, :]
             total = tl.zeros((BLOCK_S, BLOCK_C), SUM_TYPE)
-            for first in range(0, count, BLOCK_S):
+            for first in tl.range(0, count, BLOCK_S, num_stages=STAGES):
                 s = first + tl.arange(0, BLOCK_S)
                 inside = (s < count)[:, None] & (c < lengths[k])[None, :]
                 total += tl.load(at + s.to(tl.int64)[:, None] * row, mask=inside, other=0.0)

@@ -21,15 +21,17 @@ def _find(path: str) -> Any:
 BelowAutograd = _find("_C._AutoDispatchBelowAutograd")
 DisableAutocast = _find("_C._DisableAutocast")
 
+# What compiled kernels ask about tensors: DLPack's, which is public; PyTorch 2.11 has it, its future may have another.
+exchanges_tensors = hasattr(Tensor, "__dlpack_c_exchange_api__")
+
 # Calls past the dispatcher: who would see them, and which tensors are ordinary ones.
 _of_calls = (
     _find("_C._len_torch_dispatch_stack"),
     _find("_C._len_torch_function_stack"),
     _find("autograd._profiler_enabled"),
-    _find("_C._dispatch_keys"),
-    _find("_C.DispatchKeySet.raw_repr"),
+    _find("_C._dispatch_isTensorSubclassLike"),
 )
-dispatch_modes, function_modes, profiler_enabled, dispatch_keys, key_bits = _of_calls
+dispatch_modes, function_modes, profiler_enabled, is_wrapper = _of_calls
 calls_directly = BelowAutograd is not None and None not in _of_calls
 
 

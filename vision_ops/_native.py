@@ -50,7 +50,7 @@ _triton_absent = None if find_spec("triton") else "Triton is not installed (pip 
 def device_kind(t: Tensor) -> str:
     """The type of the device of t, which decides what runs. The ledger (benchmarks/ledger) puts its own function in the
     place of this one, so that meta tensors take CUDA's way: nothing else asks for the type to choose by it."""
-    return t.device.type
+    return "cpu" if t.is_cpu else t.device.type  # whose name takes longer than all else
 
 
 def cpu_kernels() -> ModuleType:
@@ -121,7 +121,9 @@ def _triton_missing(index: int) -> str | None:
 
 def run(kernel: str, *given: Any) -> None:
     """Calls a kernel of the CPU: maps (N, C, H, W) and vectors (C,) go as their views, all else as it is."""
-    getattr(cpu_kernels(), kernel)(*(_view_of(a) if isinstance(a, Tensor) else a for a in given))
+    if not _read_by_kernels:
+        given = tuple(view(a) if isinstance(a, Tensor) else a for a in given)
+    getattr(cpu_kernels(), kernel)(*given)
 
 
 def target(t: Tensor) -> tuple[int, int]:
@@ -131,41 +133,53 @@ def target(t: Tensor) -> tuple[int, int]:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-
-def view(t: Tensor | None) -> tuple[int, ...] | None:
-    """A (N, C, H, W) tensor as the bindings take it. The caller keeps the tensor alive."""
-    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], *t.shape, *t.stride())
-
-
-def _view_of(t: Tensor) -> tuple[int, ...] | None:
-    return view(t) if t.ndim == 4 else vectors_view(t)
+# How the bindings take a tensor: (address, dtype, N, C, H, W, and their strides). They read a CPU's tensors themselves,
+# in a tenth of the time, a map or vector from the tensor, others from (tensor, Reading of csrc/tensors.h). The caller
+# keeps the tensor alive.
+View = tuple[Any, ...] | Tensor | None
+_read_by_kernels = _internals.exchanges_tensors
+_CHANNELS, _TOKENS, _MATRIX = 1, 2, 3
 
 
-def weight_view(w: Tensor | None) -> tuple[int, ...] | None:
-    """Contiguous (C, 1, K, K) weights as a (1, C, 1, K*K) view, or (C,) biases as (1, C, 1, 1)."""
-    if w is None:
+def view(t: Tensor | None) -> View:
+    """A map (N, C, H, W), or `vectors_view`."""
+    if t is None or (_read_by_kernels and t.is_cpu):
+        return t
+    return (t.data_ptr(), DTYPES[t.dtype], *t.shape, *t.stride()) if t.ndim == 4 else vectors_view(t)
+
+
+def channels_view(t: Tensor | None) -> View:
+    """What there is for every channel, contiguous: weights (C, 1, K, K) as a (1, C, 1, K*K) view, (C,) as (1, C, 1, 1).
+    """
+    if t is None:
         return None
-    taps = w.shape[-1] ** 2 if w.ndim == 4 else 1
-    return (w.data_ptr(), DTYPES[w.dtype], 1, w.shape[0], 1, taps, 0, taps, 0, 1)
+    if _read_by_kernels and t.is_cpu:
+        return t, _CHANNELS
+    taps = t.shape[-1] ** 2 if t.ndim == 4 else 1
+    return t.data_ptr(), DTYPES[t.dtype], 1, t.shape[0], 1, taps, 0, taps, 0, 1
 
 
-def tokens_view(t: Tensor | None) -> tuple[int, ...] | None:
+def tokens_view(t: Tensor | None) -> View:
     """(B, N, C) as a (B, C, N, 1) view."""
     if t is None:
         return None
+    if _read_by_kernels and t.is_cpu:
+        return t, _TOKENS
     (b, n, c), (sample, token, channel) = t.shape, t.stride()
     return t.data_ptr(), DTYPES[t.dtype], b, c, n, 1, sample, channel, token, 1
 
 
-def vectors_view(t: Tensor | None) -> tuple[int, ...] | None:
+def vectors_view(t: Tensor | None) -> View:
     """(B, C) as a (B, C, 1, 1) view, (C,) as one of one sample."""
-    if t is None:
-        return None
+    if t is None or (_read_by_kernels and t.is_cpu):
+        return t
     b, sample = (1, 0) if t.ndim == 1 else (len(t), t.stride(0))
     return t.data_ptr(), DTYPES[t.dtype], b, t.shape[-1], 1, 1, sample, t.stride(-1), 1, 1
 
 
-def matrix_view(w: Tensor) -> tuple[int, ...]:
+def matrix_view(w: Tensor) -> View:
     """A matrix as a (1, 1, O, I) view, (B, O, I) as a (B, 1, O, I) one."""
+    if _read_by_kernels and w.is_cpu:
+        return w, _MATRIX
     b, sample = (1, 0) if w.ndim == 2 else (len(w), w.stride(0))
     return (w.data_ptr(), DTYPES[w.dtype], b, 1, *w.shape[-2:], sample, 0, *w.stride()[-2:])

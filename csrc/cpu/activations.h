@@ -124,17 +124,13 @@ VOPS_INLINE void activate_all_backward(Float (&dy)[N], Float (&v)[N]) {
   }
 }
 
-template <Activation act>
-struct ActivationIs {
-  static constexpr Activation value = act;
-};
-// Calls f(ActivationIs<act>()).
+// Calls f(Constant<act>()).
 template <class F>
 VOPS_INLINE void with_activation(Activation act, const F& f) {
-  if (act == kGelu) f(ActivationIs<kGelu>());
-  if (act == kSilu) f(ActivationIs<kSilu>());
-  if (act == kHardswish) f(ActivationIs<kHardswish>());
-  if (act == kNoActivation) f(ActivationIs<kNoActivation>());
+  if (act == kGelu) f(Constant<kGelu>());
+  if (act == kSilu) f(Constant<kSilu>());
+  if (act == kHardswish) f(Constant<kHardswish>());
+  if (act == kNoActivation) f(Constant<kNoActivation>());
 }
 
 }  // namespace VOPS_ISA

@@ -1,6 +1,4 @@
-#include "batch_norm_act.h"
-#include "gelu.h"
-#include "lines.h"
+#include "batch_norm_lines.h"
 
 namespace vops {
 namespace VOPS_ISA {
@@ -20,115 +18,53 @@ VOPS_INLINE void slopes(V (&z)[N], V (&slope)[N], Activation act) {
   for (int j = 0; j < N; j++) slope[j] = act == kSilu ? silu_grad(z[j]) : V{} + 1;
 }
 
-// Images that stay apart: each has sums and gates of its own.
-template <class... Tensors>
-Error find_image_lines(Lines* lines, const Tensor4& first, const Tensors&... rest) {
-  if (Error error = find_lines(lines, first, rest...)) return error;
-  if (!lines->planes) *lines = {false, first.size[0], first.size[2] * first.size[3], first.size[1]};
-  return nullptr;
-}
-
-// Rows of padded(channels) numbers in the memory of the calling thread: copies of coefficients, whose last vector is
-// then whole, and partial sums.
-template <class A>
-struct Table {
-  A* data;
-  int64_t step;
-  A* row(int64_t i) const { return data + i * step; }
-};
-template <class A>
-Table<A> make_table(int64_t channels, int64_t rows) {
-  const int64_t step = padded(channels), bytes = rows * step * sizeof(A);
-  A* data = (A*)thread_scratch(kSums, bytes);
-  if (data) memset(data, 0, bytes);
-  return {data, step};
-}
-template <class A>
-void copy_rows(const Table<A>& table, int64_t row, const Tensor4& from, int64_t rows, int64_t channels) {
-  for (int64_t i = 0; i < rows && from.data; i++) {
-    memcpy(table.row(row + i), (const A*)from.data + i * channels, channels * sizeof(A));
-  }
-}
-
-// The coefficients of one image, and where they are in the table.
+// The coefficients of one image; those of the input's gradient are slope and constant.
 template <class A>
 struct Coefficients {
   const A *scale, *shift, *mean, *slope, *constant, *gate, *offset;
 };
-constexpr int64_t kChannelRows = 5;
-VOPS_INLINE int64_t coefficient_rows(const BatchNormCoefficients& c, int64_t images) {
-  return kChannelRows + ((c.gate.data ? images : 0) + (c.offset.data ? images : 0));
-}
+// Copies of them, whose last vector is whole.
 template <class A>
-void fill_coefficients(const Table<A>& t, const BatchNormCoefficients& c, const Tensor4& line, int64_t images,
-                       int64_t channels) {
-  copy_rows(t, 0, c.scale, 1, channels);
-  copy_rows(t, 1, c.shift, 1, channels);
-  copy_rows(t, 2, c.mean, 1, channels);
-  copy_rows(t, 3, line, 2, channels);
-  copy_rows(t, kChannelRows, c.gate, images, channels);
-  copy_rows(t, kChannelRows + (c.gate.data ? images : 0), c.offset, images, channels);
-}
-template <class A>
-Coefficients<A> coefficients_of(const Table<A>& t, const BatchNormCoefficients& c, int64_t images, int64_t n) {
-  const int64_t offsets = kChannelRows + (c.gate.data ? images : 0);
-  return {t.row(0),
-          t.row(1),
-          t.row(2),
-          t.row(3),
-          t.row(4),
-          c.gate.data ? t.row(kChannelRows + n) : nullptr,
-          c.offset.data ? t.row(offsets + n) : nullptr};
-}
-
-// How images are cut for sums: by shape only. A plane's sums are whole, wherever planes are cut.
-struct Shares {
-  int64_t of_sums, tasks;  // shares of an image
+struct Given {
+  ChannelRows<A> rows;
+  bool gates;
+  int64_t offsets_at;  // 0 without offsets
+  Coefficients<A> of(int64_t image) const {
+    return {rows[0],
+            rows[1],
+            rows[2],
+            rows[3],
+            rows[4],
+            gates ? rows[5 + image] : nullptr,
+            offsets_at ? rows[offsets_at + image] : nullptr};
+  }
 };
-Shares shares_of(const Lines& lines) {
-  const int64_t images = max64(lines.images, 1), rows = max64(lines.per_image, 1);
-  if (lines.planes) return {1, clamp64(ceil_div(tasks_for_threads(), images), 1, rows)};
-  const int64_t shares = clamp64(lines.per_image / 32, 1, ceil_div(kFixedTasks, images));
-  return {shares, shares};
+template <class A>
+Given<A> copy_coefficients(const BatchNormCoefficients& c, const Tensor4& line, int64_t images, int64_t channels) {
+  const int64_t gates = c.gate.data ? images : 0, offsets = c.offset.data ? images : 0;
+  const ChannelRows<A> rows = make_coefficients<A>(channels, 5 + gates + offsets);
+  const auto copy = [&](int64_t first, const Tensor4& from, int64_t count) {
+    for (int64_t i = 0; rows.data && from.data && i < count; i++) {
+      memcpy(rows[first + i], (const A*)from.data + i * channels, channels * sizeof(A));
+    }
+  };
+  copy(0, c.scale, 1);
+  copy(1, c.shift, 1);
+  copy(2, c.mean, 1);
+  copy(3, line, 2);
+  copy(5, c.gate, gates);
+  copy(5 + gates, c.offset, offsets);
+  return {rows, gates > 0, offsets > 0 ? 5 + gates : 0};
 }
 
-// Calls body(type, whether lines are planes, image, first line, last line, share) in tasks.
-template <class A, class Body>
-Error for_each_share_of_images(const Lines& lines, int dtype, int64_t shares, int64_t work, const Body& body) {
-  const int64_t total = lines.count() * lines.length * work;
-  return for_each_task<A>(lines.images * shares, total, 1, [&](int64_t task, A*) {
-    const int64_t n = task / shares, share = task % shares;
-    with_types<A>(dtype, lines.planes, [&](auto type, auto planes) {
-      body(type, planes, n, share * lines.per_image / shares, (share + 1) * lines.per_image / shares, share);
-    });
-  });
-}
-
-// Calls f(offset, how many vectors, load, store, keep) for a line; `keep` makes zeros of what is behind its end.
-template <class F>
-VOPS_INLINE void for_each_group(int64_t length, const F& f) {
-  const auto get = [](const auto* p) { return load(p); };
-  const auto put = [](auto* p, auto v) { store(p, v); };
-  const auto all = [](auto v) { return v; };
-  int64_t k = 0;
-  for (; k + kJam * kLanes <= length; k += kJam * kLanes) f(k, Count<kJam>(), get, put, all);
-  for (; k + kLanes <= length; k += kLanes) f(k, Count<1>(), get, put, all);
-  const int n = (int)(length - k);
-  if (n == 0) return;
-  f(
-      k, Count<1>(), [n](const auto* p) { return load_n(p, n); }, [n](auto* p, auto v) { store_n(p, v, n); },
-      [n](auto v) {
-        for (int lane = n; lane < kLanes; lane++) v[lane] = 0;
-        return v;
-      });
-}
-
-// z of a group, and dz, which is dy * gate + offset before.
-template <class A, bool planes, int N>
+// N vectors of a line from an offset on: z, and dz, which is dy * gate + offset before.
+template <class P, int N>
 struct Group {
+  typedef typename P::A A;
+  const P& part;
   const Coefficients<A>& c;
   int64_t line, offset;
-  Vec<A> of(const A* values, int j) const { return of_channel<A, planes>(values, line, offset + j * kLanes); }
+  Vec<A> of(const A* values, int j) const { return of_channel(part, values, line, offset + j * kLanes); }
   void normalize(const Vec<A> (&x)[N], Vec<A> (&z)[N]) const {
     for (int j = 0; j < N; j++) z[j] = of(c.scale, j) * x[j] + of(c.shift, j);
   }
@@ -144,271 +80,154 @@ struct Group {
     slopes(z, slope, act);
     for (int j = 0; j < N; j++) dy[j] *= slope[j];
   }
-};
-
-template <class A, bool planes, int N>
-VOPS_INLINE void add_to(A* sums, int64_t offset, Vec<A> (&v)[N], Vec<A>& of_plane) {
-  for (int j = 0; j < N; j++) {
-    if constexpr (planes) of_plane += v[j];
-    if constexpr (!planes) store(sums + offset + j * kLanes, load(sums + offset + j * kLanes) + v[j]);
+  void add_to(A* sums, const Vec<A> (&v)[N], Vec<A>& of_plane) const {
+    for (int j = 0; j < N; j++) {
+      if (part.planes()) {
+        of_plane += v[j];
+      } else {
+        store(sums + offset + j * kLanes, load(sums + offset + j * kLanes) + v[j]);
+      }
+    }
   }
-}
-
+};
 constexpr int64_t kActivationWork = 16;  // in multiply-adds
 
-// f(group, x, dy) of act(z) * dy or of act(z), summed over the pixels of every image and, if there is a y, written.
-template <class A>
-Error run_forward(const Lines& lines, const Tensor4* dy, const Tensor4& x, const BatchNormCoefficients& given,
-                  const Tensor4& y, const Tensor4& sums, Activation act) {
-  const int64_t channels = x.size[1], images = lines.images, first = coefficient_rows(given, images);
-  const Shares cut = shares_of(lines);
-  const Table<A> table = make_table<A>(channels, first + (sums.data ? images * cut.of_sums : 0));
-  if (!table.data) return kOutOfMemory;
-  fill_coefficients(table, given, Tensor4{}, images, channels);
-  const Error error = for_each_share_of_images<A>(
-      lines, x.dtype, cut.tasks, kActivationWork,
-      [&](auto type, auto in_planes, int64_t n, int64_t begin, int64_t end, int64_t share) {
-        typedef decltype(type) T;
-        constexpr bool kPlanes = decltype(in_planes)::value;
-        const Operand<const T> from(x, lines), by(dy ? *dy : x, lines);
-        const Operand<T> to(y.data ? y : x, lines);
-        const Coefficients<A> c = coefficients_of(table, given, images, n);
-        A* own = sums.data ? table.row(first + n * cut.of_sums + (kPlanes ? 0 : share)) : nullptr;
-        for (int64_t i = begin; i < end; i++) {
-          const T *p = from.at(n, i), *g = by.at(n, i);
-          T* q = to.at(n, i);
-          Vec<A> of_plane = {};
-          for_each_group(lines.length, [&](int64_t k, auto count, const auto& get, const auto& put, const auto& keep) {
-            constexpr int N = decltype(count)::value;
-            const Group<A, kPlanes, N> group = {c, i, k};
-            Vec<A> v[N], z[N];
-            for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes);
-            group.normalize(v, z);
-            activate_group(z, act);
-            for (int j = 0; j < N; j++) {
-              v[j] = keep(z[j]);
-              if (dy) v[j] *= get(g + k + j * kLanes);
-            }
-            if (own) add_to<A, kPlanes>(own, k, v, of_plane);
-            if (!y.data) return;
-            for (int j = 0; j < N; j++) put(q + k + j * kLanes, c.gate ? z[j] * group.of(c.gate, j) : z[j]);
-          });
-          if (kPlanes && own) own[i] += sum_of_lanes<A>(of_plane);
-        }
-      });
-  if (error || !sums.data) return error;
-  for (int64_t n = 0; n < images; n++) {
-    A* total = table.row(first + n * cut.of_sums);
-    for (int64_t s = 1; s < cut.of_sums; s++) add_panel(total, total + s * table.step, table.step / kLanes);
-    memcpy((A*)sums.data + n * channels, total, channels * sizeof(A));
-  }
-  return nullptr;
-}
-
-template <class A>
-Error run_backward_sums(const Lines& lines, const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& given,
-                        const Tensor4& sums, Activation act) {
-  const int64_t channels = x.size[1], images = lines.images, first = coefficient_rows(given, images);
-  const Shares cut = shares_of(lines);
-  const int64_t parts = images * cut.of_sums;
-  const Table<A> table = make_table<A>(channels, first + 2 * max64(parts, 1));
-  if (!table.data) return kOutOfMemory;
-  fill_coefficients(table, given, Tensor4{}, images, channels);
-  const Error error = for_each_share_of_images<A>(
-      lines, x.dtype, cut.tasks, kActivationWork,
-      [&](auto type, auto in_planes, int64_t n, int64_t begin, int64_t end, int64_t share) {
-        typedef decltype(type) T;
-        constexpr bool kPlanes = decltype(in_planes)::value;
-        const Operand<const T> from(x, lines), grads(dy, lines);
-        const Coefficients<A> c = coefficients_of(table, given, images, n);
-        A* of_dz = table.row(first + 2 * (n * cut.of_sums + (kPlanes ? 0 : share)));
-        A* of_product = of_dz + table.step;
-        for (int64_t i = begin; i < end; i++) {
-          const T *p = from.at(n, i), *g = grads.at(n, i);
-          Vec<A> plane_dz = {}, plane_product = {};
-          for_each_group(lines.length, [&](int64_t k, auto count, const auto& get, const auto&, const auto& keep) {
-            constexpr int N = decltype(count)::value;
-            const Group<A, kPlanes, N> group = {c, i, k};
-            Vec<A> v[N], dz[N];
-            for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
-            group.gradient(v, dz, act);
-            for (int j = 0; j < N; j++) dz[j] = keep(dz[j]), v[j] = dz[j] * (v[j] - group.of(c.mean, j));
-            add_to<A, kPlanes>(of_dz, k, dz, plane_dz);
-            add_to<A, kPlanes>(of_product, k, v, plane_product);
-          });
-          if (kPlanes) of_dz[i] += sum_of_lanes<A>(plane_dz), of_product[i] += sum_of_lanes<A>(plane_product);
-        }
-      });
-  if (error) return error;
-  A* total = table.row(first);
-  for (int64_t s = 1; s < parts; s++) add_panel(total, total + 2 * s * table.step, 2 * table.step / kLanes);
-  for (int64_t i = 0; i < 2; i++) {
-    memcpy((A*)sums.data + i * channels, total + i * table.step, channels * sizeof(A));
-  }
-  return nullptr;
-}
-
-template <class A>
-Error run_backward_input(const Lines& lines, const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& given,
-                         const Tensor4& line, const Tensor4& dx, Activation act) {
-  const int64_t channels = x.size[1], images = lines.images;
-  const Table<A> table = make_table<A>(channels, coefficient_rows(given, images));
-  if (!table.data) return kOutOfMemory;
-  fill_coefficients(table, given, line, images, channels);
-  return for_each_share_of_images<A>(
-      lines, x.dtype, shares_of(lines).tasks, kActivationWork,
-      [&](auto type, auto in_planes, int64_t n, int64_t begin, int64_t end, int64_t) {
-        typedef decltype(type) T;
-        constexpr bool kPlanes = decltype(in_planes)::value;
-        const Operand<const T> from(x, lines), grads(dy, lines);
-        const Operand<T> to(dx, lines);
-        const Coefficients<A> c = coefficients_of(table, given, images, n);
-        for (int64_t i = begin; i < end; i++) {
-          const T *p = from.at(n, i), *g = grads.at(n, i);
-          T* q = to.at(n, i);
-          for_each_group(lines.length, [&](int64_t k, auto count, const auto& get, const auto& put, const auto&) {
-            constexpr int N = decltype(count)::value;
-            const Group<A, kPlanes, N> group = {c, i, k};
-            Vec<A> v[N], dz[N];
-            for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
-            group.gradient(v, dz, act);
-            for (int j = 0; j < N; j++) {
-              const Vec<A> of_x = group.of(c.slope, j) * (v[j] - group.of(c.mean, j)) + group.of(c.constant, j);
-              put(q + k + j * kLanes, group.of(c.scale, j) * dz[j] + of_x);
-            }
-          });
-        }
-      });
-}
-
-// Mean and sum of squared differences from it, of `count` numbers, together with those of `more` others.
-template <class V, class A>
-VOPS_INLINE void merge(V& mean, V& squares, A count, V other_mean, V other_squares, A more) {
-  const V difference = other_mean - mean;
-  mean += difference * (more / (count + more));
-  squares += other_squares + difference * difference * (count * more / (count + more));
-}
-
-// Values of a channel that are summed before their mean is known: they stay in the first-level cache.
-constexpr int64_t kMomentRows = 32, kMomentVectors = 64;
-
-template <class A>
-Error run_moments(const Lines& lines, const Tensor4& x, const Tensor4& mean, const Tensor4& variance) {
-  const int64_t channels = x.size[1], images = lines.images;
-  const Shares cut = shares_of(lines);
-  const int64_t parts = images * cut.of_sums, pixels = lines.planes ? lines.length : lines.per_image;
-  const Table<A> table = make_table<A>(channels, 2 * max64(parts, 1));
-  if (!table.data) return kOutOfMemory;
-  const Error error = for_each_share_of_images<A>(
-      lines, x.dtype, cut.tasks, kElementWork,
-      [&](auto type, auto in_planes, int64_t n, int64_t begin, int64_t end, int64_t share) {
-        typedef decltype(type) T;
-        constexpr bool kPlanes = decltype(in_planes)::value;
-        const Operand<const T> from(x, lines);
-        A *means = table.row(2 * (n * cut.of_sums + (kPlanes ? 0 : share))), *squares = means + table.step;
-        if constexpr (kPlanes) {
-          for (int64_t i = begin; i < end; i++) {
-            for (int64_t first = 0; first < pixels; first += kMomentVectors * kLanes) {
-              const T* p = from.at(n, i) + first;
-              const int64_t length = min64(kMomentVectors * kLanes, pixels - first);
-              Vec<A> sum = {}, square = {};
-              for_each_group(length, [&](int64_t k, auto count, const auto& get, const auto&, const auto&) {
-                for (int j = 0; j < decltype(count)::value; j++) sum += get(p + k + j * kLanes);
-              });
-              const A own = sum_of_lanes<A>(sum) / (A)length;
-              for_each_group(length, [&](int64_t k, auto count, const auto& get, const auto&, const auto& keep) {
-                for (int j = 0; j < decltype(count)::value; j++) {
-                  const Vec<A> d = keep(get(p + k + j * kLanes) - own);
-                  square += d * d;
-                }
-              });
-              merge(means[i], squares[i], (A)first, own, sum_of_lanes<A>(square), (A)length);
-            }
-          }
-        } else {
-          for (int64_t first = begin; first < end; first += kMomentRows) {
-            const int64_t rows = min64(kMomentRows, end - first);
-            for_each_group(lines.length, [&](int64_t k, auto count, const auto& get, const auto&, const auto&) {
-              constexpr int N = decltype(count)::value;
-              Vec<A> own[N] = {}, square[N] = {};
-              for (int64_t i = first; i < first + rows; i++) {
-                const T* p = from.at(n, i) + k;
-                for (int j = 0; j < N; j++) own[j] += get(p + j * kLanes);
-              }
-              for (int j = 0; j < N; j++) own[j] *= 1 / (A)rows;
-              for (int64_t i = first; i < first + rows; i++) {
-                const T* p = from.at(n, i) + k;
-                for (int j = 0; j < N; j++) {
-                  const Vec<A> d = get(p + j * kLanes) - own[j];
-                  square[j] += d * d;
-                }
-              }
-              for (int j = 0; j < N; j++) {
-                A *m = means + k + j * kLanes, *s = squares + k + j * kLanes;
-                Vec<A> merged = load(m), sum = load(s);
-                merge(merged, sum, (A)(first - begin), own[j], square[j], (A)rows);
-                store(m, merged);
-                store(s, sum);
-              }
-            });
-          }
-        }
-      });
-  if (error) return error;
-  A *means = table.row(0), *squares = table.row(1);
-  A count = 0;
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t share = part % cut.of_sums, begin = share * lines.per_image / cut.of_sums;
-    const A more = (A)(lines.planes ? pixels : (share + 1) * lines.per_image / cut.of_sums - begin);
-    for (int64_t k = 0; part > 0 && k < table.step; k += kLanes) {
-      Vec<A> merged = load(means + k), sum = load(squares + k);
-      merge(merged, sum, count, (Vec<A>)load(table.row(2 * part) + k), (Vec<A>)load(table.row(2 * part + 1) + k), more);
-      store(means + k, merged);
-      store(squares + k, sum);
+// act(z), or act(z) * dy, summed over the pixels of every image and, if there is a y, written.
+Error run_forward(const Lines& lines, const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& given,
+                  const Tensor4& y, const Tensor4& out, Activation act) {
+  return with_sum_type(x.dtype, [&](auto zero) {
+    typedef decltype(zero) A;
+    const int64_t channels = x.size[1], images = lines.images;
+    const Given<A> copied = copy_coefficients<A>(given, {}, images, channels);
+    const PartialSums<A> sums = make_sums<A>(lines, channels, out.data ? 1 : 0);
+    if (!copied.rows.data || !sums.data) return kOutOfMemory;
+    const Error error = for_each_part<A>(lines, x.dtype, sums, kActivationWork, [&](auto part) {
+      const auto from = part.in(x), by = part.in(dy);
+      const auto to = part.out(y);
+      const Coefficients<A> c = copied.of(part.image);
+      const Activation activation = act;
+      A* const own = out.data ? own_sums(part, sums) : nullptr;
+      for (int64_t i = part.begin; i < part.end; i++) {
+        const auto *p = from[i], *g = by[i];
+        auto* q = to[i];
+        Vec<A> of_plane = {};
+        for_each_group<kJam>(part, part.lines.length,
+                             [&](int64_t k, auto count, const auto& get, const auto& put, auto keep) {
+                               constexpr int N = decltype(count)::value;
+                               const Group<decltype(part), N> group = {part, c, i, k};
+                               Vec<A> v[N], z[N];
+                               for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes);
+                               group.normalize(v, z);
+                               activate_group(z, activation);
+                               for (int j = 0; j < N; j++) {
+                                 v[j] = keep(z[j]);
+                                 if (g) v[j] *= get(g + k + j * kLanes);
+                               }
+                               if (own) group.add_to(own, v, of_plane);
+                               if (!q) return;
+                               for (int j = 0; j < N; j++)
+                                 put(q + k + j * kLanes, c.gate ? z[j] * group.of(c.gate, j) : z[j]);
+                             });
+        if (part.planes() && own) own[i] += sum_of_lanes<A>(of_plane);
+      }
+    });
+    for (int64_t n = 0; !error && out.data && n < images; n++) {
+      memcpy((A*)out.data + n * channels, sums.total(n), channels * sizeof(A));
     }
-    count += more;
-  }
-  for (int64_t c = 0; c < channels; c++) squares[c] /= count;
-  memcpy(mean.data, means, channels * sizeof(A));
-  memcpy(variance.data, squares, channels * sizeof(A));
-  return nullptr;
+    return error;
+  });
 }
 
-bool is_double(const Tensor4& x) { return x.dtype == kFloat64; }
-
-Error moments(const Tensor4& x, const Tensor4& mean, const Tensor4& variance) {
-  Lines lines;
-  if (Error error = find_image_lines(&lines, x)) return error;
-  return (is_double(x) ? run_moments<double> : run_moments<float>)(lines, x, mean, variance);
-}
 Error forward(const Tensor4& x, const BatchNormCoefficients& c, const Tensor4& y, const Tensor4& sums, Activation act) {
   Lines lines;
   if (Error error = find_image_lines(&lines, x, y.data ? y : x)) return error;
-  return (is_double(x) ? run_forward<double> : run_forward<float>)(lines, nullptr, x, c, y, sums, act);
+  return run_forward(lines, {}, x, c, y, sums, act);
 }
 Error backward_gate(const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& c, const Tensor4& sums,
                     Activation act) {
   Lines lines;
   if (Error error = find_image_lines(&lines, x, dy)) return error;
-  return (is_double(x) ? run_forward<double> : run_forward<float>)(lines, &dy, x, c, Tensor4{}, sums, act);
+  return run_forward(lines, dy, x, c, {}, sums, act);
 }
-Error backward_sums(const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& c, const Tensor4& sums,
+
+Error backward_sums(const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& given, const Tensor4& out,
                     Activation act) {
   Lines lines;
   if (Error error = find_image_lines(&lines, x, dy)) return error;
-  return (is_double(x) ? run_backward_sums<double> : run_backward_sums<float>)(lines, dy, x, c, sums, act);
+  return with_sum_type(x.dtype, [&](auto zero) {
+    typedef decltype(zero) A;
+    const int64_t channels = x.size[1], step = padded(channels);
+    const Given<A> copied = copy_coefficients<A>(given, {}, lines.images, channels);
+    const PartialSums<A> sums = make_sums<A>(lines, channels, 2);
+    if (!copied.rows.data || !sums.data) return kOutOfMemory;
+    const Error error = for_each_part<A>(lines, x.dtype, sums, kActivationWork, [&](auto part) {
+      const auto from = part.in(x), grads = part.in(dy);
+      const Coefficients<A> c = copied.of(part.image);
+      const Activation activation = act;
+      A *const of_dz = own_sums(part, sums), *const of_product = of_dz + step;
+      for (int64_t i = part.begin; i < part.end; i++) {
+        const auto *p = from[i], *g = grads[i];
+        Vec<A> plane_dz = {}, plane_product = {};
+        for_each_group<kBackwardJam>(part, part.lines.length,
+                                     [&](int64_t k, auto count, const auto& get, const auto&, auto keep) {
+                                       constexpr int N = decltype(count)::value;
+                                       const Group<decltype(part), N> group = {part, c, i, k};
+                                       Vec<A> v[N], dz[N];
+                                       for (int j = 0; j < N; j++)
+                                         v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
+                                       group.gradient(v, dz, activation);
+                                       for (int j = 0; j < N; j++)
+                                         dz[j] = keep(dz[j]), v[j] = dz[j] * (v[j] - group.of(c.mean, j));
+                                       group.add_to(of_dz, dz, plane_dz);
+                                       group.add_to(of_product, v, plane_product);
+                                     });
+        if (part.planes()) of_dz[i] += sum_of_lanes<A>(plane_dz), of_product[i] += sum_of_lanes<A>(plane_product);
+      }
+    });
+    if (error) return error;
+    const A* total = sums.joined(lines.images).total(0);
+    for (int64_t i = 0; i < 2; i++) memcpy((A*)out.data + i * channels, total + i * step, channels * sizeof(A));
+    return error;
+  });
 }
-Error backward_input(const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& c, const Tensor4& line,
+
+Error backward_input(const Tensor4& dy, const Tensor4& x, const BatchNormCoefficients& given, const Tensor4& line,
                      const Tensor4& dx, Activation act) {
   Lines lines;
   if (Error error = find_image_lines(&lines, x, dy, dx)) return error;
-  return (is_double(x) ? run_backward_input<double> : run_backward_input<float>)(lines, dy, x, c, line, dx, act);
+  return with_sum_type(x.dtype, [&](auto zero) {
+    typedef decltype(zero) A;
+    const Given<A> copied = copy_coefficients<A>(given, line, lines.images, x.size[1]);
+    if (!copied.rows.data) return kOutOfMemory;
+    return for_each_part<A>(lines, x.dtype, kActivationWork, [&](auto part) {
+      const auto from = part.in(x), grads = part.in(dy);
+      const auto to = part.out(dx);
+      const Coefficients<A> c = copied.of(part.image);
+      const Activation activation = act;
+      for (int64_t i = part.begin; i < part.end; i++) {
+        const auto *p = from[i], *g = grads[i];
+        auto* q = to[i];
+        for_each_group<kBackwardJam>(
+            part, part.lines.length, [&](int64_t k, auto count, const auto& get, const auto& put, auto) {
+              constexpr int N = decltype(count)::value;
+              const Group<decltype(part), N> group = {part, c, i, k};
+              Vec<A> v[N], dz[N];
+              for (int j = 0; j < N; j++) v[j] = get(p + k + j * kLanes), dz[j] = get(g + k + j * kLanes);
+              group.gradient(v, dz, activation);
+              for (int j = 0; j < N; j++) {
+                const Vec<A> of_x = group.of(c.slope, j) * (v[j] - group.of(c.mean, j)) + group.of(c.constant, j);
+                put(q + k + j * kLanes, group.of(c.scale, j) * dz[j] + of_x);
+              }
+            });
+      }
+    });
+  });
 }
 
 }  // namespace
 
 extern const BatchNormActOps batch_norm_act_ops;
-const BatchNormActOps batch_norm_act_ops = {moments, forward, backward_gate, backward_sums, backward_input};
+const BatchNormActOps batch_norm_act_ops = {batch_norm_moments, forward, backward_gate, backward_sums, backward_input};
 
 }  // namespace VOPS_ISA
 }  // namespace vops

@@ -13,7 +13,6 @@ constexpr int64_t kTile = 32;          // tokens: panels of 96 channels fit the 
 constexpr int64_t kLeastTokens = 256;  // of a partial sum
 
 int64_t panel_size(int64_t channels) { return kTile * padded(channels); }
-int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 // Head h of sample b as an image of one row: its channels, its tokens.
 Tensor4 head(const Tensor4& t, int64_t b, int64_t h, int64_t token, int64_t tokens) {
@@ -71,7 +70,7 @@ template <class A>
 void add_gram(const Lines<A>& a, const Lines<A>& b, int64_t tokens, int64_t d, A* gram) {
   const int64_t width = padded(d);
   for_each_product<A>(whole_rows(d), blocks_of(d), [&](auto rows, auto columns, int64_t i, int64_t j) {
-    constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
+    constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
     A* at = gram + i * width + j * kLanes;
     Vec<A> sum[kRows][kColumns] = {};
     multiply_add<A>(sum, a.at(0, i), 1, a.token, b.at(0, j * kLanes), b.token, b.block, tokens);
@@ -107,13 +106,10 @@ Error run_gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tenso
   const int64_t batch = a.size[0], heads = a.size[1], d = a.size[2], tokens = a.size[3];
   const int64_t chunks = clamp64(tokens / kLeastTokens, 1, ceil_div(kFixedTasks, max64(batch, 1)));
   const int64_t width = padded(d), norms_at = whole_rows(d) * width, step = norms_at + 2 * width;
-  const int64_t bytes = batch * chunks * heads * step * sizeof(A);
-  A* sums = (A*)thread_scratch(kSums, max64(bytes, 1));
-  if (!sums) return kOutOfMemory;
-  memset(sums, 0, bytes);
-  auto part = [&](int64_t sample, int64_t chunk, int64_t h) {
-    return sums + ((sample * chunks + chunk) * heads + h) * step;
-  };
+  const int64_t bytes = batch * heads * chunks * step * sizeof(A);
+  const PartialSums<A> sums = {(A*)thread_scratch(kSums, max64(bytes, 1)), chunks, step / kLanes};
+  if (!sums.data) return kOutOfMemory;
+  memset(sums.data, 0, bytes);
 
   // Heads share cache lines, so a task takes several where there are tasks enough.
   const int64_t groups = clamp64(ceil_div(tasks_for_threads(), max64(batch * chunks, 1)), 1, heads);
@@ -125,7 +121,7 @@ Error run_gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tenso
     for (int64_t n = chunk * tokens / chunks; n < end; n += kTile) {
       const int64_t count = min64(kTile, end - n);
       for (int64_t h = group * heads / groups; h < (group + 1) * heads / groups; h++) {
-        A* to = part(sample, chunk, h);
+        A* to = sums.panel(sample * heads + h, chunk);
         auto dots_with = [&](const Lines<A>& lines, const Tensor4& own, const Tensor4& with, A* dots) {
           const bool same = same_tokens(own, with);
           add_dots(lines, same ? lines : whole_lines(with, sample, h, n, count, other), count, d, dots);
@@ -142,8 +138,7 @@ Error run_gram(const Tensor4& a, const Tensor4& b, const Tensor4& u, const Tenso
   if (error) return error;
   return for_each_task<A>(batch * heads, batch * chunks * heads * d * d, 0, [&](int64_t task, A*) {
     const int64_t sample = task / heads, h = task % heads;
-    A* total = part(sample, 0, h);
-    for (int64_t c = 1; c < chunks; c++) add_panel(total, part(sample, c, h), step / kLanes);
+    const A* total = sums.total(task);
     A* to = (A*)gram.data + task * d * d;
     for (int64_t i = 0; i < d; i++) memcpy(to + i * d, total + i * width, d * sizeof(A));
     for (int64_t side = 0; side < 2 && norms.data; side++) {
@@ -189,9 +184,8 @@ Error run_softmax(const Tensor4& gram, const Tensor4& norms, const Tensor4& temp
     invert_norms(head.vector(norms, 1), d, inverse_k);
     for (int64_t i = 0; i < d; i++, g += d, w += d) {
       const A scale = tau / norm_of(q[i]);
-      for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto&) {
-        store(row + j, get(g + j) * get(inverse_k + j) * scale);
-      });
+      for_each_vector(
+          d, [&](int64_t j, const auto& get, const auto&) { store(row + j, get(g + j) * get(inverse_k + j) * scale); });
       // Lanes past the end repeat a value, which leaves the maximum alone, until they are to add nothing.
       for (int64_t j = d; j < width; j++) row[j] = row[0];
       Vec<A> most = load(row), sums = {};
@@ -202,8 +196,8 @@ Error run_softmax(const Tensor4& gram, const Tensor4& norms, const Tensor4& temp
       }
       for (int64_t j = d; j < width; j++) row[j] = 0;
       for (int64_t j = 0; j < width; j += kLanes) sums += load(row + j);
-      const A inverse = 1 / sum_of_lanes(sums);
-      for_each_vector<A>(d, [&](int64_t j, int, const auto&, const auto& put) { put(w + j, load(row + j) * inverse); });
+      const A inverse = 1 / sum_of_lanes<A>(sums);
+      for_each_vector(d, [&](int64_t j, const auto&, const auto& put) { put(w + j, load(row + j) * inverse); });
     }
   });
 }
@@ -226,16 +220,16 @@ Error run_softmax_backward(const Tensor4& grad, const Tensor4& weights, const Te
     for (int64_t i = 0; i < d; i++, w += d, g += d, t += d) {
       const A inverse_q = 1 / norm_of(q[i]);
       Vec<A> weighted = {}, products = {};
-      for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto&) { weighted += get(t + j) * get(w + j); });
-      const A mean = sum_of_lanes(weighted);
-      for_each_vector<A>(d, [&](int64_t j, int, const auto& get, const auto& put) {
+      for_each_vector(d, [&](int64_t j, const auto& get, const auto&) { weighted += get(t + j) * get(w + j); });
+      const A mean = sum_of_lanes<A>(weighted);
+      for_each_vector(d, [&](int64_t j, const auto& get, const auto& put) {
         const Vec<A> inverse = get(inverse_k + j) * inverse_q, logit = get(w + j) * (get(t + j) - mean);
         const Vec<A> product = logit * (get(g + j) * inverse);
         products += product;
         put(of_k + j, get(of_k + j) + product);
         put(t + j, logit * tau * inverse);
       });
-      const A product = sum_of_lanes(products);
+      const A product = sum_of_lanes<A>(products);
       of_temperature += product;
       scale_q[i] = is_bounded(q[i]) ? 0 : -tau * product * inverse_q * inverse_q;
     }
@@ -249,7 +243,7 @@ template <class A>
 void multiply_tile(const A* matrix, const Lines<A>& x, const A* scale, const Lines<A>& z, int64_t tokens, int64_t d,
                    const Lines<A>& y) {
   for_each_product<A>(whole_rows(tokens), blocks_of(d), [&](auto rows, auto columns, int64_t i, int64_t j) {
-    constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
+    constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
     Vec<A> sum[kRows][kColumns] = {};
     for (int64_t k = 0; k < d; k += kLanes) {
       const A* with = matrix + (j * d + k) * kLanes;
@@ -324,7 +318,7 @@ Error sum_tokens(const Tensor4& x, const Tensor4& sums, const Tensor4& centred) 
     double* total = partial + task * width;
     memset(total, 0, width * sizeof(double));
     rows_of(x, task, [&](const float* row, int64_t) {
-      for_each_vector<float>(channels, [&](int64_t c, int, const auto& get, const auto&) {
+      for_each_vector(channels, [&](int64_t c, const auto& get, const auto&) {
         store(total + c, load(total + c) + __builtin_convertvector(get(row + c), Double));
       });
     });
@@ -342,9 +336,8 @@ Error sum_tokens(const Tensor4& x, const Tensor4& sums, const Tensor4& centred) 
     if (!centred.data) return;
     rows_of(x, task, [&](const float* row, int64_t n) {
       float* to = (float*)centred.data + sample * centred.stride[0] + n * centred.stride[2];
-      for_each_vector<float>(channels, [&](int64_t c, int, const auto& get, const auto& put) {
-        put(to + c, get(row + c) - load(mean + c));
-      });
+      for_each_vector(channels,
+                      [&](int64_t c, const auto& get, const auto& put) { put(to + c, get(row + c) - load(mean + c)); });
     });
   });
 }

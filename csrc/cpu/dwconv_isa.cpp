@@ -86,15 +86,10 @@ Error run(const Pass& p) {
           }
         };
         if (direct) {
-          auto convolve_tensor = [&](auto type) {
+          with_type_of_sums<A>(p.x.dtype, [&](auto type) {
             typedef decltype(type) T;
             convolve(tensor_panel<const T>(p.x, n, c.begin), c.blocks(), weights, tensor_panel<T>(p.y, n, c.begin));
-          };
-          if constexpr (sizeof(A) == sizeof(float)) {
-            if (p.x.dtype == kFloat32) convolve_tensor(float());
-            if (p.x.dtype == kBFloat16) convolve_tensor(bf16());
-            if (p.x.dtype == kFloat16) convolve_tensor(f16());
-          }
+          });
           if (p.dy.data) {
             activate_tensor_backward(p.y, p.dy, n, c, now.begin, now.end, p.act);
           } else if (p.act != kNoActivation) {
@@ -151,7 +146,8 @@ Error weight_gradient(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, co
   const int64_t units = batch * cut.chunks;  // pieces of the sum; a split takes several, in order
   const int64_t splits = clamp64(ceil_div(kFixedTasks, bundles), 1, max64(units, 1));
   const int64_t sums_elements = (taps + 1) * kLanes;
-  const WeightSums<A> sums = {(A*)thread_scratch(kSums, blocks * splits * sums_elements * sizeof(A)), splits, taps + 1};
+  const PartialSums<A> sums = {(A*)thread_scratch(kSums, blocks * splits * sums_elements * sizeof(A)), splits,
+                               taps + 1};
   if (!sums.data) return kOutOfMemory;
 
   const int64_t source_elements = min64(in_height, (cut.rows - 1) * f.stride + halo + 1) * in_width * kLanes;
@@ -169,17 +165,12 @@ Error weight_gradient(const Tensor4& dy, const Tensor4& x, const Tensor4& dw, co
       const RowRange rows = cut.rows_of(unit % cut.chunks, height), read = input_rows(rows, in_height, f);
       // Summed apart from the other units: shorter sums, smaller rounding errors.
       memset(unit_sums, 0, count * sums_elements * sizeof(A));
-      auto add = [&](auto type) {
-        typedef const decltype(type) T;
-        conv_weight_rows(tensor_panel<T>(dy, n, c.begin), tensor_panel<T>(x, n, c.begin), in_height, count, f, rows,
-                         unit_sums, sums_elements);
-      };
       if (direct) {
-        if constexpr (sizeof(A) == sizeof(float)) {
-          if (x.dtype == kFloat32) add(float());
-          if (x.dtype == kBFloat16) add(bf16());
-          if (x.dtype == kFloat16) add(f16());
-        }
+        with_type_of_sums<A>(x.dtype, [&](auto type) {
+          typedef const decltype(type) T;
+          conv_weight_rows(tensor_panel<T>(dy, n, c.begin), tensor_panel<T>(x, n, c.begin), in_height, count, f, rows,
+                           unit_sums, sums_elements);
+        });
       } else {
         pack_rows(dy, n, c, rows.begin, rows.end, grad_data, grad_elements);
         const Panel<const A> grad = packed_panel<const A>(grad_data, rows.begin, width, grad_elements);

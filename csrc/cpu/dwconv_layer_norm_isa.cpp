@@ -1,6 +1,6 @@
 // A task owns all channels of some rows: the norm finds what the convolution computed in the cache.
 #include "dwconv_layer_norm.h"
-#include "parallel.h"
+#include "layer_norm_panel.h"
 
 namespace vops {
 namespace VOPS_ISA {
@@ -9,97 +9,10 @@ namespace {
 // Multiply-adds that the norm costs per element, about, for for_each_task.
 constexpr int64_t kNormWork = 8;
 
-template <class T>
-struct AccumulatorOf {
-  typedef float type;
-};
-template <>
-struct AccumulatorOf<double> {
-  typedef double type;
-};
-
-// A pixel's channels in blocks; weight and bias are padded with zeros to whole blocks.
-template <class A>
-struct Norm {
-  const A *weight, *bias;
-  int64_t channels, last;  // last: the block that may be ragged
-  int tail;                // its channels
-  A inverse_count, eps;
-};
-template <class A>
-Norm<A> norm_of(const A* weight, const A* bias, int64_t channels, double eps) {
-  const int64_t last = (channels - 1) / kLanes;
-  return {weight, bias, channels, last, (int)(channels - last * kLanes), (A)(1. / channels), (A)eps};
-}
-
-// Calls f(block, how many of its channels there are).
-template <class A, class F>
-VOPS_INLINE void for_each_block(const Norm<A>& norm, const F& f) {
-  for (int64_t b = 0; b < norm.last; b++) f(b, kLanes);
-  f(norm.last, norm.tail);
-}
-template <class T>
-VOPS_INLINE auto load_channels(const T* p, int n) {
-  return n == kLanes ? load(p) : load_n(p, n);
-}
-template <class T, class V>
-VOPS_INLINE void store_channels(T* p, V v, int n) {
-  if (n == kLanes) return store(p, v);
-  store_n(p, v, n);
-}
-
-// Where dense pixels lie: y or its gradient, and the statistics, which may both be null.
-template <class T, class A>
-struct Normalized {
-  T* y;
-  A *mean, *rstd;
-  Normalized at(int64_t pixel, int64_t channels) const {
-    if (!mean) return {y + pixel * channels, mean, rstd};
-    return {y + pixel * channels, mean + pixel, rstd + pixel};
-  }
-};
-
-// The first `count` of kLanes pixels of a panel of all blocks; the panel may hold anything in the others, but they are
-// read. Its lanes without a channel are zero.
-template <class T, class A>
-void normalize(const Norm<A>& norm, const A* panel, int64_t block_step, int count, const Normalized<T, A>& out) {
-  A mean[kLanes], rstd[kLanes], exists[kLanes];
-  Vec<A> sums[kLanes] = {}, squares[kLanes] = {};
-  for (int k = 0; k < kLanes; k++) exists[k] = k < norm.tail;
-  for (int64_t b = 0; b <= norm.last; b++) {
-#pragma GCC unroll 16
-    for (int p = 0; p < kLanes; p++) sums[p] += load(panel + b * block_step + p * kLanes);
-  }
-  store(mean, lane_sums(sums) * norm.inverse_count);
-  for (int64_t b = 0; b < norm.last; b++) {
-#pragma GCC unroll 16
-    for (int p = 0; p < kLanes; p++) {
-      const Vec<A> d = load(panel + b * block_step + p * kLanes) - mean[p];
-      squares[p] += d * d;
-    }
-  }
-  for (int p = 0; p < kLanes; p++) {
-    const Vec<A> d = (load(panel + norm.last * block_step + p * kLanes) - mean[p]) * load(exists);
-    squares[p] += d * d;
-  }
-  store(rstd, inverse_sqrt(lane_sums(squares) * norm.inverse_count + norm.eps));
-  for (int p = 0; p < count; p++) {
-    for_each_block(norm, [&](int64_t b, int n) {
-      const Vec<A> u = load(panel + b * block_step + p * kLanes);
-      const int64_t to = p * norm.channels + b * kLanes;
-      const Vec<A> y = (u - mean[p]) * rstd[p] * load(norm.weight + b * kLanes) + load(norm.bias + b * kLanes);
-      store_channels(out.y + to, y, n);
-    });
-    if (out.mean) out.mean[p] = mean[p], out.rstd[p] = rstd[p];
-  }
-}
-
 // Kernel 3 has too little arithmetic to hide packing behind.
 bool reads_in_place(const Tensor4& x, const DwConv& f) {
   return x.dtype == kFloat32 && f.kernel == 3 && is_channels_last(x) && x.size[1] % kLanes == 0;
 }
-
-bool has_planes(const Tensor4& t) { return t.stride[3] == 1 && t.stride[2] == t.size[3]; }
 
 // Asks for the rows of the planes of some channels, while others are computed: the planes are many short streams, which
 // processors do not foresee.
@@ -115,7 +28,7 @@ void prefetch_planes(const Tensor4& t, int64_t element_bytes, int64_t n, Channel
 template <class T>
 Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w, const Tensor4& ln_b,
                  const Tensor4& y, const Tensor4& statistics, DwConv f, double eps) {
-  typedef typename AccumulatorOf<T>::type A;
+  typedef SumOf<T> A;
   const int64_t batch = x.size[0], channels = x.size[1], height = x.size[2], width = x.size[3];
   if (batch * height * width == 0) return nullptr;
   const bool direct = reads_in_place(x, f), planes = has_planes(x);
@@ -135,7 +48,7 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   pack_weight(ln_w, all, ln_weight, kLanes);
   pack_weight(ln_b, all, ln_bias, kLanes);
   const Weights<A> weights = {weight_data, weight_data + taps * kLanes, weight_elements};
-  const Norm<A> norm = norm_of<A>(ln_weight, ln_bias, channels, eps);
+  const PanelNorm<A> norm = norm_of<A>(ln_weight, ln_bias, channels, eps);
   A* means = (A*)statistics.data;
   const Normalized<T, A> whole = {(T*)y.data, means, means ? means + batch * height * width : nullptr};
 
@@ -175,45 +88,6 @@ Error forward_of(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Ten
   });
 }
 
-// With g = dy * weight and d = (u - mean) * rstd: u becomes du = rstd * (g - mean(g) - d * mean(g * d)), in the panel
-// of all blocks; what that has in lanes without a channel has no meaning. Adds dy * d and dy to the two vectors of
-// block b at sums + b * step, unless it is null.
-template <class T, class A>
-void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>& in, int count, A* panel,
-                        int64_t block_step, A* sums, int64_t step) {
-  A mean[kLanes] = {}, rstd[kLanes] = {}, mean_g[kLanes], slope[kLanes];
-  memcpy(mean, in.mean, count * sizeof(A));
-  memcpy(rstd, in.rstd, count * sizeof(A));
-  Vec<A> of_g[kLanes] = {}, of_gd[kLanes] = {};
-  for (int p = 0; p < count; p++) {
-    Vec<A> sum_g = {}, sum_gd = {};  // in registers
-    for_each_block(norm, [&](int64_t b, int n) {
-      const Vec<A> g = load_channels(in.y + p * norm.channels + b * kLanes, n) * load(norm.weight + b * kLanes);
-      sum_g += g;
-      sum_gd += g * (load(panel + b * block_step + p * kLanes) - mean[p]);
-    });
-    of_g[p] = sum_g, of_gd[p] = sum_gd;
-  }
-  store(mean_g, lane_sums(of_g) * norm.inverse_count);
-  store(slope, lane_sums(of_gd) * norm.inverse_count * load(rstd));
-  // Block by block over the pixels, so that the sums stay in registers.
-  for_each_block(norm, [&](int64_t b, int n) {
-    const Vec<A> weight = load(norm.weight + b * kLanes);
-    Vec<A> dweight = {}, dbias = {};
-    for (int p = 0; p < count; p++) {
-      A* u = panel + b * block_step + p * kLanes;
-      const Vec<A> grad = load_channels(in.y + p * norm.channels + b * kLanes, n), d = (load(u) - mean[p]) * rstd[p];
-      dweight += grad * d;
-      dbias += grad;
-      store(u, (grad * weight - mean_g[p] - d * slope[p]) * rstd[p]);
-    }
-    if (!sums) return;
-    A* to = sums + b * step;
-    store(to, load(to) + dweight);
-    store(to + kLanes, load(to + kLanes) + dbias);
-  });
-}
-
 // u is computed again rather than kept: that costs less than writing and reading it where the kernel is small, and
 // halves what a training step keeps. A task marches down the images: of x and du it holds the rows that the
 // convolutions of a unit, some rows, read, and computes each once but where it starts. Units, and the sums they add to,
@@ -221,7 +95,7 @@ void normalize_backward(const Norm<A>& norm, const Normalized<const T, const A>&
 template <class T>
 Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w,
                   const Tensor4& statistics, const DwConvLayerNormGrads& grads, DwConv f) {
-  typedef typename AccumulatorOf<T>::type A;
+  typedef SumOf<T> A;
   const int64_t batch = x.size[0], channels = x.size[1], height = x.size[2], width = x.size[3];
   const bool want_weights = grads.weight.data || grads.bias.data, planes = has_planes(x);
   const int64_t taps = f.kernel * f.kernel, halo = f.kernel - 1, row = max64(width, 1) * kLanes;
@@ -238,9 +112,9 @@ Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const T
       kSums, blocks * (2 * weight_elements + kLanes + splits * (weight_elements + 2 * kLanes)) * sizeof(A));
   if (!memory) return kOutOfMemory;
   A *reversed_data = memory + blocks * weight_elements, *ln_weight = reversed_data + blocks * weight_elements;
-  const WeightSums<A> sums = {ln_weight + blocks * kLanes, splits, taps + 1};
+  const PartialSums<A> sums = {ln_weight + blocks * kLanes, splits, taps + 1};
   // A panel of these is a block's gradient of the weight of the norm and that of its bias.
-  const WeightSums<A> norm_sums = {sums.data + blocks * splits * weight_elements, splits, 2};
+  const PartialSums<A> norm_sums = {sums.data + blocks * splits * weight_elements, splits, 2};
   memset(sums.data, 0, blocks * splits * (weight_elements + 2 * kLanes) * sizeof(A));
   pack_weight(w, all, memory, weight_elements);
   pack_bias(b, all, memory + taps * kLanes, weight_elements);
@@ -252,7 +126,7 @@ Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const T
   pack_weight(ln_w, all, ln_weight, kLanes);
   const Weights<A> weights = {memory, memory + taps * kLanes, weight_elements};
   const Weights<A> reversed = {reversed_data, reversed_data + taps * kLanes, weight_elements};
-  const Norm<A> norm = norm_of<A>(ln_weight, nullptr, channels, 0);
+  const PanelNorm<A> norm = norm_of<A>(ln_weight, nullptr, channels, 0);
   const A* means = (const A*)statistics.data;
   const Normalized<const T, const A> whole = {(const T*)dy.data, means, means + batch * height * width};
   // As many pixels at a time as the first-level cache holds, dy and u.
@@ -335,14 +209,6 @@ Error backward_of(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const T
     if (want_weights) add_splits(sums, taps, i, c, grads.weight, grads.bias);
   }
   return nullptr;
-}
-
-template <class F>
-Error with_type(int dtype, const F& f) {
-  if (dtype == kFloat32) return f(float());
-  if (dtype == kBFloat16) return f(bf16());
-  if (dtype == kFloat16) return f(f16());
-  return f(double());
 }
 
 Error forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& ln_w, const Tensor4& ln_b,

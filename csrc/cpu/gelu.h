@@ -7,16 +7,12 @@ namespace VOPS_ISA {
 
 // Vectors that go through a polynomial side by side: every multiply-add waits for the one before it.
 constexpr int kJam = 4;
-template <int count>
-struct Count {
-  static constexpr int value = count;
-};
 // Calls f(block, how many blocks from there on).
 template <int jam, class F>
 VOPS_INLINE void for_each_jam(int64_t blocks, const F& f) {
   int64_t b = 0;
-  for (; b + jam <= blocks; b += jam) f(b, Count<jam>());
-  for (; b < blocks; b++) f(b, Count<1>());
+  for (; b + jam <= blocks; b += jam) f(b, Constant<jam>());
+  for (; b < blocks; b++) f(b, Constant<1>());
 }
 
 // u becomes h.

@@ -198,14 +198,14 @@ Error run_backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const 
   const int64_t groups = clamp64(ceil_div(kFixedTasks, blocks), 1, max64(batch, 1));
   A* memory = shared_memory<A>(size, dw.data ? blocks * groups * spectrum : 0);
   if (!memory) return kOutOfMemory;
-  A* sums = memory + after_matrices(size);
+  const PartialSums<A> sums = {memory + after_matrices(size), groups, spectrum / kLanes};
   const Transforms<A> transforms = {size, make_matrices(size, memory)};
   const int64_t work = 2 * batch * channels * size.work();
   const Error error = for_each_task<A>(blocks * groups, work, plane + 4 * spectrum, [&](int64_t task, A* scratch) {
     const Channels c = channels_of_blocks(channels, task / groups, 1);
     const int64_t group = task % groups;
     A *pixels = scratch, *weight = pixels + plane, *room = weight + spectrum, *grad = room + spectrum;
-    A *in = grad + spectrum, *own = sums + task * spectrum;
+    A *in = grad + spectrum, *own = sums.panel(0, task);
     if (dw.data) memset(own, 0, spectrum * sizeof(A));
     pack_rows(w, 0, c, 0, size.height, weight, 0);
     for (int64_t n = group * batch / groups; n < (group + 1) * batch / groups; n++) {
@@ -234,8 +234,7 @@ Error run_backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const 
   });
   if (error || !dw.data) return error;
   for (int64_t block = 0; block < blocks; block++) {
-    A* total = sums + block * groups * spectrum;
-    for (int64_t g = 1; g < groups; g++) add_panel(total, total + g * spectrum, spectrum / kLanes);
+    A* total = sums.total(block);
     transforms.for_each_frequency([&](int64_t l, int64_t, int64_t, int64_t at) {
       const A share = (A)(multiplicity(l, size.width) / (double)size.pixels());
       store(total + at, load(total + at) * share);

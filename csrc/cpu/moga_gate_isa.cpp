@@ -29,46 +29,44 @@ VOPS_INLINE V activate(V& x) {
   return slope;
 }
 
-// Calls f(type, whether silu is doubled, image, line in it) for all lines.
-template <class A, class F>
-Error for_all_lines(const Lines& lines, int dtype, bool doubled, const F& f) {
-  const int64_t count = lines.count(), tasks = min64(count, tasks_for_threads());
-  return for_each_task<A>(tasks, count * lines.length * kElementWork * 8, 1, [&](int64_t task, A*) {
-    with_types<A>(dtype, doubled, [&](auto type, auto twice) {
-      for_each_line(lines, task * count / tasks, (task + 1) * count / tasks,
-                    [&](int64_t n, int64_t i) { f(type, twice, n, i); });
+constexpr int64_t kGateWork = 8 * kElementWork;
+
+template <bool doubled>
+Error run_forward(const Lines& lines, const Tensor4& g, const Tensor4& v, const Tensor4& y) {
+  return with_sum_type(g.dtype, [&](auto zero) {
+    return for_each_part_of_any<decltype(zero)>(lines, g.dtype, kGateWork, [&](auto part) {
+      const auto gates = part.in(g), values = part.in(v);
+      const auto to = part.out(y);
+      for (int64_t i = part.begin; i < part.end; i++) {
+        const auto *pg = gates[i], *pv = values[i];
+        auto* py = to[i];
+        for_each_vector(part, [&](int64_t k, const auto& get, const auto& put) {
+          put(py + k, activated<doubled>(get(pg + k)) * activated<doubled>(get(pv + k)));
+        });
+      }
     });
   });
 }
 
-template <class A>
-Error run_gate(const Lines& lines, const Tensor4& g, const Tensor4& v, const Tensor4& y, bool doubled) {
-  return for_all_lines<A>(lines, g.dtype, doubled, [&](auto type, auto twice, int64_t n, int64_t i) {
-    typedef decltype(type) T;
-    constexpr bool kTwice = decltype(twice)::value;
-    const T *pg = Operand<const T>(g, lines).at(n, i), *pv = Operand<const T>(v, lines).at(n, i);
-    T* py = Operand<T>(y, lines).at(n, i);
-    for_each_vector(lines.length, [&](int64_t k, const auto& get, const auto& put) {
-      put(py + k, activated<kTwice>(get(pg + k)) * activated<kTwice>(get(pv + k)));
-    });
-  });
-}
-
-template <class A>
-Error run_gate_backward(const Lines& lines, const Tensor4& dy, const Tensor4& g, const Tensor4& v, const Tensor4& dg,
-                        const Tensor4& dv, bool doubled) {
-  return for_all_lines<A>(lines, g.dtype, doubled, [&](auto type, auto twice, int64_t n, int64_t i) {
-    typedef decltype(type) T;
-    constexpr bool kTwice = decltype(twice)::value;
-    const T *pdy = Operand<const T>(dy, lines).at(n, i), *pg = Operand<const T>(g, lines).at(n, i),
-            *pv = Operand<const T>(v, lines).at(n, i);
-    T *pdg = Operand<T>(dg, lines).at(n, i), *pdv = Operand<T>(dv, lines).at(n, i);
-    for_each_vector(lines.length, [&](int64_t k, const auto& get, const auto& put) {
-      const Vec<A> grad = get(pdy + k);
-      Vec<A> gate = get(pg + k), value = get(pv + k);
-      const Vec<A> gate_slope = activate<kTwice>(gate), value_slope = activate<kTwice>(value);
-      if (dg.data) put(pdg + k, grad * value * gate_slope);
-      if (dv.data) put(pdv + k, grad * gate * value_slope);
+template <bool doubled>
+Error run_backward(const Lines& lines, const Tensor4& dy, const Tensor4& g, const Tensor4& v, const Tensor4& dg,
+                   const Tensor4& dv) {
+  return with_sum_type(g.dtype, [&](auto zero) {
+    typedef decltype(zero) A;
+    return for_each_part_of_any<A>(lines, g.dtype, kGateWork, [&](auto part) {
+      const auto grads = part.in(dy), gates = part.in(g), values = part.in(v);
+      const auto to_gates = part.out(dg), to_values = part.out(dv);
+      for (int64_t i = part.begin; i < part.end; i++) {
+        const auto *pdy = grads[i], *pg = gates[i], *pv = values[i];
+        auto *pdg = to_gates[i], *pdv = to_values[i];
+        for_each_vector(part, [&](int64_t k, const auto& get, const auto& put) {
+          const Vec<A> grad = get(pdy + k);
+          Vec<A> gate = get(pg + k), value = get(pv + k);
+          const Vec<A> gate_slope = activate<doubled>(gate), value_slope = activate<doubled>(value);
+          if (pdg) put(pdg + k, grad * value * gate_slope);
+          if (pdv) put(pdv + k, grad * gate * value_slope);
+        });
+      }
     });
   });
 }
@@ -76,13 +74,13 @@ Error run_gate_backward(const Lines& lines, const Tensor4& dy, const Tensor4& g,
 Error forward(const Tensor4& g, const Tensor4& v, const Tensor4& y, bool doubled) {
   Lines lines;
   if (Error error = find_lines(&lines, g, v, y)) return error;
-  return (g.dtype == kFloat64 ? run_gate<double> : run_gate<float>)(lines, g, v, y, doubled);
+  return (doubled ? run_forward<true> : run_forward<false>)(lines, g, v, y);
 }
 Error backward(const Tensor4& dy, const Tensor4& g, const Tensor4& v, const Tensor4& dg, const Tensor4& dv,
                bool doubled) {
   Lines lines;
   if (Error error = find_lines(&lines, dy, g, v, dg.data ? dg : g, dv.data ? dv : v)) return error;
-  return (g.dtype == kFloat64 ? run_gate_backward<double> : run_gate_backward<float>)(lines, dy, g, v, dg, dv, doubled);
+  return (doubled ? run_backward<true> : run_backward<false>)(lines, dy, g, v, dg, dv);
 }
 
 }  // namespace

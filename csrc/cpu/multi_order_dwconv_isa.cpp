@@ -129,8 +129,8 @@ Error backward(const Tensor4& dy, const Tensor4& x, const MultiOrderDwConv& p, c
   const int64_t sums_elements = branches.blocks * splits * weight_elements;
   A* memory = (A*)thread_scratch(kSums, 2 * sums_elements * sizeof(A));
   if (!memory) return kOutOfMemory;
-  const WeightSums<A> sums0 = {memory, splits, max_taps(p) + 1};
-  const WeightSums<A> sums1 = {sums0.data + sums_elements, splits, max_taps(p) + 1};
+  const PartialSums<A> sums0 = {memory, splits, max_taps(p) + 1};
+  const PartialSums<A> sums1 = {sums0.data + sums_elements, splits, max_taps(p) + 1};
 
   const int64_t work = 2 * batch * channels * height * width * mean_taps(p);
   const Error error = for_each_task<A>(branches.blocks * splits, work, elements, [&](int64_t task, A* scratch) {

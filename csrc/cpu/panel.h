@@ -5,7 +5,7 @@
 #pragma once
 #include "dwconv.h"
 #include "runtime.h"
-#include "vec.h"
+#include "types.h"
 
 namespace vops {
 namespace VOPS_ISA {
@@ -81,6 +81,8 @@ VOPS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 VOPS_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 VOPS_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 VOPS_INLINE int64_t clamp64(int64_t v, int64_t low, int64_t high) { return max64(low, min64(v, high)); }
+VOPS_INLINE int64_t blocks_of(int64_t channels) { return ceil_div(channels, kLanes); }
+VOPS_INLINE int64_t padded(int64_t channels) { return blocks_of(channels) * kLanes; }
 // Channels of `count` blocks from the given one on.
 VOPS_INLINE Channels channels_of_blocks(int64_t channels, int64_t block, int64_t count) {
   return {block * kLanes, min64(count * kLanes, channels - block * kLanes)};

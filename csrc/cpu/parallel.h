@@ -1,16 +1,10 @@
 // How the ops cut their work into tasks. A task is some blocks of channels, some rows and some images.
 #pragma once
-#include <omp.h>
-
 #include "panel_conv.h"
 
 namespace vops {
 namespace VOPS_ISA {
 
-// Waking the other threads costs about as much as this many multiply-adds on one.
-constexpr int64_t kSerialWork = 1 << 19;
-// The same for a crew, which is awake.
-constexpr int64_t kCrewWork = 1 << 15;
 // Panels of one task: a second-level cache holds them, with room for what streams by.
 constexpr int64_t kTaskBytes = 512 * 1024;
 
@@ -44,52 +38,47 @@ VOPS_INLINE Cut cut_work(int64_t batch, int64_t blocks, int64_t height, int64_t 
 constexpr int64_t kPackedBlocks = 8, kDirectBlocks = 2 * kLanes;
 
 // The tasks that keep all threads busy to the end.
-VOPS_INLINE int64_t tasks_for_threads() { return 4 * omp_get_max_threads(); }
+VOPS_INLINE int64_t tasks_for_threads() { return 4 * max_threads(); }
 // The same for weight gradients, whose sums must not depend on the number of threads.
 constexpr int64_t kFixedTasks = 64;
 
 // Runs body(task, scratch) for every task, on all threads when `work` multiply-adds are worth it.
 template <class A, class Body>
 VOPS_INLINE Error for_each_task(int64_t tasks, int64_t work, int64_t scratch_elements, const Body& body) {
-  Error error = nullptr;
-  int64_t next = 0;
-  auto share = [&] {
-    A* scratch = (A*)thread_scratch(kPanels, scratch_elements * sizeof(A));
-    if (!scratch) {
-      __atomic_store_n(&error, kOutOfMemory, __ATOMIC_RELAXED);
-      return;
-    }
-    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) body(task, scratch);
-  };
-  const bool crew = leads_crew();
-  if (tasks <= 1 || work <= (crew ? kCrewWork : kSerialWork)) {
-    share();
-  } else if (crew) {
-    share_with_crew([](void* of) { (*(decltype(share)*)of)(); }, &share);
-  } else {
-#pragma omp parallel
-    share();
-  }
-  return error;
+  const auto run = [](const void* context, int64_t task, void* scratch) { (*(const Body*)context)(task, (A*)scratch); };
+  return run_tasks(tasks, work, scratch_elements * sizeof(A), run, &body);
 }
 
-// Weight and bias gradients in two stages: every (block, split) has a panel of its own that one task fills, and the
-// splits are added in order. [block][split][tap][lane]; the bias follows the taps.
-template <class A>
-struct WeightSums {
-  A* data;
-  int64_t splits, vectors;  // of a panel: at least taps + 1
-  A* panel(int64_t block, int64_t split) const { return data + (block * splits + split) * vectors * kLanes; }
-};
 template <class A>
 VOPS_INLINE void add_panel(A* to, const A* from, int64_t vectors) {
   for (int64_t i = 0; i < vectors * kLanes; i += kLanes) store(to + i, load(to + i) + load(from + i));
 }
+
+// Sums in two stages, cut by shape only: every (group, split) has a panel of its own that one task fills, and the
+// splits of a group are added in order. [group][split][vector][lane]
 template <class A>
-VOPS_INLINE void add_splits(const WeightSums<A>& sums, int64_t taps, int64_t block, Channels c, const Tensor4& dw,
+struct PartialSums {
+  A* data;
+  int64_t splits, vectors;
+  A* panel(int64_t group, int64_t split) const { return data + (group * splits + split) * vectors * kLanes; }
+  // Adds up a group, in the place of its first panel.
+  A* total(int64_t group) const {
+    A* sums = panel(group, 0);
+    for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
+      Vec<A> sum = load(sums + i);
+      for (int64_t split = 1; split < splits; split++) sum += load(sums + split * vectors * kLanes + i);
+      store(sums + i, sum);
+    }
+    return sums;
+  }
+  // All groups as one.
+  PartialSums joined(int64_t groups) const { return {data, groups * splits, vectors}; }
+};
+// The gradients of a block's weight and bias, which follows the taps.
+template <class A>
+VOPS_INLINE void add_splits(const PartialSums<A>& sums, int64_t taps, int64_t block, Channels c, const Tensor4& dw,
                             const Tensor4& db) {
-  A* total = sums.panel(block, 0);
-  for (int64_t s = 1; s < sums.splits; s++) add_panel(total, sums.panel(block, s), taps + 1);
+  const A* total = sums.total(block);
   if (dw.data) unpack_rows<A>(total, 0, dw, 0, c, 0, 1);
   if (db.data) unpack_rows<A>(total + taps * kLanes, 0, db, 0, c, 0, 1);
 }

@@ -23,7 +23,7 @@ void add_row_sums(const Matrix& a, const Tiles& tiles, int64_t rows, int64_t dep
     for (const float* row = a.data + r * a.line; k < depth; k += kLanes) {
       sum[k / kLanes % 2] += k + kLanes <= depth ? load(row + k) : load_n(row + k, (int)(depth - k));
     }
-    add(sums + r, sum_of_lanes(sum[0] + sum[1]));
+    add(sums + r, sum_of_lanes<float>(sum[0] + sum[1]));
   }
   static_assert(kTilePitch == kLanes);
   for (int64_t first_row = 0; !tiles.pitch && first_row < rows; first_row += kTileRows) {
@@ -98,7 +98,7 @@ Error pointwise_backward_weight(const Tensor4& dy, const Tensor4& x, const Tenso
 
   const bool by_rows = rows > columns;
   const int64_t unit = by_rows ? kTileRows : kTileColumns, extent = by_rows ? rows : columns;
-  const int64_t units = ceil_div(extent, unit), threads = omp_get_max_threads();
+  const int64_t units = ceil_div(extent, unit), threads = max_threads();
   const int64_t groups = threads == 1 ? 1 : clamp64(ceil_div(2 * threads, matrices * parts), 1, max64(units / 4, 1));
   const int64_t work = x.size[0] * x.size[2] * x.size[3] * rows * max64(columns, 1);
   const int64_t scratch = kTileColumns * kSumDepth + ceil_div(rows, kTileRows) * kPackedTile;

@@ -8,9 +8,6 @@ namespace VOPS_ISA {
 // A product in registers has 4 or kMostRows rows and kMostColumns vectors at most.
 constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostColumns = kLanes >= 8 ? 3 : 2;
 
-VOPS_INLINE int64_t blocks_of(int64_t channels) { return ceil_div(channels, kLanes); }
-VOPS_INLINE int64_t padded(int64_t channels) { return blocks_of(channels) * kLanes; }
-
 // sum[r][j] += a[r * a_row + k * a_step] * (vector j of b at k), over k.
 template <class A, int rows, int columns>
 VOPS_INLINE void multiply_add(Vec<A> (&sum)[rows][columns], const A* a, int64_t a_row, int64_t a_step, const A* b,
@@ -27,10 +24,6 @@ VOPS_INLINE void multiply_add(Vec<A> (&sum)[rows][columns], const A* a, int64_t 
   }
 }
 
-template <int value>
-struct Count {
-  static constexpr int kValue = value;
-};
 // Calls f(rows, columns, first row, first column) for the products that make up a matrix of rows x vectors.
 template <class A, class F>
 VOPS_INLINE void for_each_product(int64_t rows, int64_t vectors, const F& f) {
@@ -39,15 +32,15 @@ VOPS_INLINE void for_each_product(int64_t rows, int64_t vectors, const F& f) {
     for (int64_t r = 0; r < rows;) {
       const bool many = sizeof(A) == sizeof(float) && kMostRows == 8 && rows - r > 4;
       if constexpr (sizeof(A) == sizeof(double)) {
-        f(Count<4>(), Count<1>(), r, j);
+        f(Constant<4>(), Constant<1>(), r, j);
       } else if (many) {
-        if (columns == 1) f(Count<kMostRows>(), Count<1>(), r, j);
-        if (columns == 2) f(Count<kMostRows>(), Count<2>(), r, j);
-        if (columns == 3) f(Count<kMostRows>(), Count<kMostColumns>(), r, j);
+        if (columns == 1) f(Constant<kMostRows>(), Constant<1>(), r, j);
+        if (columns == 2) f(Constant<kMostRows>(), Constant<2>(), r, j);
+        if (columns == 3) f(Constant<kMostRows>(), Constant<kMostColumns>(), r, j);
       } else {
-        if (columns == 1) f(Count<4>(), Count<1>(), r, j);
-        if (columns == 2) f(Count<4>(), Count<2>(), r, j);
-        if (columns == 3) f(Count<4>(), Count<kMostColumns>(), r, j);
+        if (columns == 1) f(Constant<4>(), Constant<1>(), r, j);
+        if (columns == 2) f(Constant<4>(), Constant<2>(), r, j);
+        if (columns == 3) f(Constant<4>(), Constant<kMostColumns>(), r, j);
       }
       r += many ? 8 : 4;
     }
@@ -55,26 +48,6 @@ VOPS_INLINE void for_each_product(int64_t rows, int64_t vectors, const F& f) {
   }
 }
 VOPS_INLINE int64_t whole_rows(int64_t channels) { return ceil_div(channels, 4) * 4; }
-
-// Vectors of a row of d numbers: f(offset, load, store).
-template <class A, class F>
-VOPS_INLINE void for_each_vector(int64_t d, const F& f) {
-  for (int64_t j = 0; j < d; j += kLanes) {
-    const int n = (int)min64(kLanes, d - j);
-    f(
-        j, n, [n](const A* p) { return n == kLanes ? load(p) : load_n(p, n); },
-        [n](A* p, Vec<A> v) { n == kLanes ? store(p, v) : store_n(p, v, n); });
-  }
-}
-
-template <class A>
-VOPS_INLINE A largest_lane(Vec<A> v) {
-  A lanes[kLanes], most;
-  store(lanes, v);
-  most = lanes[0];
-  for (int k = 1; k < kLanes; k++) most = lanes[k] > most ? lanes[k] : most;
-  return most;
-}
 
 }  // namespace VOPS_ISA
 }  // namespace vops

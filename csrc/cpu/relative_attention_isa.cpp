@@ -1,8 +1,6 @@
 // A task is a head of one window, or some image rows of its queries. Logits exist for a few queries at a time; keys are
 // packed twice, with channels and with keys in the lanes, so that every product runs along vectors.
-#include "parallel.h"
-#include "products.h"
-#include "relative_attention.h"
+#include "attention_windows.h"
 
 namespace vops {
 namespace VOPS_ISA {
@@ -10,85 +8,7 @@ namespace {
 
 constexpr int64_t kForwardRows = 8, kBackwardRows = 32;  // queries whose logits exist at a time
 constexpr int64_t kTermsAtOnce = 64;
-constexpr int64_t kLeastQueries = 64;    // of a task that shares its head with others
 constexpr int64_t kTasksOfOneHead = 16;  // tasks so many or more: backward does not cut heads
-
-int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-
-struct Task {
-  int64_t sample, head, window, part;
-  int64_t top, left, rows, columns;  // of the window in the map
-  int64_t first, last;               // image rows of its queries
-  int64_t keys() const { return rows * columns; }
-  int64_t queries() const { return (last - first) * columns; }
-};
-
-struct Plan {
-  const RelativeAttention& a;
-  int64_t batch, heads, d, across, windows, parts;
-  int64_t keys, width;  // of the largest window; of a row of logits
-
-  Plan(const Tensor4& q, const RelativeAttention& attention, int64_t tasks) : a(attention) {
-    batch = q.size[0], heads = q.size[1], d = q.size[3];
-    across = ceil_div(a.width, a.window_width);
-    windows = across * ceil_div(a.height, a.window_height);
-    keys = min64(a.height, a.window_height) * min64(a.width, a.window_width);
-    width = padded(keys);
-    const int64_t rows = min64(a.height, a.window_height);
-    parts = clamp64(ceil_div(tasks, max64(batch * heads * windows, 1)), 1, ceil_div(keys, kLeastQueries));
-    parts = min64(parts, rows);
-  }
-  int64_t tasks() const { return batch * heads * windows * parts; }
-  int64_t table_width() const { return 2 * a.window_width - 1; }
-  int64_t table_size() const { return (2 * a.window_height - 1) * table_width(); }
-  // Of one panel, [block][token][lane] or [block of tokens][channel][lane].
-  int64_t panel() const { return width * padded(d); }
-  int64_t work(int64_t products) const { return batch * heads * windows * keys * keys * (products * d + 16); }
-
-  // Tasks of a head lie together: [head][sample][window][part].
-  Task task(int64_t i) const {
-    Task t;
-    t.part = i % parts, i /= parts;
-    t.window = i % windows, i /= windows;
-    t.sample = i % batch, t.head = i / batch;
-    t.top = t.window / across * a.window_height, t.left = t.window % across * a.window_width;
-    t.rows = min64(a.window_height, a.height - t.top), t.columns = min64(a.window_width, a.width - t.left);
-    t.first = t.part * t.rows / parts, t.last = (t.part + 1) * t.rows / parts;
-    return t;
-  }
-  // The window as an image of d channels.
-  Tensor4 image(const Tensor4& t, const Task& of) const {
-    const int64_t token = of.top * a.width + of.left;
-    const int64_t offset = of.sample * t.stride[0] + of.head * t.stride[1] + token * t.stride[2];
-    return {(char*)t.data + offset * size_of(t.dtype),
-            t.dtype,
-            {1, d, of.rows, of.columns},
-            {0, t.stride[3], a.width * t.stride[2], t.stride[2]}};
-  }
-  template <class A>
-  void pack(const Tensor4& t, const Task& of, int64_t first, int64_t last, A* panel) const {
-    const int64_t count = (last - first) * of.columns;
-    pack_rows(image(t, of), 0, {0, d}, first, last, panel, width * kLanes);
-    for (int64_t b = 0; b < blocks_of(d) && count < width; b++) {
-      memset(panel + (b * width + count) * kLanes, 0, (width - count) * kLanes * sizeof(A));
-    }
-  }
-  template <class A>
-  void unpack(const A* panel, const Tensor4& t, const Task& of, int64_t first, int64_t last) const {
-    unpack_rows(panel, width * kLanes, image(t, of), 0, {0, d}, first, last);
-  }
-  // [block of tokens][channel][lane] of [block of channels][token][lane].
-  template <class A>
-  void turn(const A* panel, A* turned) const {
-    for (int64_t b = 0; b < blocks_of(d); b++) {
-      const Tensor4 channels = {(void*)(panel + b * width * kLanes),
-                                sizeof(A) == sizeof(double) ? kFloat64 : kFloat32,
-                                {1, width, 1, kLanes},
-                                {0, kLanes, 0, 1}};
-      pack_rows(channels, 0, {0, width}, 0, 1, turned + b * kLanes * kLanes, padded(d) * kLanes);
-    }
-  }
-};
 
 template <class A>
 const A* at(const A* panel, int64_t width, int64_t token, int64_t channel) {
@@ -131,7 +51,7 @@ void fill_bias(const A* table, const Plan& p, const Task& t, int64_t first, int6
 template <class A>
 void add_products(const A* a, const A* turned, const Plan& p, int64_t count, int64_t keys, A* out) {
   for_each_product<A>(whole_rows(count), blocks_of(keys), [&](auto rows, auto columns, int64_t i, int64_t j) {
-    constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
+    constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
     A* to = out + i * p.width + j * kLanes;
     Vec<A> sum[kRows][kColumns] = {};
     for (int64_t k = 0; k < p.d; k += kLanes) {
@@ -156,7 +76,7 @@ template <class A>
 void weigh(const A* weights, int64_t row, int64_t step, const A* panel, int64_t count, const Plan& p, int64_t tokens,
            const A* factors, A* out) {
   for_each_product<A>(whole_rows(tokens), blocks_of(p.d), [&](auto rows, auto columns, int64_t i, int64_t j) {
-    constexpr int kRows = decltype(rows)::kValue, kColumns = decltype(columns)::kValue;
+    constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
     A* to = out + (j * p.width + i) * kLanes;
     for (int64_t k = 0; k < count; k += kTermsAtOnce) {
       const int64_t terms = min64(kTermsAtOnce, count - k);
@@ -177,18 +97,6 @@ void weigh(const A* weights, int64_t row, int64_t step, const A* panel, int64_t 
   });
 }
 
-// In pairs of halves, which takes a third of the time of one lane after the other.
-template <class A>
-VOPS_INLINE A sum_of_row(Vec<A> v) {
-  A lanes[kLanes];
-  store(lanes, v);
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
-}
 VOPS_INLINE float log_of(float v) { return ::logf(v); }
 VOPS_INLINE double log_of(double v) { return ::log(v); }
 
@@ -201,7 +109,7 @@ A exponentiate(A* row, int64_t width, A largest) {
     store(row + j, e);
     sums += e;
   }
-  return sum_of_row<A>(sums);
+  return sum_of_lanes<A>(sums);
 }
 template <class A>
 A largest_of(const A* row, int64_t width) {
@@ -265,7 +173,7 @@ void softmax_backward(A* logits, A* grads, int64_t width, A lse) {
     sums += weight;
     products += weight * load(grads + j);
   }
-  const A inverse = 1 / sum_of_row<A>(sums), mean = sum_of_row<A>(products) * inverse;
+  const A inverse = 1 / sum_of_lanes<A>(sums), mean = sum_of_lanes<A>(products) * inverse;
   for (int64_t j = 0; j < width; j += kLanes) {
     const Vec<A> weight = load(logits + j) * inverse;
     store(logits + j, weight);
@@ -281,7 +189,7 @@ void add_to_table(const A* grads, const Plan& p, const Task& t, int64_t first, i
     const int64_t y = (first + i) / t.columns, x = (first + i) % t.columns;
     A* row = (i % 2 ? other : table) + (p.a.window_height - 1 - y) * p.table_width() + p.a.window_width - 1 - x;
     for (int64_t k = 0; k < t.keys(); k += t.columns, row += p.table_width()) {
-      for_each_vector<A>(t.columns, [&](int64_t c, int, const auto& get, const auto&) {
+      for_each_vector(t.columns, [&](int64_t c, const auto& get, const auto&) {
         store(row + c, load(row + c) + get(grads + k + c));
       });
     }
@@ -294,10 +202,12 @@ Error run_backward(const Tensor4& dy, const Tensor4& q, const Tensor4& k, const 
                    const Tensor4& dv, const Tensor4& dtable) {
   const Plan p(q, attention, kTasksOfOneHead);
   const int64_t size = p.panel(), table_size = padded(p.table_size()) + kLanes, logits_size = kBackwardRows * p.width;
-  // What tasks add to together: the table's gradient, and those of the keys and values where heads are cut.
-  const int64_t of_tokens_size = p.parts > 1 ? 2 * size : 0, of_task = of_tokens_size + (dtable.data ? table_size : 0);
-  A* shared = (A*)thread_scratch(kSums, max64(p.tasks() * of_task, 1) * sizeof(A));
+  // What tasks add to together: the gradients of the keys and values where heads are cut, and those of the table.
+  const int64_t tokens_size = p.parts > 1 ? 2 * size : 0, summed_size = dtable.data ? table_size : 0;
+  A* shared = (A*)thread_scratch(kSums, max64(p.tasks() * (tokens_size + summed_size), 1) * sizeof(A));
   if (!shared) return kOutOfMemory;
+  const PartialSums<A> tokens = {shared, p.parts, tokens_size / kLanes};
+  const PartialSums<A> tables = {shared + p.tasks() * tokens_size, p.tasks() / max64(p.heads, 1), table_size / kLanes};
   const int64_t scratch_size = 8 * size + 2 * (logits_size + kLanes + table_size);
   Error error = for_each_task<A>(p.tasks(), p.work(5), scratch_size, [&](int64_t i, A* scratch) {
     const Task t = p.task(i);
@@ -305,8 +215,8 @@ Error run_backward(const Tensor4& dy, const Tensor4& q, const Tensor4& k, const 
     A *pdq = values + size, *pv = pdq, *pdk = pdq + size, *pdv = pdk + size;
     A *logits = pdv + size, *grads = logits + logits_size + kLanes, *bias = grads + logits_size + kLanes,
       *other = bias + table_size;
-    A *own = shared + i * of_task, *of_table = own + of_tokens_size, scales[kBackwardRows];
-    if (p.parts > 1) pdk = own, pdv = own + size;
+    A *of_table = dtable.data ? tables.panel(0, i) : nullptr, scales[kBackwardRows];
+    if (p.parts > 1) pdk = tokens.panel(0, i), pdv = pdk + size;
     if (table.data) copy_table(table, p, t.head, bias);
     if (dtable.data) memset(of_table, 0, table_size * sizeof(A)), memset(other, 0, table_size * sizeof(A));
     memset(pdk, 0, size * sizeof(A));
@@ -346,18 +256,15 @@ Error run_backward(const Tensor4& dy, const Tensor4& q, const Tensor4& k, const 
 
   if (p.parts > 1) {
     error = for_each_task<A>(p.tasks() / p.parts, p.tasks() * size, 0, [&](int64_t i, A*) {
-      A* total = shared + i * p.parts * of_task;
-      for (int64_t part = 1; part < p.parts; part++) add_panel(total, total + part * of_task, 2 * size / kLanes);
+      const A* total = tokens.total(i);
       const Task t = p.task(i * p.parts);
       if (dk.data) p.unpack(total, dk, t, 0, t.rows);
       if (dv.data) p.unpack(total + size, dv, t, 0, t.rows);
     });
   }
   if (error || !dtable.data) return error;
-  const int64_t of_head = p.batch * p.windows * p.parts;
   return for_each_task<A>(p.heads, p.tasks() * table_size, 0, [&](int64_t head, A*) {
-    A* total = shared + head * of_head * of_task + of_tokens_size;
-    for (int64_t i = 1; i < of_head; i++) add_panel(total, total + i * of_task, padded(p.table_size()) / kLanes);
+    const A* total = tables.total(head);
     memcpy((A*)dtable.data + head * p.table_size(), total, p.table_size() * sizeof(A));
   });
 }

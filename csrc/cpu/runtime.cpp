@@ -11,6 +11,12 @@ namespace vops {
 namespace {
 
 constexpr size_t kAlignment = 64;
+
+// Waking the other threads costs about as much as this many multiply-adds on one.
+constexpr int64_t kSerialWork = 1 << 19;
+// The same for a crew, which is awake.
+constexpr int64_t kCrewWork = 1 << 15;
+
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool kExactScratch = true;  // so that the sanitizer sees where it ends
 #else
@@ -108,7 +114,7 @@ void with_crew(void (*lead)(void*), void* context) {
 const Error kOutOfMemory = "out of memory";
 
 void* thread_scratch(Use use, size_t bytes) {
-  static thread_local ThreadScratch scratches[2];
+  static thread_local ThreadScratch scratches[3];
   ThreadScratch& scratch = scratches[use];
   if (!scratch.data || bytes > scratch.size || kExactScratch) {
     std::free(scratch.data);
@@ -116,6 +122,32 @@ void* thread_scratch(Use use, size_t bytes) {
     scratch.size = scratch.data ? bytes : 0;
   }
   return scratch.data;
+}
+
+int64_t max_threads() { return omp_get_max_threads(); }
+
+Error run_tasks(int64_t tasks, int64_t work, size_t scratch_bytes, void (*body)(const void*, int64_t, void*),
+                const void* context) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  auto share = [&] {
+    void* scratch = thread_scratch(kPanels, scratch_bytes);
+    if (!scratch) {
+      failed.store(true, std::memory_order_relaxed);
+      return;
+    }
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task, scratch);
+  };
+  const bool crew = leads_crew();
+  if (tasks <= 1 || work <= (crew ? kCrewWork : kSerialWork)) {
+    share();
+  } else if (crew) {
+    share_with_crew([](void* of) { (*(decltype(share)*)of)(); }, &share);
+  } else {
+#pragma omp parallel
+    share();
+  }
+  return failed.load(std::memory_order_relaxed) ? kOutOfMemory : nullptr;
 }
 
 }  // namespace vops

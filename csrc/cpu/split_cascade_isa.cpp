@@ -124,7 +124,7 @@ Error backward_in(const Tensor4& dy, const Tensor4& x, const SplitCascade& p, co
   const int64_t units = s.batch * cut.chunks;
   const int64_t splits = clamp64(ceil_div(kFixedTasks, s.bundles), 1, max64(units, 1));
   const int64_t sums_bytes = levels * s.blocks * splits * s.weight_elements * sizeof(A);
-  const WeightSums<A> sums = {(A*)thread_scratch(kSums, sums_bytes), splits, s.taps + 1};
+  const PartialSums<A> sums = {(A*)thread_scratch(kSums, sums_bytes), splits, s.taps + 1};
   if (!sums.data) return kOutOfMemory;
 
   const int64_t panel_elements = min64(s.height, cut.rows + halo) * s.row;

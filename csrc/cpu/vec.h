@@ -301,11 +301,11 @@ VOPS_INLINE double silu_grad(double x) {
   const double s = 1. / (1. + ::exp(-x));
   return s * (1. + x * (1. - s));
 }
-// libm has no vectors.
-#define VOPS_BY_LANE(name, of_lane)                                \
-  VOPS_INLINE Double name(Double x) {                              \
-    for (int k = 0; k < kLanes; k++) x[k] = of_lane((double)x[k]); \
-    return x;                                                      \
+// libm has no vectors. Not inlined: these are long, and float64 is not there for speed.
+#define VOPS_BY_LANE(name, of_lane)                                                        \
+  __attribute__((noinline, unused)) static Double name(Double x) {                         \
+    _Pragma("GCC unroll 1") for (int k = 0; k < kLanes; k++) x[k] = of_lane((double)x[k]); \
+    return x;                                                                              \
   }
 VOPS_BY_LANE(exp, ::exp)
 VOPS_BY_LANE(exp_of_negative, ::exp)
@@ -315,15 +315,48 @@ VOPS_BY_LANE(silu, silu)
 VOPS_BY_LANE(silu_grad, silu_grad)
 #undef VOPS_BY_LANE
 
-VOPS_INLINE float sum_of_lanes(Float v) {
-  float sum = 0;
+// In halves, a third of the time of one lane after the other.
+template <class A>
+VOPS_INLINE A sum_of_lanes(Vec<A> v) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+#pragma GCC unroll 4
+    for (int step = kLanes; step > 1; step /= 2) v = interleave_low(v, v) + interleave_high(v, v);
+    return v[0];
+  }
+  A sum = 0;
   for (int k = 0; k < kLanes; k++) sum += v[k];
   return sum;
 }
-VOPS_INLINE double sum_of_lanes(Double v) {
-  double sum = 0;
-  for (int k = 0; k < kLanes; k++) sum += v[k];
-  return sum;
+template <class A>
+VOPS_INLINE A largest_lane(Vec<A> v) {
+  A lanes[kLanes], most;
+  store(lanes, v);
+  most = lanes[0];
+  for (int k = 1; k < kLanes; k++) most = lanes[k] > most ? lanes[k] : most;
+  return most;
+}
+
+// A number or a flag that a type carries.
+template <auto number>
+struct Constant {
+  static constexpr auto value = number;
+};
+
+// Calls f(offset, load, store) for the vectors of [begin, end); the last one may be ragged.
+template <class F>
+VOPS_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    f(i, [](const auto* p) { return load(p); }, [](auto* p, auto v) { store(p, v); });
+  }
+  const int n = (int)(end - i);
+  if (n > 0) {
+    f(i, [n](const auto* p) { return load_n(p, n); }, [n](auto* p, auto v) { store_n(p, v, n); });
+  }
+}
+template <class F>
+VOPS_INLINE void for_each_vector(int64_t length, const F& f) {
+  for_each_vector(0, length, f);
 }
 
 }  // namespace VOPS_ISA

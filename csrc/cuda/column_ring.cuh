@@ -10,6 +10,7 @@ struct Pixels {
   void* data;
   int64_t image, row, column;
 };
+inline Pixels pixels(const Tensor4& t) { return {t.data, t.stride[0], t.stride[2], t.stride[3]}; }
 
 // One chunk of columns is in use while the next is in flight. A thread's place in a column is fixed and pitches are
 // compile-time, so that a row is an immediate in its load.

@@ -5,11 +5,8 @@
 namespace vops {
 namespace {
 
-constexpr int64_t kMostDilation = 16;     // every phase is walked, whether it has points or not
-constexpr int64_t kMostPoints = 1 << 24;  // of an axis: the march kernels compute with them in 32 bits
-constexpr int64_t kMostSplits = 64;       // of a plain weight gradient
-
-bool is_empty(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size[3] == 0; }
+constexpr int64_t kMostDilation = 16;  // every phase is walked, whether it has points or not
+constexpr int64_t kMostSplits = 64;    // of a plain weight gradient
 
 // Whether a strip of the tensor can be addressed: neighbouring channels, row steps in 32 bits.
 bool march_can_read(const Tensor4& t, const DwConv& f) {
@@ -21,7 +18,6 @@ bool marches(const Tensor4& a, const Tensor4& b, const DwConv& f) {
   return has_march_kernel(a.dtype, f) && march_can_read(a, f) && march_can_read(b, f);
 }
 
-Pixels pixels(const Tensor4& t) { return {t.data, t.stride[0], t.stride[2], t.stride[3]}; }
 Axis axis(const Tensor4& x, const Tensor4& y, int dim, const DwConv& f) {
   return {int(x.size[dim]), int(y.size[dim]), int(f.dilation), int(f.stride), int(dim == 2 ? f.pad_top : f.pad_left)};
 }
@@ -39,7 +35,7 @@ const MarchKernels& march_kernels(int64_t K) {
 }
 
 Error run(const PlainConv& p, CudaTarget target) {
-  if (is_empty(p.y)) return nullptr;
+  if (elements(p.y) == 0) return nullptr;
   const DeviceGuard guard(target.device);
   if (guard.error) return guard.error;
   const auto stream = static_cast<cudaStream_t>(target.stream);
@@ -123,7 +119,7 @@ Error dwconv_backward_weight_cuda(const Tensor4& dy, const Tensor4& x, const Ten
   const DeviceGuard guard(target.device);
   if (guard.error) return guard.error;
   const auto stream = static_cast<cudaStream_t>(target.stream);
-  if (!is_empty(dy) && marches(x, dy, conv))
+  if (elements(dy) != 0 && marches(x, dy, conv))
     return march_kernels(conv.kernel).wgrad(march_wgrad_of(dy, x, dw, db, conv, scale, workspace), stream);
   return plain_wgrad({x, dy, dw, db, conv, scale, plain_splits(dy), workspace}, stream);
 }
@@ -131,7 +127,7 @@ Error dwconv_backward_weight_cuda(const Tensor4& dy, const Tensor4& x, const Ten
 // The most that either kernel takes: which one runs depends on strides, too.
 int64_t dwconv_backward_weight_workspace(const Tensor4& dy, DwConv conv) {
   int64_t splits = plain_splits(dy);
-  if (!is_empty(dy) && has_march_kernel(dy.dtype, conv) && dy.size[2] < kMostPoints && dy.size[3] < kMostPoints) {
+  if (elements(dy) != 0 && has_march_kernel(dy.dtype, conv) && dy.size[2] < kMostPoints && dy.size[3] < kMostPoints) {
     const int64_t marched = march_kernels(conv.kernel).wgrad_splits(march_wgrad_of(dy, dy, {}, {}, conv, 1, nullptr));
     if (marched > splits) splits = marched;
   }

@@ -109,8 +109,6 @@ __global__ void __launch_bounds__(kThreads, 8) add_splits_kernel(SplitSums<A> s)
   }
 }
 
-int64_t elements(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size[3]; }
-
 template <class T, class A>
 Error launch_conv(const PlainConv& p, cudaStream_t stream) {
   const int64_t count = elements(p.y), reads = elements(p.x) + (p.dy.data ? count : 0), size = sizeof(T);

@@ -6,6 +6,8 @@
 
 namespace vops {
 
+constexpr int64_t kMostPoints = 1 << 24;  // of an axis: the march kernels compute with them in 32 bits
+
 // One axis of a convolution from `in` points to `out` points; odd dilation at stride 2.
 struct Axis {
   int in, out, dilation, stride, pad;

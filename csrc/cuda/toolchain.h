@@ -56,6 +56,8 @@ Error allow_shared_memory(Kernel* kernel, int bytes) {
 }
 constexpr int kSharedMemoryPerSm = 227 << 10;  // of sm_90 and sm_100; on sm_80 (163 KB) fewer blocks may be resident
 
+inline int64_t elements(const Tensor4& t) { return t.size[0] * t.size[1] * t.size[2] * t.size[3]; }
+
 template <class I>
 __host__ __device__ constexpr I ceil_div(I a, I b) {
   return (a + b - 1) / b;

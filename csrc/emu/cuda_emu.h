@@ -182,7 +182,7 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared, std
     s.live = int(threads);
     s.arrived = 0;
     s.warps.assign((threads + 31) / 32, Warp{});
-    std::memset(s.shared.data(), 0xff, shared);  // NaN, so that a read of unwritten shared memory shows
+    std::fill(s.shared.begin(), s.shared.end(), char(0xff));  // NaN, so that a read of unwritten shared memory shows
     for (size_t i = 0; i < threads; i++) {
       Fiber& f = s.fibers[i];
       f.done = false;

@@ -71,6 +71,23 @@ def run_filter(size, channels, dtype, first):
             engine.global_filter_backward(dy.view, x.view, views[0], *wanted, room.ctypes.data, 0, 0)
 
 
+def run_aggregation(channels, size, dtype, first):
+    h, w = size
+    f, dh, df = (Images((2, channels, h, w), dtype, first) for _ in range(3))
+    both = Images((2, channels + 8, h, w), dtype, first)
+    address, _, n, wide, *rest = both.view
+    hidden = (address, dtype, n, channels, *rest)
+    d = (address + channels * both.array.itemsize, dtype, n, wide - channels, *rest)
+    weight, bias, decompose = (Weights(channels, taps, dtype) for taps in (9, 1, 1))
+    scores = Images((2, 1, h, w), FLOAT32)
+    given = f.view, weight.view, bias.view, decompose.view
+    room = np.zeros(engine.channel_aggregation_workspace(f.view), np.uint8)
+    engine.channel_aggregation(*given, None, hidden, d, scores.view, room.ctypes.data, 0, 0)
+    room = np.zeros(engine.channel_aggregation_backward_workspace(f.view), np.uint8)
+    engine.channel_aggregation_backward(*given, scores.view, hidden, dh.view, room.ctypes.data, 0, 0)
+    engine.channel_aggregation_backward_input(dh.view, f.view, weight.view, df.view, room.ctypes.data, 0, 0)
+
+
 cases = itertools.product([(7, 1, 1), (7, 1, 3), (3, 2, 1)], [(8, 0), (12, 4), (9, 1)], [(7, 9), (1, 5)])
 for (kernel_size, stride, dilation), (channels, first), size in cases:
     for dtype in (BFLOAT16, FLOAT32):
@@ -78,4 +95,7 @@ for (kernel_size, stride, dilation), (channels, first), size in cases:
 run(3, 3, 2, 5, (6, 7), FLOAT64, 2)
 for size, channels, first in ((7, 33, 2), (14, 5, 0), (24, 17, 0)):
     run_filter(size, channels, BFLOAT16, first)
+for channels, size, first in ((33, (5, 7), 1), (9, (1, 40), 0)):
+    for dtype in (BFLOAT16, FLOAT32):
+        run_aggregation(channels, size, dtype, first)
 print("clean")

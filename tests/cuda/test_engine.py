@@ -93,11 +93,11 @@ def test_channel_slices(engine, dtype, channels, before, after):
     dx, dx_wide = slice_of(channels, after, before, dtype)
     weight, bias = torch.randn(channels, 1, 3, 3, dtype=dtype), torch.randn(channels, dtype=dtype)
     dweight, dbias = torch.full_like(weight, float("nan")), torch.full_like(bias, float("nan"))
-    w, conv = _native.weight_view(weight), conv_of(3)
-    engine.dwconv(_native.view(x), w, _native.weight_view(bias), _native.view(y), conv, 0, *TARGET)
+    w, conv = _native.channels_view(weight), conv_of(3)
+    engine.dwconv(_native.view(x), w, _native.channels_view(bias), _native.view(y), conv, 0, *TARGET)
     engine.dwconv_backward_input(_native.view(dy), w, _native.view(dx), conv, *TARGET)
     room = torch.full((engine.dwconv_backward_weight_workspace(_native.view(dy), conv) // 4,), float("nan"))
-    sums = _native.weight_view(dweight), _native.weight_view(dbias), conv, 1.0, room.data_ptr(), *TARGET
+    sums = _native.channels_view(dweight), _native.channels_view(dbias), conv, 1.0, room.data_ptr(), *TARGET
     engine.dwconv_backward_weight(_native.view(dy), _native.view(x), *sums)
 
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
@@ -145,7 +145,7 @@ def test_offsets_beyond_32_bits(engine):
 
 def test_errors_become_exceptions(engine):
     (x, _), (y, _), weight = slice_of(8, 0, 0, torch.float32), slice_of(8, 0, 0, torch.float32), torch.randn(8, 1, 3, 3)
-    views = _native.view(x), _native.weight_view(weight), None, _native.view(y)
+    views = _native.view(x), _native.channels_view(weight), None, _native.view(y)
     with pytest.raises(RuntimeError, match="CUDA: invalid device ordinal"):
         engine.dwconv(*views, conv_of(3), 0, 5, 0)
     engine.dwconv(*views, conv_of(3), 0, *TARGET)  # the error is not reported again

@@ -8,6 +8,7 @@ import pytest
 
 # The largest family of kernels, and the plain ones: compiling all of them takes too long.
 UNITS = ("dwconv_k7.cu", "dwconv_plain.cu", "dwconv.cu", "multi_order_dwconv.cu", "global_filter.cu")
+UNITS += ("channel_aggregation_ffn.cu", "channel_aggregation_ffn_backward.cu")
 
 
 def library_of(name: str) -> str:

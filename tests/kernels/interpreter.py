@@ -14,7 +14,14 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from vision_ops import _native
-from vision_ops.ops import _mbconv, _registration, channel_aggregation_ffn, gnconv, moga_aggregation
+from vision_ops.ops import (
+    _channel_aggregation,
+    _channel_aggregation_passes,
+    _mbconv,
+    _registration,
+    gnconv,
+    moga_aggregation,
+)
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +97,9 @@ def redirect(monkeypatch: pytest.MonkeyPatch, cuda: Any, convolves: bool = True)
     device. cuda: in the place of the compiled CUDA kernels. convolves: whether they are what blocks convolve with."""
     monkeypatch.setattr(_native, "cuda", cuda)
     monkeypatch.setattr(_native, "target", lambda t: (0, 0))
-    for op in (_mbconv, channel_aggregation_ffn, gnconv, moga_aggregation):
+    for op in (_mbconv, _channel_aggregation_passes, gnconv, moga_aggregation):
         monkeypatch.setattr(op, "convolves_cuda", lambda x: convolves)
-    monkeypatch.setattr(channel_aggregation_ffn, "_fc1_channels", lambda a: a.dw_weight.shape[0])
+    monkeypatch.setattr(_channel_aggregation, "_fc1_channels", lambda a: a.dw_weight.shape[0])
     call = _registration.FusedOp.with_saved
 
     def redirected(op: Any, *given: Any, backend: str | None = None, reference: Any = None) -> Any:

@@ -26,6 +26,7 @@ from vision_ops.kernels import (
     layer_norm_2d,
     mlp,
     moga_gate,
+    recursion_chain,
     relative_attention,
     scaled_residual,
     shift_split_attention,
@@ -112,11 +113,11 @@ def chain(channels: int, order: int, size: int, dtype: torch.dtype, last: bool) 
     out = absent(128, channels, size, size, dtype=dtype, channels_last=last)
     expected = channels <= 256 and dtype != torch.float32
     pwa, dw = slices(channels, widths, size, dtype, last)
-    assert gated_recursion.chain(pwa, dw, weights, biases, out) == expected
+    assert recursion_chain.chain(pwa, dw, weights, biases, out) == expected
     du = absent(128, sum(widths[1:]), size, size, dtype=dtype, channels_last=last)
     if expected:
         sums = [absent(width, dtype=torch.float32) for width in widths]
-        gated_recursion.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
+        recursion_chain.chain_backward(pwa, dw, weights, biases, out, dw, pwa, dw, du, sums)
 
 
 HORNET = ((64, 2, 56), (128, 3, 28), (256, 4, 14), (512, 5, 7), (96, 2, 56), (192, 3, 28), (384, 4, 14), (768, 5, 7))
@@ -258,10 +259,10 @@ def aggregation(channels: int, hidden: int, size: int, dtype: torch.dtype) -> No
     dh = absent(128, hidden, size, size, dtype=dtype, channels_last=True)
     scores, of_d = absent(128, 1, size, size, dtype=wide(dtype)), absent(channels, dtype=wide(dtype))
     weight, bias, dweight = absent(hidden, dtype=dtype), absent(1, dtype=dtype), absent(hidden, dtype=wide(dtype))
-    h = room[:, :hidden]
-    channel_aggregation_ffn.scores(h, 8, weight, bias, scores)
-    channel_aggregation_ffn.scores_backward(x, of_d, scores, scores)
-    channel_aggregation_ffn.gelu_backward(h, dh, 8, weight, scores, scores, dweight, absent(1, dtype=dtype))
+    h, d = room[:, :hidden], room[:, hidden : hidden + 8]
+    channel_aggregation_ffn.scores(h, d, weight, bias, scores)
+    channel_aggregation_ffn.scores_backward(x, of_d, scores, scores, d)
+    channel_aggregation_ffn.gelu_backward(h, dh, weight, scores, dweight, absent(1, dtype=dtype))
     matrix, product = absent(channels, hidden + 8, dtype=dtype), absent(channels, hidden + 8, dtype=wide(dtype))
     fc2, sigma, of_d = (
         absent(channels, hidden, dtype=dtype),

@@ -54,9 +54,9 @@ def test_sizes(interpreter, shape):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_images_in_several_shares(interpreter, layout, monkeypatch):
-    """The last share has fewer pixels, or none; and more shares than are merged at once."""
-    monkeypatch.setattr(kernels, "MERGE_TILE", {"BLOCK_R": 2, "BLOCK_C": 32, "num_warps": 4})
-    for size in (19, 24):
+    """Of several tiles; the last share has fewer pixels, or none; and more shares than are merged at once."""
+    monkeypatch.setattr(kernels, "MERGE_TILE", kernels.MergeTile(2, 32, num_warps=4))
+    for size in (39, 48):
         check_against_reference(make(interpreter, (2, 6, size, 13), layout=layout, mean=20.0), slack=4)
 
 

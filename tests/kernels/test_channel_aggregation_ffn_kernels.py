@@ -7,6 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vision_ops import reference
 from vision_ops.kernels import channel_aggregation_ffn as kernels
+from vision_ops.ops import _channel_aggregation as chunks
+from vision_ops.ops import _channel_aggregation_passes as passes
 from vision_ops.ops import channel_aggregation_ffn as ops
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 @pytest.fixture(autouse=True)
 def no_gaps(monkeypatch):
     """In fc1's output, as on a GPU."""
-    monkeypatch.setattr(ops, "_fc1_channels", lambda a: a.dw_weight.shape[0])
+    monkeypatch.setattr(chunks, "_fc1_channels", lambda a: a.dw_weight.shape[0])
 
 
 def make(
@@ -121,7 +123,7 @@ def test_keeps_fc1_without_gaps(monkeypatch):
     shapes = [t.shape for t in make(None, (2, 8, 5, 6), 32).tensors]
     with FakeTensorMode():
         tensors = [torch.empty(shape, device="cuda") for shape in shapes]
-        kept = ops._output(ops._Arguments(*tensors, True))[2]
+        kept = chunks.output(chunks.Arguments(*tensors, True))[2]
     assert kept.shape == (2, 32, 5, 6) and kept.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -129,6 +131,6 @@ def test_keeps_fc1_without_gaps(monkeypatch):
 def test_fc2_is_as_tensor_cores_want_it(hidden, columns):
     """Rows of whole vectors; what fills them up counts for nothing."""
     x, *rest = make(None, (1, 8, 2, 2), hidden, dtype=torch.bfloat16).tensors
-    fc2 = ops._Fc2(ops._Arguments(x, *rest, True), ops._cuda(x))
+    fc2 = chunks.Fc2(chunks.Arguments(x, *rest, True), passes.cuda(x))
     assert fc2.matrix.shape == (8, columns) and fc2.matrix.is_contiguous() and not fc2.matrix[:, hidden + 2 :].any()
-    assert ops._hidden_channels(ops._Arguments(x, *rest, True)) >= columns
+    assert chunks._hidden_channels(chunks.Arguments(x, *rest, True)) >= columns

@@ -82,6 +82,16 @@ def test_wide_heads(shape, dtype):
     check_against_reference(make(shape, dtype, token_major=True))
 
 
+@pytest.mark.parametrize("d", [12, 73])
+def test_heads_with_gaps_between(d):
+    """No one stride leads through the channels of all heads."""
+    case = make((1, 3, d + 2, 20))
+    case.tensors[0] = case.tensors[0][:, :, :d]
+    case.tensors[1] = case.tensors[1][:, :, 2:]
+    case.tensors[2] = torch.randn(1, 20, 3, d + 1).permute(0, 2, 3, 1)[:, :, :d]
+    check_against_reference(case)
+
+
 def test_rows_of_zeros():
     case = make((1, 2, 12, 20))
     case.tensors[0][:, 0, 3] = 0

@@ -52,9 +52,9 @@ def test_sizes(interpreter, shape):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_images_in_several_shares(interpreter, layout, monkeypatch):
-    """The last share has fewer pixels, or none."""
+    """Of several tiles; the last share has fewer pixels, or none."""
     monkeypatch.setattr(kernels, "SHARE_PIXELS", 30)
-    for size in (19, 24):
+    for size in (39, 48):
         check_against_reference(make(interpreter, (1, 6, size, 13), layout=layout))
 
 

@@ -8,6 +8,7 @@ from harness import Case, check_against_reference, laid_out, outputs
 
 from vision_ops import reference
 from vision_ops.kernels import gated_recursion as kernels
+from vision_ops.kernels import recursion_chain
 from vision_ops.ops import gated_recursion, gnconv
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -55,7 +56,7 @@ def test_layouts_and_widths(interpreter, size, widths, options):
 
 def test_more_blocks_than_programs(interpreter, monkeypatch):
     """A program of the backward pass then sums several blocks, the last one fewer or none."""
-    monkeypatch.setattr(kernels, "MOST_PROGRAMS", 5)
+    monkeypatch.setattr(kernels, "PROGRAMS", 5)
     for layout in ("contiguous", "channels_last"):
         check_against_reference(make(interpreter, (3, 19, 11), (24, 8), layout=layout))
 
@@ -64,9 +65,9 @@ def test_which_chains_stay_on_chip(interpreter):
     """HorNet-T's first three stages and S's first two, in half types."""
     for last, order, fits in ((64, 2, True), (128, 3, True), (256, 4, True), (512, 5, False), (384, 4, False)):
         widths = [last >> k for k in reversed(range(order))]
-        assert (kernels.chain_tile(widths, torch.bfloat16) is not None) == fits
-        assert kernels.chain_tile(widths, torch.float32) is None
-    assert kernels.chain_tile([64], torch.bfloat16) is None
+        assert recursion_chain.has_chain(widths, torch.bfloat16) == fits
+        assert not recursion_chain.has_chain(widths, torch.float32)
+    assert not recursion_chain.has_chain([64], torch.bfloat16)
 
 
 @pytest.mark.parametrize(

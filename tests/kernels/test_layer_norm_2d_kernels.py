@@ -53,7 +53,7 @@ def test_more_blocks_than_programs(interpreter, monkeypatch):
     """A program of the backward pass then sums several blocks, the last one fewer or none."""
     from vision_ops.kernels import layer_norm_2d
 
-    monkeypatch.setattr(layer_norm_2d, "MOST_PROGRAMS", 5)
+    monkeypatch.setattr(layer_norm_2d, "PROGRAMS", 5)
     for layout in ("contiguous", "channels_last"):
         case = make(interpreter, (3, 64, 9, 9), layout=layout)
         check_against_reference(case)

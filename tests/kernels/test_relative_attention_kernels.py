@@ -5,7 +5,7 @@ import torch
 from harness import Case, check_against_reference, outputs
 
 from vision_ops import reference
-from vision_ops.kernels import relative_attention as kernels
+from vision_ops.kernels import relative_attention_gradients as kernels
 from vision_ops.ops import relative_attention as ops
 from vision_ops.ops import relative_self_attention as self_attention
 

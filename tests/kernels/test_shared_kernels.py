@@ -1,11 +1,33 @@
-"""What ops share: the second stage of sums, and the conversion of parameters."""
+"""What ops share: tiles, the walk, the second stage of sums, and the conversion of parameters."""
 
 import pytest
 import torch
 
-from vision_ops.kernels import convert, sums
+from vision_ops.kernels import _maps, _quarters, convert, sums
 
 pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+def test_tiles_have_few_idle_lanes():
+    """Of published widths in half types; in rows of 64 bytes, which leave a quarter of 48 channels out."""
+    for channels in (32, 64, 96, 128, 160, 192, 256, 288, 304, 320, 384, 480, 512, 584, 768, 2048):
+        width = _maps.channels_of_tile(channels, 2)
+        assert width * 2 >= 64 and channels / (-(-channels // width) * width) >= 0.9, (channels, width)
+    assert [_maps.channels_of_tile(c, 2) for c in (1, 3, 24, 48)] == [1, 4, 32, 64]
+    for channels in (192, 384, 256, 512):
+        assert channels / 4 % _quarters.tile(channels, 2).BLOCK_C == 0
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_walk(last):
+    """Images that follow each other like pixels are one, unless they stay apart or those of another tensor do not."""
+    form = torch.channels_last if last else torch.contiguous_format
+    whole, cropped = (torch.empty(3, 8, h, 5).contiguous(memory_format=form)[:, :, :4] for h in (4, 6))
+    part = (8, 1) if last else (1, 20)
+    assert _maps.walk([whole[:, :4], None]) == ((1, 60, [(0, 1, 8), None]) if last else (3, 20, [(160, 20, 1), None]))
+    for tensors, apart in (([whole], True), ([whole, cropped], False)):
+        images, pixels, (found, *_) = _maps.walk(tensors, apart)
+        assert (images, pixels, found) == (3, 20, (160, part[1], part[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -70,11 +70,11 @@ def test_shares_of_an_image(interpreter, monkeypatch):
     from vision_ops.kernels import shift_split_attention as kernels
 
     monkeypatch.setattr(kernels, "SHARE_PIXELS", 29)
-    monkeypatch.setattr(kernels, "PROGRAMS", 99)
+    monkeypatch.setattr(kernels, "IMAGE_PROGRAMS", 99)
     case = make_shift(interpreter, (1, 11, 11, 12))
     check_against_reference(case)
     many, grad = outputs(case, "fused")
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "IMAGE_PROGRAMS", 1)
     one, _ = outputs(case, "fused", grad)
     assert not all(torch.equal(a, b) for a, b in zip(many, one, strict=True))
     check_against_reference(case)

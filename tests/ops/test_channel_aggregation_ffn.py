@@ -13,7 +13,8 @@ from harness import (
 )
 
 from vision_ops import explain, fused_channel_aggregation_ffn, nn, reference
-from vision_ops.ops import channel_aggregation_ffn as ops
+from vision_ops.ops import _channel_aggregation as chunked
+from vision_ops.ops import _channel_aggregation_passes as passes
 from vision_ops.ops._pointwise import products
 
 
@@ -85,9 +86,9 @@ def test_chunks_of_the_batch(images, rows, hidden, kernel, dtype, monkeypatch):
     """Of 5 images of 6 rows: the last chunk of two is not full. In rows, those around a chunk take part in it."""
     case = make((5, 8, 6, 5), hidden, kernel=kernel, dtype=dtype)
     whole, grad = outputs(case, "fused")
-    monkeypatch.setattr(ops, "_CHUNK_BYTES", images * rows * (hidden + 64 // dtype.itemsize) * 5 * dtype.itemsize)
-    monkeypatch.setattr(ops._Chunks, "least_rows", 1)
-    chunks = ops._Chunks(ops._Arguments(*case.tensors, True), ops._cpu(case.tensors[0]))
+    monkeypatch.setattr(passes, "_CHUNK_BYTES", images * rows * (hidden + 64 // dtype.itemsize) * 5 * dtype.itemsize)
+    monkeypatch.setattr(chunked.Chunks, "least_rows", 1)
+    chunks = chunked.Chunks(chunked.Arguments(*case.tensors, True), passes.cpu(case.tensors[0]))
     assert (chunks.images, chunks.rows) == (images, rows)
     check_against_reference(case, slack=2)
     with torch.no_grad():

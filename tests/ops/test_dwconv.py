@@ -100,7 +100,7 @@ def test_channel_slice_of_an_output():
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x, weight, bias = make((2, 11, 9, 10), 5).tensors
         wide = torch.full((2, 20, 9, 10), 7.0).contiguous(memory_format=memory_format)
-        views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(wide[:, 4:15])
+        views = _native.view(x), _native.channels_view(weight), _native.channels_view(bias), _native.view(wide[:, 4:15])
         _native.cpu.dwconv(*views, (5, 1, 1, 2, 2), 0)
         torch.testing.assert_close(wide[:, 4:15], reference.dwconv(x, weight, bias))
         assert (wide[:, :4] == 7).all() and (wide[:, 15:] == 7).all()

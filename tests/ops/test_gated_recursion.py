@@ -73,7 +73,7 @@ def test_slices_are_read_in_place():
         out = torch.full((2, 20, 5, 6), 7.0).contiguous(memory_format=memory_format)
         u, q, p = wide[:, 3:12], wide[:, 15:24], out[:, 5:14]
         bias = torch.randn(9)
-        _native.cpu_kernels().gate(_native.view(u), _native.weight_view(bias), _native.view(q), _native.view(p))
+        _native.cpu_kernels().gate(_native.view(u), _native.channels_view(bias), _native.view(q), _native.view(p))
         torch.testing.assert_close(p, (u + bias[:, None, None]) * q)
         assert (out[:, :5] == 7).all() and (out[:, 14:] == 7).all()
     with pytest.raises(RuntimeError, match="neither their channels nor the pixels of their planes side by side"):
@@ -138,7 +138,7 @@ def test_channel_sums_in_a_fresh_process():
     """It needs no scratch, and must not take having none for being out of memory."""
     call = (
         "import torch; from vision_ops import _native; t, sums = torch.ones(1, 8, 3, 3), torch.empty(8)\n"
-        "_native.cpu_kernels().channel_sums(_native.view(t), _native.weight_view(sums))\n"
+        "_native.cpu_kernels().channel_sums(_native.view(t), _native.channels_view(sums))\n"
         "assert sums.tolist() == [9.0] * 8"
     )
     subprocess.run([sys.executable, "-c", call], check=True)

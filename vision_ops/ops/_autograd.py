@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def _flat(nested: Sequence[Any]) -> list[Any]:
-    return [t for item in nested for t in (item if isinstance(item, (list, tuple)) else (item,))]
+    found: list[Any] = []
+    for item in nested:
+        if isinstance(item, (list, tuple)):
+            found += item
+        else:
+            found.append(item)
+    return found
 
 
 def _any_requires_grad(arguments: Sequence[Any]) -> bool:
@@ -28,21 +34,18 @@ def _any_requires_grad(arguments: Sequence[Any]) -> bool:
 
 
 def function_of(op: "FusedOp") -> type[torch.autograd.Function]:
-    def forward(ctx: Any, kernels: "Kernels | None", lengths: tuple[int | None, ...] | None, *given: Any) -> Any:
-        count = len(given) - len(op.options)
-        tensors, options = given[:count], given[count:]
-        arguments = op.arguments(*op.nested(tensors, lengths), *options)
+    # The arguments, which hold the tensors, too: as a tuple it looks at no other.
+    def forward(ctx: Any, kernels: "Kernels | None", arguments: Any, *tensors: Tensor | None) -> Any:
         if kernels is None:
             result = op._forward(*arguments)
         else:
             with _internals.BelowAutograd():
                 result = kernels[0](arguments)
-        keep(op, ctx, tensors, ctx.needs_input_grad[2 : 2 + count], lengths, options, result)
+        keep(op, ctx, tensors, ctx.needs_input_grad[2:], arguments, result)
         return result
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2 : len(ctx.needs_input_grad) - len(ctx.options)]
-        return (None, None, *gradients(op, ctx, grad, needs), *(None for _ in ctx.options))
+        return None, None, *gradients(op, ctx, grad, ctx.needs_input_grad[2:])
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"Fused{op.name.title().replace('_', '')}", (torch.autograd.Function,), methods)
@@ -53,17 +56,16 @@ def keep(
     ctx: Any,
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],
-    lengths: tuple[int | None, ...] | None,
-    options: Sequence[Any],
+    arguments: Any,
     result: Any,
 ) -> None:
     """For `gradients`."""
-    ctx.options, ctx.lengths = options, lengths
+    ctx.options, ctx.lengths = arguments[op._tensors :], op.lengths(arguments)
     if op.passes is not None:
-        passed = tensors[op.places(lengths)[op.passes]]
+        passed = getattr(arguments, op.passes)
         ctx.passed_dtype = None if passed is None else passed.dtype
     if op.unread is not None:
-        tensors = op.without_unread(tensors, needs, lengths, options)
+        tensors = op.without_unread(tensors, needs, arguments)
     if op._saved:
         ctx.mark_non_differentiable(*result[1:])
         ctx.set_materialize_grads(False)
@@ -76,20 +78,12 @@ def gradients(op: "FusedOp", ctx: Any, grad: Tensor | None, needs: Sequence[bool
     """Of all tensor arguments, flat."""
     if grad is None:
         return (None,) * len(needs)
-    if op.ungraded:
-        return _graded(op, ctx, grad, list(needs))
-    return _computed(op, ctx, grad, needs)
-
-
-def _graded(op: "FusedOp", ctx: Any, grad: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    """Without those that no kernel computes: none of a constant, and dy itself."""
-    places = op.places(ctx.lengths)
-    asked = list(needs)
-    for name in op.ungraded:
-        needs[places[name]] = False
-    found = list(_computed(op, ctx, grad, needs)) if any(needs) else [None] * len(needs)
-    if op.passes is not None and asked[places[op.passes]]:
-        found[places[op.passes]] = grad.to(ctx.passed_dtype)
+    if not op.ungraded:
+        return _computed(op, ctx, grad, needs)
+    computed = op.graded(needs, ctx.lengths)
+    found = list(_computed(op, ctx, grad, computed)) if any(computed) else [None] * len(needs)
+    if op.passes is not None and needs[place := op.places(ctx.lengths)[op.passes]]:
+        found[place] = grad.to(ctx.passed_dtype)
     return found
 
 

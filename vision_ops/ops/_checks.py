@@ -32,7 +32,7 @@ def check_tensor(name: str, t: Any, dims: str) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
     if t.ndim < 2 if dims.startswith("...") else t.ndim != dims.count(",") + 1:
         raise ValueError(f"{name} must have the dimensions ({dims}), got shape {tuple(t.shape)}")
-    if 0 in t.shape[1:]:
+    if t.numel() == 0 and 0 in t.shape[1:]:
         raise ValueError(f"{name} may be empty in N only, got shape {tuple(t.shape)}")
 
 

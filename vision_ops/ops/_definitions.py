@@ -66,7 +66,7 @@ def implement(d: Definition) -> None:
 
     def autograd(*given: Any) -> Any:
         if torch.is_grad_enabled() and _any_requires_grad(given):
-            return d.op.differentiable(d.op._function.apply, None, given)
+            return d.op._function.apply(None, d.op.arguments(*given), *d.op.tensors(given))
         with _internals.BelowAutograd():
             return d.forward(*given)
 
@@ -97,9 +97,9 @@ def _differentiate_publicly(d: Definition) -> None:
     """The same by PyTorch's means, with which only the public functions, not the ops, refuse forward-mode AD."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        op, count = d.op, d.op._tensors
-        needs = _flat(ctx.needs_input_grad[:count])
-        keep(op, ctx, op.tensors(inputs), needs, op.lengths(inputs), inputs[count:], output)
+        op = d.op
+        needs = _flat(ctx.needs_input_grad[: op._tensors])
+        keep(op, ctx, op.tensors(inputs), needs, op.arguments(*inputs), output)
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         found = gradients(d.op, ctx, grad, _flat(ctx.needs_input_grad[: d.op._tensors]))

@@ -34,7 +34,7 @@ def gram(
 def softmax(gram: Tensor, norms: Tensor, temperature: Tensor, weights: Tensor) -> None:
     """weights = softmax(temperature * gram / |a| / |b|), each norm 1e-12 at least."""
     _native.cpu_kernels().cosine_softmax(
-        _native.view(gram), _native.view(norms), _native.weight_view(temperature), _native.view(weights)
+        _native.view(gram), _native.view(norms), _native.channels_view(temperature), _native.view(weights)
     )
 
 
@@ -49,7 +49,7 @@ def softmax_backward(
 ) -> None:
     """In place, the gradient of the weights becomes that of the gram. scales = twice those of the squared norms;
     dtemperature is (B, heads, 1, 1), not yet summed over the batch."""
-    inputs = (*map(_native.view, (grad, weights, gram, norms)), _native.weight_view(temperature))
+    inputs = (*map(_native.view, (grad, weights, gram, norms)), _native.channels_view(temperature))
     _native.cpu_kernels().cosine_softmax_backward(*inputs, _native.view(scales), _native.view(dtemperature))
 
 

@@ -9,6 +9,8 @@ from ._registration import allocate, memory_format
 
 def pixel_dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     """t if its lines are gapless in memory, channels of pixels or pixels of planes; channel slices are. Else a copy."""
+    if t.is_contiguous(memory_format=memory_format):
+        return t
     n, c, h, w = t.shape
     pixel = t.stride(2) if w == 1 else t.stride(3)
     gapless = h == 1 or w == 1 or t.stride(2) == w * pixel

@@ -180,21 +180,26 @@ def _multiply(
     gamma: Tensor | None = None,
     path_scale: Tensor | None = None,
 ) -> bool:
-    bias, gamma = (None if t is None else t.contiguous() for t in (bias, gamma))
-    scales = _native.weight_view(gamma), _native.vectors_view(None if path_scale is None else path_scale.view(-1, 1))
+    scales = None, None
+    if gamma is not None or path_scale is not None:
+        scales = _vector(gamma), None if path_scale is None else _native.vectors_view(path_scale.view(-1, 1))
     end = combine, activation, _native.view(other), _native.view(kept), *scales
-    given = _native.view(x), _native.matrix_view(weight), _native.weight_view(bias)
+    given = _native.view(x), _native.matrix_view(weight), _vector(bias)
     _native.cpu_kernels().pointwise(*given, end, _native.view(out))
     return True
+
+
+def _vector(t: Tensor | None) -> _native.View:
+    return None if t is None else _native.channels_view(t.contiguous())
 
 
 def _multiplies(x: Tensor, out: Tensor, *others: Tensor | None) -> bool:
     """Whether our kernel takes these."""
     if not _has_kernel(x):
         return False
-    like = [t for t in others if t is not None]
-    if any(t.dtype != x.dtype or not _lined(t) or _by_channel(t) != _by_channel(out) for t in like):
-        return False
+    for t in others:
+        if t is not None and (t.dtype != x.dtype or not _lined(t) or _by_channel(t) != _by_channel(out)):
+            return False
     return _gapless(x) and _lined(out)
 
 
@@ -205,8 +210,15 @@ def _has_kernel(x: Tensor) -> bool:
 
 def _gapless(t: Tensor) -> bool:
     """Whether one stride leads through the pixels of an image."""
+    if _dense(t):
+        return True
     _, _, h, w = t.shape
     return h == 1 or w == 1 or t.stride(2) == w * t.stride(3)
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether it is as most are, which takes less time to ask than its strides do."""
+    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
 
 
 def _by_channel(t: Tensor) -> bool:
@@ -215,6 +227,8 @@ def _by_channel(t: Tensor) -> bool:
 
 def _lined(t: Tensor) -> bool:
     """Whether its channels are neighbours in memory, or the pixels of its planes."""
+    if _dense(t):
+        return True
     _, _, h, w = t.shape
     return _gapless(t) and (_by_channel(t) or h * w == 1 or (t.stride(2) if w == 1 else t.stride(3)) == 1)
 
@@ -243,11 +257,11 @@ def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 def weight_gradient(grad: Tensor, x: Tensor, out: Tensor | None, bias_out: Tensor | None = None) -> None:
     """out = the gradient of the weight (O, I) or (O, I, 1, 1) of linear(x), given that of its result, and bias_out =
     that of its bias. The numbers of each do not depend on whether the other is asked for."""
-    if out is not None:
+    if out is not None and out.ndim > 2:
         out = out.flatten(1)
     if _has_kernel(x) and _lined(grad) and _lined(x) and _takes(out, x) and _takes(bias_out, x):
         if out is not None or bias_out is not None:
-            gradients = None if out is None else _native.matrix_view(out), _native.weight_view(bias_out)
+            gradients = None if out is None else _native.matrix_view(out), _native.channels_view(bias_out)
             _native.cpu_kernels().pointwise_backward_weight(_native.view(grad), _native.view(x), *gradients)
         return
     if bias_out is not None:
@@ -274,7 +288,7 @@ def channel_sums(t: Tensor, sums: Tensor | None) -> None:
         return
     double = [tensor.dtype == torch.float64 for tensor in (t, sums)]
     if _native.device_kind(t) == "cpu" and _native.cpu is not None and _lined(t) and double[0] == double[1]:
-        _native.cpu_kernels().channel_sums(_native.view(t), _native.weight_view(sums))
+        _native.cpu_kernels().channel_sums(_native.view(t), _native.channels_view(sums))
     else:
         torch.sum(t, (0, 2, 3), dtype=sums.dtype, out=sums)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _internals, _native
-from .._internals import dispatch_keys, dispatch_modes, function_modes, is_transformed, key_bits, profiler_enabled
+from .._internals import dispatch_modes, function_modes, is_transformed, is_wrapper, profiler_enabled
 from ..dispatch import Explanation, Question, resolve_backend
 from ._autograd import _any_requires_grad, _flat, function_of
 from ._checks import autocast_enabled
@@ -44,7 +44,7 @@ _SCHEMA_TYPES = {
 
 def memory_format(t: Tensor) -> torch.memory_format:
     """The format of what is computed from t: channels_last where its channels are neighbours, slices included."""
-    return torch.channels_last if t.stride(1) == 1 and not t.is_contiguous() else torch.contiguous_format
+    return torch.contiguous_format if t.is_contiguous() or t.stride(1) != 1 else torch.channels_last
 
 
 def allocate(
@@ -55,11 +55,13 @@ def allocate(
     strides: Sequence[int] | None = None,
 ) -> Tensor:
     """Where every output of every kernel comes from; the tests fill it with NaN. strides: in place of a format."""
-    if strides is not None:
-        return torch.empty_strided(shape, strides, dtype=dtype or like.dtype, device=like.device)
-    if memory_format is torch.contiguous_format:
-        return like.new_empty(shape, dtype=dtype)  # takes half the time
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+    if strides is None:
+        if memory_format is torch.contiguous_format:
+            return like.new_empty(shape, dtype=dtype)
+        _, c, h, w = shape
+        strides = h * w * c, 1, w * c, c
+    # Half the time of torch.empty with a format.
+    return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -90,8 +92,8 @@ def workspace(size: int, like: Tensor) -> Tensor:
 
 def gradient_like(t: Tensor, grad: Tensor) -> Tensor:
     """An empty gradient of t, in the layout of `grad`, that of y, where t has none of its own."""
-    if t.is_contiguous():
-        return torch.empty_like(t)  # takes a third of the time
+    if t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)):
+        return torch.empty_like(t)  # takes half the time
     if not any(t.stride()) and t.shape == grad.shape:
         return allocate(t.shape, t, memory_format(grad) if t.ndim == 4 else torch.contiguous_format)
     return empty(t.shape, t) if t.ndim == 4 and t.shape[1] > 1 else allocate(t.shape, t)
@@ -112,10 +114,13 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def _arguments_in(args: Sequence[Any]) -> Any:
     """The NamedTuple among what a kernel takes."""
-    return next(a for a in args if isinstance(a, tuple))
+    for a in args:
+        if isinstance(a, tuple):
+            return a
+    raise TypeError("a kernel takes the arguments of its op")
 
 
-# Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/parallel.h. So much pays for a
+# Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/runtime.cpp. So much pays for a
 # crew (measured on two threads).
 CREW_WORK = 1 << 19
 
@@ -202,6 +207,7 @@ class FusedOp:
         self._tensors = count = sum(kind.startswith("Tensor") for kind in types.values())
         self.options = [*types][count:]
         self._lists = any(kind.startswith("Tensor") and kind.endswith("[]") for kind in types.values())
+        self.places = functools.cache(self._places_of)
         schema = ", ".join(f"{kind} {field}" for field, kind in types.items())
         results = f"({', '.join(['Tensor'] * (1 + len(saved)))})" if saved else "Tensor"
         definition = define(name, schema, results, "Tensor[] saved, bool[] needs" if saved else "bool[] needs")
@@ -249,10 +255,10 @@ class FusedOp:
         return torch.onnx.is_in_onnx_export() or (self._lists and torch.jit.is_tracing())
 
     def _run(self, arguments: Any) -> Any:
-        kernels = self.direct(self.tensors(arguments))
-        if torch.is_grad_enabled() and _any_requires_grad(arguments):
-            apply = self._function.apply if kernels is None else self._short_apply
-            return self.differentiable(apply, kernels, arguments)
+        tensors = self.tensors(arguments)
+        kernels = self.direct(tensors)
+        if torch.is_grad_enabled() and _any_requires_grad(tensors):
+            return (self._function.apply if kernels is None else self._short_apply)(kernels, arguments, *tensors)
         if kernels is None:
             return self._forward(*arguments)
         with _internals.BelowAutograd():
@@ -263,14 +269,13 @@ class FusedOp:
         thread looks at ops."""
         if dispatch_modes() or not _internals.calls_directly or function_modes() or profiler_enabled():
             return None
-        kind = _native.device_kind(tensors[0])
-        plain = _plain_keys(kind)
         for t in tensors:
             if t is None:
                 continue
-            if type(t) not in _PLAIN_TYPES or key_bits(dispatch_keys(t)) not in plain:
+            # Neither wrapped, nor lazily negated, nor of zeros only.
+            if type(t) not in _PLAIN_TYPES or is_wrapper(t) or t.is_neg() or t._is_zerotensor():
                 return None
-        return self.kernels.get(kind.upper())
+        return self.kernels.get(_native.device_kind(tensors[0]).upper())
 
     def gradients(
         self,
@@ -281,45 +286,44 @@ class FusedOp:
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """Of all tensor arguments, flat; empty ones without `run`, the backward kernel."""
+        lengths = self.lengths(given)
         if self.ungraded:
-            places, needs = self.places(self.lengths(given)), list(needs)
-            for name in self.ungraded:
-                needs[places[name]] = False
-        needed = iter(needs)
-
-        def empty_gradient(t: Any) -> Any:
-            if isinstance(t, (list, tuple)):
-                return [empty_gradient(u) for u in t]
-            return gradient_like(t, grad) if next(needed) else None
-
-        grads = [empty_gradient(t) for t in given[: self._tensors]]
+            needs = self.graded(needs, lengths)
+        pairs = zip(self.tensors(given), needs, strict=True)
+        flat = [gradient_like(t, grad) if needed and t is not None else None for t, needed in pairs]
         if run is not None:
-            laid_out = (lay_out(t) for lay_out, t in zip(self._layouts, saved, strict=True))
+            grads = flat if lengths is None else self.nested(flat, lengths)
+            laid_out = [lay_out(t) for lay_out, t in zip(self._layouts, saved, strict=True)]
             run(grads, grad, self.arguments(*given), *laid_out)
-        return _flat(grads)
+        return flat
 
-    def differentiable(self, apply: Callable[..., Any], kernels: Kernels | None, given: Sequence[Any]) -> Any:
-        """Through the autograd.Function, which sees no tensors inside of lists."""
-        if not self._lists:
-            return apply(kernels, None, *given)
-        return apply(kernels, self.lengths(given), *self.tensors(given), *given[self._tensors :])
+    def graded(self, needs: Sequence[bool], lengths: tuple[int | None, ...] | None) -> list[bool]:
+        """Which gradients a kernel computes: none of a constant, nor that of y."""
+        places, needs = self.places(lengths), list(needs)
+        for name in self.ungraded:
+            needs[places[name]] = False
+        return needs
 
-    def tensors(self, given: Sequence[Any]) -> list[Tensor | None]:
-        """The tensor arguments, flat."""
-        return _flat(given[: self._tensors])
+    def tensors(self, given: Sequence[Any]) -> Sequence[Tensor | None]:
+        """The tensor arguments, flat: an autograd.Function sees none inside of lists."""
+        return _flat(given[: self._tensors]) if self._lists else given[: self._tensors]
 
     def lengths(self, given: Sequence[Any]) -> tuple[int | None, ...] | None:
         """Of the lists among the tensor arguments."""
         if not self._lists:
             return None
-        return tuple(len(t) if isinstance(t, (list, tuple)) else None for t in given[: self._tensors])
+        return tuple([len(t) if isinstance(t, (list, tuple)) else None for t in given[: self._tensors]])
 
     def nested(self, tensors: Sequence[Any], lengths: tuple[int | None, ...] | None) -> list[Any]:
         """The tensor arguments from `tensors` and `lengths`."""
         if lengths is None:
             return list(tensors)
-        rest = iter(tensors)
-        return [next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths]
+        found: list[Any] = []
+        at = 0
+        for n in lengths:
+            found.append(tensors[at] if n is None else list(tensors[at : at + n]))
+            at += 1 if n is None else n
+        return found
 
     def partial(self, given: Mapping[str, Any]) -> list[Any]:
         """The arguments, of which some are missing, for `explain`."""
@@ -332,28 +336,25 @@ class FusedOp:
 
         return [value(name, kind) for name, kind in self._types.items()]
 
-    def places(self, lengths: tuple[int | None, ...] | None) -> dict[str, int]:
+    def _places_of(self, lengths: tuple[int | None, ...] | None) -> dict[str, int]:
         """Of the tensors among all, flat."""
         counts = [1] * self._tensors if lengths is None else [1 if n is None else n for n in lengths]
         firsts = itertools.accumulate(counts, initial=0)
         return dict(zip(self.arguments._fields, firsts, strict=False))
 
     def without_unread(
-        self,
-        tensors: Sequence[Tensor | None],
-        needs: Sequence[bool],
-        lengths: tuple[int | None, ...] | None,
-        options: Sequence[Any],
+        self, tensors: Sequence[Tensor | None], needs: Sequence[bool], arguments: Any
     ) -> list[Tensor | None]:
         """What is to be kept of the tensors; in place of those that backward does not read, one number that has their
         shape and dtype."""
         assert self.unread is not None
+        lengths = self.lengths(arguments)
         kept, places = list(tensors), self.places(lengths)
-        arguments, needed = (self.arguments(*self.nested(t, lengths), *options) for t in (tensors, needs))
+        needed = self.arguments(*self.nested(needs, lengths), *arguments[self._tensors :])
         for name in self.unread(arguments, needed):
             t = kept[places[name]]
             if t is not None:
-                kept[places[name]] = t.detach().new_empty(()).expand(t.shape)
+                kept[places[name]] = t.new_empty_strided(t.shape, (0,) * t.ndim)
         return kept
 
     def explain(self, *given: Any, backend: str) -> Explanation:
@@ -393,16 +394,6 @@ class FusedOp:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
-
-@functools.cache
-def _plain_keys(device: str) -> frozenset[int]:
-    """The dispatch keys of ordinary tensors: none of a wrapper, a lazily negated tensor or one of zeros only."""
-    keys = []
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            keys.append(key_bits(dispatch_keys(torch.empty(0, device=device))))
-    return frozenset(keys)
 
 
 def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:

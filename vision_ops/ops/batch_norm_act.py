@@ -1,5 +1,6 @@
 """Batch norm with the activation behind it, in the blocks of MOAT, MogaNet and bn_hs EdgeNeXt."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,11 +62,11 @@ class BatchNorm(NamedTuple):
 
 
 def _moments(x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    _native.cpu_kernels().batch_norm_moments(_native.view(x), *map(_native.weight_view, (mean, variance)))
+    _native.cpu_kernels().batch_norm_moments(_native.view(x), *map(_native.channels_view, (mean, variance)))
 
 
 def _views(c: Coefficients) -> list[Any]:
-    return [*map(_native.weight_view, c[:3]), *map(_native.vectors_view, c[3:])]
+    return [*map(_native.channels_view, c[:3]), *map(_native.vectors_view, c[3:])]
 
 
 def _run(x: Tensor, c: Coefficients, activation: str | None, y: Tensor | None, sums: Tensor | None = None) -> None:
@@ -88,6 +89,7 @@ def _backward_input(grad: Tensor, x: Tensor, c: Coefficients, activation: str | 
     _native.cpu_kernels().batch_norm_act_backward_input(*given, ACTIVATION_CODES[activation])
 
 
+@functools.cache
 def cpu_batch_norm() -> BatchNorm:
     return BatchNorm(_moments, _run, _backward_gate, _backward_sums, _backward_input)
 

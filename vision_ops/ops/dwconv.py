@@ -69,7 +69,7 @@ def _native_conv(a: _Arguments) -> tuple[int, ...]:
 
 def _forward_cpu(a: _Arguments) -> Tensor:
     y, weight, bias = _output(a), a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
-    views = _native.view(a.x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
+    views = _native.view(a.x), _native.channels_view(weight), _native.channels_view(bias), _native.view(y)
     _native.cpu_kernels().dwconv(*views, _native_conv(a), ACTIVATION_CODES[a.activation])
     return y
 
@@ -78,18 +78,18 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> No
     dx, dweight, dbias = grads
     kernels, conv = _native.cpu_kernels(), _native_conv(a)
     weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
-    x_view, weight_view = _native.view(a.x), _native.weight_view(weight)
+    x_view, weight_view = _native.view(a.x), _native.channels_view(weight)
     if a.activation is not None:
         # The convolution is computed again, which is cheaper than to keep its output from the forward pass.
         du = empty(grad.shape, grad)
-        views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
+        views = _native.view(grad), x_view, weight_view, _native.channels_view(bias), _native.view(du)
         kernels.dwconv_backward_activation(*views, conv, ACTIVATION_CODES[a.activation])
         grad = du
     grad_view = _native.view(grad)
     if dx is not None:
         kernels.dwconv_backward_input(grad_view, weight_view, _native.view(dx), conv)
     if dweight is not None or dbias is not None:
-        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        sums = _native.channels_view(dweight), _native.channels_view(dbias)
         kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv)
 
 
@@ -103,7 +103,7 @@ def _forward_cuda(a: _Arguments) -> Tensor:
     x, out = a.x, y
     if _marches(a):
         x, out = to_channels_dense(x), y if channels_dense(y) else allocate_channels_last(y.shape, y)
-    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(out)
+    views = _native.view(x), _native.channels_view(weight), _native.channels_view(bias), _native.view(out)
     options = _native_conv(a), ACTIVATION_CODES[a.activation], *_native.target(x)
     _native.cuda_kernels().dwconv(*views, *options)
     return y if out is y else y.copy_(out)
@@ -113,7 +113,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     dx, dweight, dbias = grads
     kernels, conv, target, x = _native.cuda_kernels(), _native_conv(a), _native.target(a.x), a.x
     weight, bias = a.weight.contiguous(), None if a.bias is None else a.bias.contiguous()
-    weight_view, marches = _native.weight_view(weight), _marches(a)
+    weight_view, marches = _native.channels_view(weight), _marches(a)
     if marches:
         grad = to_channels_dense(grad)
     if marches and (a.activation is not None or dweight is not None):
@@ -121,7 +121,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     x_view = _native.view(x)
     if a.activation is not None:
         du = allocate_channels_last(grad.shape, grad)
-        views = _native.view(grad), x_view, weight_view, _native.weight_view(bias), _native.view(du)
+        views = _native.view(grad), x_view, weight_view, _native.channels_view(bias), _native.view(du)
         kernels.dwconv_backward_activation(*views, conv, ACTIVATION_CODES[a.activation], *target)
         grad = du
     grad_view = _native.view(grad)
@@ -132,7 +132,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
             dx.copy_(out)
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
-        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        sums = _native.channels_view(dweight), _native.channels_view(dbias)
         kernels.dwconv_backward_weight(grad_view, x_view, *sums, conv, 1.0, room.data_ptr(), *target)
 
 
@@ -147,7 +147,7 @@ def convolve(
 ) -> None:
     """y = the convolution, for the ops that contain one; it keeps the size unless conv says what the kernels are to do.
     Parameters are contiguous."""
-    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
+    views = _native.view(x), _native.channels_view(weight), _native.channels_view(bias), _native.view(y)
     _native.cpu_kernels().dwconv(*views, conv or _same_size(weight), ACTIVATION_CODES[activation])
 
 
@@ -164,9 +164,9 @@ def convolve_backward(
     """The gradients of `convolve`, into tensors of any strides; dweight may be weight."""
     kernels, conv, grad_view = _native.cpu_kernels(), conv or _same_size(weight), _native.view(grad)
     if dx is not None:
-        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv)
+        kernels.dwconv_backward_input(grad_view, _native.channels_view(weight), _native.view(dx), conv)
     if dweight is not None or dbias is not None:
-        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        sums = _native.channels_view(dweight), _native.channels_view(dbias)
         kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv)
 
 
@@ -185,7 +185,7 @@ def convolve_cuda(
     conv: tuple[int, ...] | None = None,
 ) -> None:
     """The same on a GPU, of channels_dense tensors."""
-    views = _native.view(x), _native.weight_view(weight), _native.weight_view(bias), _native.view(y)
+    views = _native.view(x), _native.channels_view(weight), _native.channels_view(bias), _native.view(y)
     options = conv or _same_size(weight), ACTIVATION_CODES[activation], *_native.target(x)
     _native.cuda_kernels().dwconv(*views, *options)
 
@@ -205,10 +205,10 @@ def convolve_backward_cuda(
     kernels, conv, target = _native.cuda_kernels(), conv or _same_size(weight), _native.target(x)
     grad_view = _native.view(grad)
     if dx is not None:
-        kernels.dwconv_backward_input(grad_view, _native.weight_view(weight), _native.view(dx), conv, *target)
+        kernels.dwconv_backward_input(grad_view, _native.channels_view(weight), _native.view(dx), conv, *target)
     if dweight is not None or dbias is not None:
         room = workspace(kernels.dwconv_backward_weight_workspace(grad_view, conv), grad)
-        sums = _native.weight_view(dweight), _native.weight_view(dbias)
+        sums = _native.channels_view(dweight), _native.channels_view(dbias)
         kernels.dwconv_backward_weight(grad_view, _native.view(x), *sums, conv, scale, room.data_ptr(), *target)
 
 

@@ -62,7 +62,7 @@ def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor]:
     y, statistics = _allocate(a, gpu=False)
     kept = _native.view(statistics) if a.keep else None
     parameters = [None if t is None else t.contiguous() for t in a[1:5]]
-    views = _native.view(a.x), *map(_native.weight_view, parameters), _native.view(_channels_first(y))
+    views = _native.view(a.x), *map(_native.channels_view, parameters), _native.view(_channels_first(y))
     _native.cpu_kernels().dwconv_layer_norm(*views, kept, _native_conv(a), a.eps)
     return y, statistics
 
@@ -73,8 +73,8 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, stati
     dx, *dparameters = grads
     grad = grad.contiguous()
     parameters = [None if t is None else t.contiguous() for t in a[1:4]]
-    inputs = _native.view(_channels_first(grad)), _native.view(a.x), *map(_native.weight_view, parameters)
-    outputs = _native.view(dx), *map(_native.weight_view, dparameters)
+    inputs = _native.view(_channels_first(grad)), _native.view(a.x), *map(_native.channels_view, parameters)
+    outputs = _native.view(dx), *map(_native.channels_view, dparameters)
     _native.cpu_kernels().dwconv_layer_norm_backward(*inputs, _native.view(statistics), *outputs, _native_conv(a))
 
 

@@ -1,5 +1,6 @@
 """MogaNet's feature decomposition: every pixel's difference from its image's mean, weighted, is added to it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from ..reference.dwconv import ACTIVATIONS
 from ._checks import check_sigma, check_tensor
 from ._maps import pixel_dense
 from ._pointwise import crew_pays
-from ._registration import FusedOp, allocate, device_reasons, empty, memory_format, on_devices
+from ._registration import FusedOp, _any_requires_grad, allocate, device_reasons, empty, memory_format, on_devices
 from .dwconv import ACTIVATION_CODES
 
 
@@ -38,6 +39,7 @@ class Decomposition(NamedTuple):
     run_backward: Callable[..., None]
 
 
+@functools.cache
 def cpu_decomposition() -> Decomposition:
     return Decomposition(_image_means, _decompose, _decompose_backward)
 
@@ -60,7 +62,7 @@ def _image_means(x: Tensor, means: Tensor) -> None:
 
 def _decompose(x: Tensor, means: Tensor, sigma: Tensor, activation: str | None, y: Tensor) -> None:
     """means: of x, from `image_means` or, where they are known before x is, in its form."""
-    views = _native.view(x), _native.view(means), _native.weight_view(sigma), _native.view(y)
+    views = _native.view(x), _native.view(means), _native.channels_view(sigma), _native.view(y)
     _native.cpu_kernels().feature_decompose(*views, ACTIVATION_CODES[activation])
 
 
@@ -75,11 +77,11 @@ def _decompose_backward(
     dx_sums: Tensor | None = None,
 ) -> None:
     """dx may be grad; dx_sums: of dx, which is there then, over all pixels."""
-    inputs = _native.view(grad), _native.view(x), _native.view(means), _native.weight_view(sigma)
-    outputs = _native.view(dx), _native.weight_view(dsigma)
+    inputs = _native.view(grad), _native.view(x), _native.view(means), _native.channels_view(sigma)
+    outputs = _native.view(dx), _native.channels_view(dsigma)
     _native.cpu_kernels().feature_decompose_backward(*inputs, *outputs, ACTIVATION_CODES[activation])
     if dx_sums is not None and dx is not None:
-        _native.cpu_kernels().channel_sums(_native.view(dx), _native.weight_view(dx_sums))
+        _native.cpu_kernels().channel_sums(_native.view(dx), _native.channels_view(dx_sums))
 
 
 def flat(sigma: Tensor | None) -> Tensor | None:
@@ -110,7 +112,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     # A compiled graph must not depend on the size.
     if cannot or torch.compiler.is_compiling() or x.dtype == torch.float64:
         return cannot, []
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:2])
+    trains = torch.is_grad_enabled() and _any_requires_grad(a[:2])
     small = _native.device_kind(x) == "cpu" and x.dtype == torch.float32 and trains and x.numel() < 150_000
     return cannot, ["PyTorch is faster to train on few elements"] if small else []  # measured, AVX-512
 

@@ -1,5 +1,6 @@
 """HorNet's gated recursion: a chain of gates with 1x1 convolutions between them, that double the channels."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,15 +65,17 @@ class Gates(NamedTuple):
     has_chain: Callable[[Sequence[int], torch.dtype], bool]
 
 
+@functools.cache
 def cpu_gates() -> Gates:
     return Gates(_gate, _gate_backward, channel_sums, lambda *_: False, lambda *_: None, lambda *_: False)
 
 
 def cuda_gates() -> Gates:
     from ..kernels import gated_recursion as triton
+    from ..kernels import recursion_chain
 
     gates = triton.gate, triton.gate_backward, triton.channel_sums
-    return Gates(*gates, triton.chain, triton.chain_backward, triton.has_chain)
+    return Gates(*gates, recursion_chain.chain, recursion_chain.chain_backward, recursion_chain.has_chain)
 
 
 def run_chain(
@@ -82,7 +85,7 @@ def run_chain(
     if gates.chain(pwa, dw, weights, biases, out):
         return
     n, _, h, w = pwa.shape
-    first, *rest = dw.split(chain_widths(pwa, weights), dim=1)
+    first, *rest = dw.split_with_sizes(chain_widths(pwa, weights), dim=1)
     p = empty(pwa.shape, pwa) if weights else out
     gates.gate(pwa, None, first, p)
     for k, (weight, bias, q) in enumerate(zip(weights, biases, rest, strict=True), start=1):
@@ -107,7 +110,7 @@ class ChainAgain:
     ) -> None:
         """last: whether p_order is wanted, too."""
         self.gates, self.weights, self.biases = gates, [w.flatten(1) for w in weights], [None, *biases]
-        self.q = dw.split(chain_widths(pwa, weights), dim=1)
+        self.q = dw.split_with_sizes(chain_widths(pwa, weights), dim=1)
         self.u, self.p = [pwa], list[Tensor]()
         for k, q in enumerate(self.q):
             if k > 0:
@@ -128,7 +131,7 @@ class ChainAgain:
     ) -> None:
         """Writes the gradients of all arguments, and that of a bias of pwa into `sums`. Only once: gradients take the
         memory of what they are the last to need."""
-        dq = ddw.split([q.shape[1] for q in self.q], dim=1)
+        dq = ddw.split_with_sizes([q.shape[1] for q in self.q], dim=1)
         for k in reversed(range(1, len(self.q))):
             u = self.u[k]
             self.gates.gate_backward(dp, u, self.biases[k], self.q[k], u, dq[k], dbiases[k - 1])
@@ -159,17 +162,17 @@ def backward_chain(
         return chain.backward(dp, dpwa, ddw, dweights, dbiases, sums)
     p, du = empty(ddw.shape, ddw), empty((len(dp), sum(widths[1:]), *dp.shape[2:]), ddw)
     gates.chain_backward(pwa, dw, weights, biases, dp, p, dpwa, ddw, du, [sums, *dbiases])
-    each = p.split(widths, dim=1)
+    each = p.split_with_sizes(widths, dim=1)
     if use_last is not None:
         use_last(each[-1])
-    for of_u, before, dweight in zip(du.split(widths[1:], dim=1), each, dweights, strict=False):
+    for of_u, before, dweight in zip(du.split_with_sizes(widths[1:], dim=1), each, dweights, strict=False):
         weight_gradient(of_u, before, dweight)
 
 
 def _gate(u: Tensor, bias: Tensor | None, q: Tensor, p: Tensor) -> None:
     """p = (u + bias) * q; p may be u."""
     bias = None if bias is None else bias.contiguous()
-    _native.cpu_kernels().gate(_native.view(u), _native.weight_view(bias), _native.view(q), _native.view(p))
+    _native.cpu_kernels().gate(_native.view(u), _native.channels_view(bias), _native.view(q), _native.view(p))
 
 
 def _gate_backward(
@@ -177,8 +180,8 @@ def _gate_backward(
 ) -> None:
     """du = dp * q, dq = dp * (u + bias), dbias = the sum of du over the pixels; du may be u."""
     bias = None if bias is None else bias.contiguous()
-    inputs = _native.view(dp), _native.view(u), _native.weight_view(bias), _native.view(q)
-    _native.cpu_kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.weight_view(dbias))
+    inputs = _native.view(dp), _native.view(u), _native.channels_view(bias), _native.view(q)
+    _native.cpu_kernels().gate_backward(*inputs, _native.view(du), _native.view(dq), _native.channels_view(dbias))
 
 
 # --- The op
@@ -229,9 +232,9 @@ def gate_parts(x: Tensor, widths: list[int]) -> dict[str, str]:
     """What runs the chain for tensors like x."""
     if _native.device_kind(x) != "cuda":
         return {"gates": _native.kernel_name(_native.device_kind(x)), "1x1 convolutions": products(x)}
-    from ..kernels.gated_recursion import chain_tile
+    from ..kernels.recursion_chain import has_chain
 
-    if chain_tile(widths, x.dtype) is None:
+    if not has_chain(widths, x.dtype):
         return {"gates": "Triton kernel", "1x1 convolutions": "PyTorch's GEMMs"}
     return {"recursion": "Triton kernel", "1x1 convolutions around it": "PyTorch's GEMMs"}
 

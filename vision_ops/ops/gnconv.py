@@ -154,7 +154,7 @@ def _backward(
 
     dprojected, ddw = allocate_channels_last(projected.shape, a.x), allocate_channels_last(dw.shape, a.x)
     dpwa, dabc = _split(dprojected, a)
-    sums = (None, None) if dproj_in_bias is None else dproj_in_bias.split([pwa.shape[1], abc.shape[1]])
+    sums = (None, None) if dproj_in_bias is None else dproj_in_bias.split_with_sizes([pwa.shape[1], abc.shape[1]])
     use_last = None if dproj_out is None else lambda p: weight_gradient(grad, p, dproj_out)
     of_chain = dpwa, ddw, dpws, dpw_biases
     backward_chain(gates, pwa, dw, a.pw_weights, a.pw_biases, dp, of_chain, sums[0], use_last)

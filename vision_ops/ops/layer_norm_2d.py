@@ -1,5 +1,6 @@
 """LayerNorm over the channels of every pixel, as stems, downsampling and blocks of HorNet and EdgeNeXt have it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._checks import check_eps, check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, memory_format, on_devices
+from ._registration import FusedOp, _any_requires_grad, device_reasons, empty, memory_format, on_devices
 from .scaled_residual import add, cpu_tail
 
 MOST_CHANNELS = 2048  # that the registers of a Triton program hold
@@ -37,6 +38,7 @@ class Norm(NamedTuple):
     run_backward: Callable[..., None]  # plus, which is added to dx, and dx are pixel_dense in one memory format
 
 
+@functools.cache
 def cpu_norm() -> Norm:
     return Norm(_norm, _norm_backward)
 
@@ -91,7 +93,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
         return False
     count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
     wide = _native.cpu_kernels().isa == "avx512"
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in a[:3]):
+    if not torch.is_grad_enabled() or not _any_requires_grad(a[:3]):
         return count < (60_000 if wide else 300_000)
     if not wide:
         return single

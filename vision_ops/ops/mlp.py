@@ -143,7 +143,10 @@ def _normed(device: _Device, a: _Arguments, x: Tensor, dtype: torch.dtype) -> Te
 
 def _converted(device: _Device, a: _Arguments, names: Sequence[str]) -> _Arguments:
     """With these parameters as the products take them."""
-    found = converted(device.convert, [getattr(a, name) for name in names], _product_dtype(a))
+    given, dtype = [getattr(a, name) for name in names], _product_dtype(a)
+    if all([t is None or t.dtype == dtype for t in given]):
+        return a
+    found = converted(device.convert, given, dtype)
     return a._replace(**dict(zip(names, found, strict=True)))
 
 

@@ -1,5 +1,6 @@
 """MogaNet's gate: the product of two branches through SiLU."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ._checks import autocast_enabled, check_parameter, check_tensor
 from ._maps import pixel_dense
-from ._registration import FusedOp, device_reasons, empty, memory_format, on_devices
+from ._registration import FusedOp, _any_requires_grad, device_reasons, empty, memory_format, on_devices
 
 
 class _Arguments(NamedTuple):
@@ -33,6 +34,7 @@ class Gate(NamedTuple):
     run_backward: Callable[..., None]
 
 
+@functools.cache
 def cpu_gate() -> Gate:
     return Gate(_gate, _gate_backward)
 
@@ -64,7 +66,7 @@ def _gate_backward(
     _native.cpu_kernels().moga_gate_backward(*map(_native.view, (grad, gate, value, dgate, dvalue)), doubled)
     for t, total in zip((dgate, dvalue), sums, strict=True):
         if total is not None:
-            _native.cpu_kernels().channel_sums(_native.view(t), _native.weight_view(total))
+            _native.cpu_kernels().channel_sums(_native.view(t), _native.channels_view(total))
 
 
 def _forward(device: Callable[[], Gate], a: _Arguments) -> Tensor:
@@ -92,7 +94,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
     if _native.device_kind(gate) != "cpu" or gate.dtype == torch.float64:
         return False
     short = memory_format(gate) == torch.contiguous_format and gate.shape[2] * gate.shape[3] < 100
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in a[:2])
+    trains = torch.is_grad_enabled() and _any_requires_grad(a[:2])
     return short or (trains and gate.numel() < 150_000)
 
 

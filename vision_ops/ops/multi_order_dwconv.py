@@ -53,8 +53,8 @@ class _Parameters:
     def __init__(self, a: _Arguments) -> None:
         self._weights = [w.contiguous() for w in (a.w0, a.w1, a.w2)]
         self._biases = [None if b is None else b.contiguous() for b in (a.b0, a.b1, a.b2)]
-        self.weights = tuple(map(_native.weight_view, self._weights))
-        self.biases = tuple(map(_native.weight_view, self._biases))
+        self.weights = tuple(map(_native.channels_view, self._weights))
+        self.biases = tuple(map(_native.channels_view, self._biases))
         self.convs = _convs(a)
 
 
@@ -67,7 +67,7 @@ def _forward_cpu(a: _Arguments) -> Tensor:
 def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
     p = _Parameters(a)
     dx, *dparameters = grads
-    parameter_views = tuple(map(_native.weight_view, dparameters))
+    parameter_views = tuple(map(_native.channels_view, dparameters))
     inputs = _native.view(grad), _native.view(a.x), p.weights, p.biases
     outputs = _native.view(dx), parameter_views[:3], parameter_views[3:]
     _native.cpu_kernels().multi_order_dwconv_backward(*inputs, *outputs, p.convs)
@@ -134,7 +134,7 @@ def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> N
     if _marches(a):
         x, grad = to_channels_dense(x), to_channels_dense(grad)
         out = dx if dx is None or channels_dense(dx) else allocate_channels_last(dx.shape, dx)
-    parameter_views, grad_view = tuple(map(_native.weight_view, dparameters)), _native.view(grad)
+    parameter_views, grad_view = tuple(map(_native.channels_view, dparameters)), _native.view(grad)
     size = kernels.multi_order_dwconv_backward_workspace(grad_view, p.weights, p.biases, p.convs)
     room = workspace(size, grad)
     inputs = grad_view, _native.view(x), p.weights, p.biases
@@ -160,7 +160,7 @@ def multi_order_backward_cuda(
 
 def _branches(t: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     _, c1, c2 = (len(w) for w in weights)
-    return t.split([t.shape[1] - c1 - c2, c1, c2], dim=1)
+    return t.split_with_sizes([t.shape[1] - c1 - c2, c1, c2], dim=1)
 
 
 def multi_order_torch(

@@ -67,12 +67,13 @@ def _of_qkv(a: _Arguments) -> list[tuple[Any, Any]]:
 
 
 def _thirds(t: Tensor) -> tuple[Tensor, ...]:
-    return t.split(t.shape[-1] // 3, dim=-1)
+    return t.chunk(3, dim=-1)
 
 
 def _heads(t: Tensor, a: _Arguments) -> Tensor:
     """(B, H, W, C) as (B, heads, N, d)."""
-    return t.flatten(1, 2).unflatten(2, (a.num_heads, -1)).transpose(1, 2)
+    b, h, w, c = t.shape
+    return t.view(b, h * w, a.num_heads, c // a.num_heads).transpose(1, 2)
 
 
 def _geometry(a: _Arguments) -> Geometry:

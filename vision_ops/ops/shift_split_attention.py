@@ -65,7 +65,7 @@ class CPUPasses:
         """`pool` for the branches weight x + bias (3C,), from the edge sums (B, 3, C) of x with so many pixels."""
         bias = sums.new_zeros(len(weight)) if bias is None else bias.to(sums.dtype)
         weight = weight.contiguous()
-        given = _small_view(sums), _native.matrix_view(weight), _native.weight_view(bias)
+        given = _small_view(sums), _native.matrix_view(weight), _native.channels_view(bias)
         _native.cpu_kernels().pool_linear(*given, pixels, _small_view(pooled))
 
     @staticmethod
@@ -128,7 +128,7 @@ class CPUPasses:
         many, or all to be kept. float32 only, for which the CPU has its own products."""
         mlp1, mlp2 = _native.matrix_view(mlp1_weight), _native.matrix_view(mlp2_weight)
         mlp2_bias = None if mlp2_bias is None else mlp2_bias.contiguous()
-        bias = _native.weight_view(mlp2_bias)
+        bias = _native.channels_view(mlp2_bias)
         given = _map_view(x), mlp1, _small_view(weights), _small_view(offset), mlp2, bias
         _native.cpu_kernels().linear_weigh_linear(*given, _map_view(branches), _map_view(weighed), _map_view(y))
 

@@ -40,7 +40,7 @@ class _Parameters:
     def __init__(self, a: _Arguments) -> None:
         self._weights = [w.contiguous() for w in a.weights]
         self._biases = [None if b is None else b.contiguous() for b in a.biases]
-        self.views = list(map(_native.weight_view, self._weights)), list(map(_native.weight_view, self._biases))
+        self.views = list(map(_native.channels_view, self._weights)), list(map(_native.channels_view, self._biases))
 
 
 _CONV = (3, 1, 1, 1, 1)
@@ -55,14 +55,14 @@ def _forward_cpu(a: _Arguments) -> Tensor:
 def _backward_cpu(grads: list[Any], grad: Tensor, a: _Arguments) -> None:
     p = _Parameters(a)
     dx, dweights, dbiases = grads
-    outputs = _native.view(dx), list(map(_native.weight_view, dweights)), list(map(_native.weight_view, dbiases))
+    outputs = _native.view(dx), list(map(_native.channels_view, dweights)), list(map(_native.channels_view, dbiases))
     _native.cpu_kernels().split_cascade_backward(_native.view(grad), _native.view(a.x), *p.views, *outputs, _CONV)
 
 
 # On a GPU the depthwise engine runs level by level, on channels_last tensors and channel slices of them.
 def _splits(t: Tensor, a: _Arguments) -> list[Tensor]:
     width, levels = a.weights[0].shape[0], len(a.weights)
-    return list(t.split([width] * levels + [t.shape[1] - levels * width], dim=1))
+    return list(t.split_with_sizes([width] * levels + [t.shape[1] - levels * width], dim=1))
 
 
 def _convolved(t: Tensor, a: _Arguments, level: int, y: Tensor) -> None:
