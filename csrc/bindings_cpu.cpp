@@ -79,7 +79,7 @@ ChannelAggregationFfn channel_aggregation_ffn_of(const TensorArray<9>& t) {
   return {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8]};
 }
 
-BatchNormCoefficients batch_norm_of(const TensorArray<5>& t) { return {t[0], t[1], t[2], t[3], t[4]}; }
+BatchNormCoefficients batch_norm_of(const TensorArray<3>& t) { return {t[0], t[1], t[2]}; }
 
 // with_crew(function, *arguments). Python, too, runs on the thread that called: the others only ever run kernels.
 PyObject* run_with_crew(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -213,23 +213,30 @@ void define_attention(PyObject* m) {
 }
 
 void define_batch_norm(PyObject* m) {
-  define(m, "batch_norm_moments", cpu_batch_norm_act().moments);
+  define(m, "batch_norm_prepare", cpu_batch_norm_act().prepare);
   define(
-      m, "batch_norm_act", +[](Tensor4 x, TensorArray<5> c, Tensor4 y, Tensor4 sums, Activation act) {
-        return cpu_batch_norm_act().forward(x, batch_norm_of(c), y, sums, act);
+      m, "batch_norm_act", +[](Tensor4 x, TensorArray<3> c, Tensor4 y, Tensor4 means, Activation act) {
+        return cpu_batch_norm_act().forward(x, batch_norm_of(c), y, means, act);
       });
   define(
-      m, "batch_norm_act_backward_gate", +[](Tensor4 dy, Tensor4 x, TensorArray<5> c, Tensor4 sums, Activation act) {
-        return cpu_batch_norm_act().backward_gate(dy, x, batch_norm_of(c), sums, act);
+      m, "batch_norm_act_backward_sums",
+      +[](Tensor4 dy, Tensor4 x, TensorArray<3> c, Tensor4 y, TensorArray<3> ends, int64_t count, Activation act) {
+        const BatchNormEnds given = {ends[0], ends[1], ends[2], count};
+        return cpu_batch_norm_act().backward_sums(dy, x, batch_norm_of(c), y, given, act);
       });
   define(
-      m, "batch_norm_act_backward_sums", +[](Tensor4 dy, Tensor4 x, TensorArray<5> c, Tensor4 sums, Activation act) {
-        return cpu_batch_norm_act().backward_sums(dy, x, batch_norm_of(c), sums, act);
+      m, "batch_norm_act_backward_images",
+      +[](Tensor4 dy, Tensor4 x, TensorArray<3> c, Tensor4 y, Tensor4 sums, Activation act) {
+        return cpu_batch_norm_act().backward_images(dy, x, batch_norm_of(c), y, sums, act);
+      });
+  define(
+      m, "batch_norm_finish", +[](Tensor4 sums, TensorArray<3> c, TensorArray<3> ends, int64_t count) {
+        return cpu_batch_norm_act().finish(sums, batch_norm_of(c), {ends[0], ends[1], ends[2], count});
       });
   define(
       m, "batch_norm_act_backward_input",
-      +[](Tensor4 dy, Tensor4 x, TensorArray<5> c, Tensor4 line, Tensor4 dx, Activation act) {
-        return cpu_batch_norm_act().backward_input(dy, x, batch_norm_of(c), line, dx, act);
+      +[](Tensor4 dy, Tensor4 x, TensorArray<3> c, Tensor4 line, Tensor4 plus, Tensor4 dx, Activation act) {
+        return cpu_batch_norm_act().backward_input(dy, x, batch_norm_of(c), line, plus, dx, act);
       });
 }
 

@@ -62,11 +62,13 @@ def sum_type(t: Tensor) -> tl.dtype:
 
 
 def pixel_count(t: Tensor) -> int:
-    return t.shape[2] * t.shape[3]
+    _, _, height, width = t.shape
+    return height * width
 
 
 def strides_of(t: Tensor) -> Strides:
-    return t.stride(0), t.stride(1), t.stride(3) if t.shape[3] > 1 else t.stride(2)
+    image, channel, row, pixel = t.stride()
+    return image, channel, pixel if t.shape[3] > 1 else row
 
 
 def walk(tensors: Sequence[Tensor | None], apart: bool = False) -> tuple[int, int, list[Strides | None]]:
@@ -77,9 +79,9 @@ def walk(tensors: Sequence[Tensor | None], apart: bool = False) -> tuple[int, in
     """
     n, pixels = len(tensors[0]), pixel_count(tensors[0])
     strides = [None if t is None else strides_of(t) for t in tensors]
-    if not apart and all(s is None or s[0] == pixels * s[2] for s in strides):
-        return 1, n * pixels, [s and (0, *s[1:]) for s in strides]
-    return n, pixels, strides
+    if apart or any(s[0] != pixels * s[2] for s in strides if s):
+        return n, pixels, strides
+    return 1, n * pixels, [s and (0, s[1], s[2]) for s in strides]
 
 
 def blocks_of(images: int, pixels: int, channels: int, tile: Tile) -> tuple[int, int]:

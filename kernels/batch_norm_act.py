@@ -2,11 +2,13 @@
 
 Moments are those of a tile about its own mean, merged: within a program, then over programs. With dz = (dy * gate +
 offset) * act'(z), the sums of the backward pass are those of dz and of dz * (x - mean), and dx = scale * dz + slope *
-(x - mean) + constant. Gate and offset are an image's. A program takes a share of an image; where there are neither
-gates nor sums by image, the images of a channels_last batch are one. The order of all sums depends on the shape only.
+(x - mean) + constant. Gate and offset are an image's; an offset that comes of the sums of dy * act(z) is not known when
+these are taken, and its share of the others is summed apart. A program takes a share of an image; where there are
+neither gates nor sums by image, the images of a channels_last batch are one. The order of all sums depends on the shape
+only. What is between two passes is in batch_norm_table.py.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -32,18 +34,13 @@ from ._maps import (
     walk,
 )
 from ._moves import moves
-from ._specialize import ByLayout, counted
+from ._specialize import ByLayout
+from .batch_norm_table import finish
+from .batch_norm_table import prepare as make_table
+from .sums import sum_parts
 
-
-class MergeTile(NamedTuple):
-    BLOCK_R: int  # parts
-    BLOCK_C: int
-    num_warps: int
-
-
-# Launch choices, by counting: no GPU has measured them.
-MERGE_TILE = MergeTile(64, 32, num_warps=4)  # 16 values of a thread, lines of 128 bytes
-ACTIVATING_STAGES = tl.constexpr(1)  # with two, registers for a third fewer programs at a time (64 to 94 on sm_90)
+# By counting: no GPU has measured it. With two, registers for a third fewer programs at a time (64 to 94 on sm_90).
+ACTIVATING_STAGES = tl.constexpr(1)
 
 
 @ByLayout
@@ -79,60 +76,17 @@ def moments_kernel(
     tl.store(own + channels, squares, mask=c < channels)
 
 
-@counted
-@moves("mean_ptr", "variance_ptr")
-def merge_moments_kernel(
-    partial_ptr,
-    mean_ptr,
-    variance_ptr,
-    count,  # of parts
-    shares,
-    pixels,
-    channels,
-    BLOCK_P: tl.constexpr,  # of the kernel above
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    SUM_TYPE: tl.constexpr = mean_ptr.dtype.element_ty
-    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    length = tl.cdiv(tl.cdiv(pixels, shares), BLOCK_P) * BLOCK_P
-    total = tl.zeros((BLOCK_R, BLOCK_C), SUM_TYPE)
-    values = tl.zeros((BLOCK_R, 1), SUM_TYPE)
-    for first in range(0, count, BLOCK_R):
-        part = (first + tl.arange(0, BLOCK_R))[:, None]
-        weight = tl.where(part < count, tl.minimum(tl.maximum(pixels - part % shares * length, 0), length), 0)
-        at = partial_ptr + part.to(tl.int64) * 2 * channels + c
-        total += weight.to(SUM_TYPE) * tl.load(at, mask=(part < count) & (c < channels), other=0.0)
-        values += weight.to(SUM_TYPE)
-    number = tl.sum(values, axis=0)[None, :]
-    mean = tl.sum(total, axis=0)[None, :] / number
-    squares = tl.zeros((BLOCK_R, BLOCK_C), SUM_TYPE)
-    for first in range(0, count, BLOCK_R):
-        part = (first + tl.arange(0, BLOCK_R))[:, None]
-        weight = tl.where(part < count, tl.minimum(tl.maximum(pixels - part % shares * length, 0), length), 0)
-        at, inside = partial_ptr + part.to(tl.int64) * 2 * channels + c, (part < count) & (c < channels)
-        difference = tl.load(at, mask=inside, other=0.0) - mean
-        own = tl.load(at + channels, mask=inside, other=0.0)
-        squares += own + weight.to(SUM_TYPE) * difference * difference
-    tl.store(mean_ptr + c, mean, mask=c < channels)
-    tl.store(variance_ptr + c, tl.sum(squares, axis=0)[None, :] / number, mask=c < channels)
-
-
 @ByLayout
 @moves("y_ptr", "partial_ptr")
 def norm_act_kernel(
     x_ptr,
-    grad_ptr,  # may be None: a factor of what is summed
-    scale_ptr,
-    shift_ptr,
-    gate_ptr,  # may be None, as all that follow
+    table_ptr,
     y_ptr,
-    partial_ptr,  # [image][share][channels]
+    partial_ptr,  # [image][share][channels], of act(z); may be None
     shares,
     pixels,
     channels,
     x_strides,
-    grad_strides,
     y_strides,
     ACTIVATION: tl.constexpr,
     SUM_TYPE: tl.constexpr,
@@ -141,9 +95,7 @@ def norm_act_kernel(
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
     c = channels_of_program(BLOCK_C)
-    scale, shift = load_channels(scale_ptr, c, channels), load_channels(shift_ptr, c, channels)
-    if gate_ptr is not None:
-        gate = load_channels(gate_ptr + n * channels, c, channels)
+    scale, shift = load_channels(table_ptr, c, channels), load_channels(table_ptr + channels, c, channels)
     total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
         p, there = pixels_from(first, end, BLOCK_P)
@@ -151,36 +103,94 @@ def norm_act_kernel(
         x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
         y, _ = activated(scale * x + shift, ACTIVATION)
         if partial_ptr is not None:
-            term = y
-            if grad_ptr is not None:
-                term = y * load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
-            total += tl.where(inside, term, 0.0)
-        if y_ptr is not None:
-            if gate_ptr is not None:
-                y = y * gate
-            store_map(y_ptr, y_strides, n, p, c, y, inside)
+            total += tl.where(inside, y, 0.0)
+        store_map(y_ptr, y_strides, n, p, c, y, inside)
     if partial_ptr is not None:
         store_sums(partial_ptr + tl.program_id(0).to(tl.int64) * channels, total, c, channels)
 
 
 @ByLayout
-@moves("dx_ptr", "partial_ptr")
-def norm_act_bwd_kernel(
+@moves("y_ptr", "partial_ptr")
+def norm_act_sums_kernel(
     grad_ptr,
     x_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    gate_ptr,  # may be None, as all that follow
-    offset_ptr,
-    line_ptr,  # slope and constant, [2][channels]
-    dx_ptr,
-    partial_ptr,  # [image][share][2][channels]
+    table_ptr,
+    gate_ptr,  # may be None, as y_ptr; of y, BY_IMAGE only
+    y_ptr,
+    partial_ptr,  # [image][share][2][channels], or BY_IMAGE [image][share][5][channels]
     shares,
     pixels,
     channels,
     grad_strides,
     x_strides,
+    y_strides,
+    BY_IMAGE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    n, begin, end = share_of_image(pixels, shares, BLOCK_P)
+    c = channels_of_program(BLOCK_C)
+    scale, shift = load_channels(table_ptr, c, channels), load_channels(table_ptr + channels, c, channels)
+    mean = load_channels(table_ptr + 2 * channels, c, channels)
+    if gate_ptr is not None:
+        gate = load_channels(gate_ptr + n * channels, c, channels)
+    of_dz = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    of_product = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    if BY_IMAGE:
+        of_gate = tl.zeros((1, BLOCK_C), SUM_TYPE)
+        of_slope = tl.zeros((1, BLOCK_C), SUM_TYPE)
+        of_slope_product = tl.zeros((1, BLOCK_C), SUM_TYPE)
+    for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
+        p, there = pixels_from(first, end, BLOCK_P)
+        inside = there & (c < channels)
+        dz = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
+        x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
+        y, of_z = activated(scale * x + shift, ACTIVATION)
+        if BY_IMAGE:
+            of_one = tl.where(inside, of_z, 0.0)
+            of_gate += tl.sum(tl.where(inside, dz * y, 0.0), axis=0)[None, :]
+            of_slope += tl.sum(of_one, axis=0)[None, :]
+            of_slope_product += tl.sum(of_one * (x - mean), axis=0)[None, :]
+        dz = tl.where(inside, dz * of_z, 0.0)
+        of_dz += dz
+        of_product += dz * (x - mean)
+        if y_ptr is not None:
+            if gate_ptr is not None:
+                y = y * gate
+            store_map(y_ptr, y_strides, n, p, c, y, inside)
+    if BY_IMAGE:
+        own = partial_ptr + tl.program_id(0).to(tl.int64) * 5 * channels
+        tl.store(own + c, of_gate, mask=c < channels)
+        store_sums(own + channels, of_dz, c, channels)
+        tl.store(own + 2 * channels + c, of_slope, mask=c < channels)
+        store_sums(own + 3 * channels, of_product, c, channels)
+        tl.store(own + 4 * channels + c, of_slope_product, mask=c < channels)
+    else:
+        own = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels
+        store_sums(own, of_dz, c, channels)
+        store_sums(own + channels, of_product, c, channels)
+
+
+@ByLayout
+@moves("dx_ptr", "partial_ptr")
+def norm_act_bwd_kernel(
+    grad_ptr,  # may be None: dx without its term
+    x_ptr,
+    table_ptr,
+    gate_ptr,  # may be None, as all that follow up to dx_ptr
+    offset_ptr,
+    line_ptr,  # slope and constant, [2][channels]
+    plus_ptr,
+    dx_ptr,
+    partial_ptr,  # [image][share][channels], of dx as it is stored; may be None
+    shares,
+    pixels,
+    channels,
+    x_strides,
+    grad_strides,
+    plus_strides,
     dx_strides,
     ACTIVATION: tl.constexpr,
     SUM_TYPE: tl.constexpr,
@@ -189,123 +199,146 @@ def norm_act_bwd_kernel(
 ):
     n, begin, end = share_of_image(pixels, shares, BLOCK_P)
     c = channels_of_program(BLOCK_C)
-    scale, shift = load_channels(scale_ptr, c, channels), load_channels(shift_ptr, c, channels)
-    mean = load_channels(mean_ptr, c, channels)
+    scale, shift = load_channels(table_ptr, c, channels), load_channels(table_ptr + channels, c, channels)
     if gate_ptr is not None:
         gate = load_channels(gate_ptr + n * channels, c, channels)
     if offset_ptr is not None:
         offset = load_channels(offset_ptr + n * channels, c, channels)
-    if dx_ptr is not None:
+    if line_ptr is not None:
+        mean = load_channels(table_ptr + 2 * channels, c, channels)
         slope, constant = load_channels(line_ptr, c, channels), load_channels(line_ptr + channels, c, channels)
-    of_dz = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
-    of_product = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+    total = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
     for first in tl.range(begin, end, BLOCK_P, num_stages=ACTIVATING_STAGES):
         p, there = pixels_from(first, end, BLOCK_P)
         inside = there & (c < channels)
-        dz = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
         x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
-        if gate_ptr is not None:
-            dz *= gate
-        if offset_ptr is not None:
-            dz += offset
-        _, of_z = activated(scale * x + shift, ACTIVATION)
-        dz = tl.where(inside, dz * of_z, 0.0)
+        dx = tl.zeros((BLOCK_P, BLOCK_C), SUM_TYPE)
+        if grad_ptr is not None:
+            dz = load_map(grad_ptr, grad_strides, n, p, c, inside).to(SUM_TYPE)
+            if gate_ptr is not None:
+                dz *= gate
+            if offset_ptr is not None:
+                dz += offset
+            _, of_z = activated(scale * x + shift, ACTIVATION)
+            dx = scale * (dz * of_z)
+        if line_ptr is not None:
+            dx += slope * (x - mean) + constant
+        if plus_ptr is not None:
+            dx += load_map(plus_ptr, plus_strides, n, p, c, inside).to(SUM_TYPE)
+        store_map(dx_ptr, dx_strides, n, p, c, dx, inside)
         if partial_ptr is not None:
-            of_dz += dz
-            of_product += dz * (x - mean)
-        if dx_ptr is not None:
-            dx = scale * dz + slope * (x - mean) + constant
-            store_map(dx_ptr, dx_strides, n, p, c, dx, inside)
+            total += tl.where(inside, dx.to(dx_ptr.dtype.element_ty).to(SUM_TYPE), 0.0)
     if partial_ptr is not None:
-        own = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * channels
-        store_sums(own, of_dz, c, channels)
-        store_sums(own + channels, of_product, c, channels)
+        store_sums(partial_ptr + tl.program_id(0).to(tl.int64) * channels, total, c, channels)
 
 
-KERNELS = (moments_kernel, merge_moments_kernel, norm_act_kernel, norm_act_bwd_kernel)
+KERNELS = (moments_kernel, norm_act_kernel, norm_act_sums_kernel, norm_act_bwd_kernel)
+
+__all__ = ["backward_images", "backward_input", "backward_sums", "finish", "forward", "prepare"]
 
 
-def moments(x: Tensor, mean: Tensor, variance: Tensor) -> None:
+def prepare(
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    table: Tensor,
+    eps: float,
+) -> None:
+    """By the moments of x, or by mean and variance."""
+    if x is None:
+        return make_table(None, (mean, variance), weight, bias, table, (1, 1, 1), eps)
     images, pixels, strides = walk([x])
     grid, shares, tile = _grid(x, images, pixels)
     channels = x.shape[1]
-    partial = scratch((grid[0], 2, channels), mean.dtype, x.device)
+    partial = scratch((grid[0], 2, channels), table.dtype, x.device)
     with torch.cuda.device_of(x):
         moments_kernel.of(x.stride(1) == 1)[grid](
             x, partial, shares, pixels, channels, *strides, SUM_TYPE=sum_type(x), **tile._asdict()
         )
-        merge_moments_kernel[(triton.cdiv(channels, MERGE_TILE.BLOCK_C),)](
-            partial, mean, variance, grid[0], shares, pixels, channels, tile.BLOCK_P, **MERGE_TILE._asdict()
-        )
+    make_table(partial, (None, None), weight, bias, table, (shares, pixels, tile.BLOCK_P), eps)
 
 
-def forward(x: Tensor, c: Any, activation: str | None, y: Tensor | None, sums: Tensor | None = None) -> None:
-    """c: `Coefficients` of ops/batch_norm_act.py. y may be x. sums: (N, C), of act(z)."""
-    _run(x, None, c, activation, y, sums)
-
-
-def backward_gate(grad: Tensor, x: Tensor, c: Any, activation: str | None, sums: Tensor) -> None:
-    """sums: (N, C), of grad * act(z)."""
-    _run(x, grad, c, activation, None, sums)
-
-
-def _run(x: Tensor, grad: Tensor | None, c: Any, activation: str | None, y: Tensor | None, sums: Tensor | None) -> None:
+def forward(x: Tensor, c: Any, activation: str | None, y: Tensor, means: Tensor | None = None) -> None:
+    """c: `Coefficients` of ops/_batch_norm.py. y may be x. means: (N, C), of act(z)."""
     if x.numel() == 0:
-        if sums is not None:
-            sums.zero_()
+        if means is not None:
+            means.zero_()
         return
-    images, pixels, strides = walk([x, grad, y], apart=c.gate is not None or sums is not None)
+    images, pixels, strides = walk([x, y], apart=means is not None)
     grid, shares, tile = _grid(x, images, pixels)
     channels = x.shape[1]
-    partial = None if sums is None else scratch((images, shares, channels), sums.dtype, x.device)
+    partial = None if means is None else scratch((images, shares, channels), means.dtype, x.device)
     with torch.cuda.device_of(x):
         norm_act_kernel.of(x.stride(1) == 1)[grid](
-            *(x, grad, c.scale, c.shift, c.gate, y, partial, shares, pixels, channels, *strides),
+            *(x, c.table, y, partial, shares, pixels, channels, *strides),
             ACTIVATION=activation,
             SUM_TYPE=sum_type(x),
             **tile._asdict(),
         )
-    if partial is not None and sums is not None:
-        torch.sum(partial, 1, out=sums)
+    if partial is not None:
+        sum_parts(partial, [means], pixels=pixels)
 
 
-def backward_sums(grad: Tensor, x: Tensor, c: Any, activation: str | None, sums: Tensor) -> None:
-    """sums: (2, C), of dz and of dz * (x - mean)."""
-    if x.numel() == 0:
-        sums.zero_()
-        return
-    _run_backward(grad, x, c, activation, None, None, sums)
+def backward_sums(grad: Tensor, x: Tensor, c: Any, activation: str | None, ends: Any, y: Tensor | None = None) -> None:
+    """Without gates and offsets: the sums of dz and of dz * (x - mean), for their ends, and y = act(z)."""
+    parts = _sums(grad, x, c, activation, y, 2) if x.numel() else torch.zeros_like(c.table[None, :2])
+    finish(parts, c, ends)
 
 
-def backward_input(grad: Tensor, x: Tensor, c: Any, activation: str | None, line: Tensor, dx: Tensor) -> None:
-    """dx may be grad."""
+def backward_images(
+    grad: Tensor, x: Tensor, c: Any, activation: str | None, sums: Tensor, y: Tensor | None = None
+) -> None:
+    """sums: (N, 5, C), as in csrc/include/batch_norm_act.h; y = act(z) * gate."""
     if x.numel():
-        _run_backward(grad, x, c, activation, line, dx, None)
+        parts = _sums(grad, x, c, activation, y, 5)
+        sum_parts(parts.view(len(x), -1, 5 * x.shape[1]), [sums])
 
 
-def _run_backward(
-    grad: Tensor,
+def _sums(grad: Tensor, x: Tensor, c: Any, activation: str | None, y: Tensor | None, count: int) -> Tensor:
+    images, pixels, strides = walk([grad, x, y], apart=count == 5)
+    grid, shares, tile = _grid(x, images, pixels)
+    channels = x.shape[1]
+    partial = scratch((grid[0], count, channels), c.table.dtype, x.device)
+    with torch.cuda.device_of(x):
+        norm_act_sums_kernel.of(x.stride(1) == 1)[grid](
+            *(grad, x, c.table, c.gate, y, partial, shares, pixels, channels, *strides),
+            BY_IMAGE=count == 5,
+            ACTIVATION=activation,
+            SUM_TYPE=sum_type(x),
+            **tile._asdict(),
+        )
+    return partial
+
+
+def backward_input(
+    grad: Tensor | None,
     x: Tensor,
     c: Any,
     activation: str | None,
     line: Tensor | None,
-    dx: Tensor | None,
-    sums: Tensor | None,
+    dx: Tensor,
+    plus: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> None:
-    images, pixels, strides = walk([grad, x, dx], apart=c.gate is not None or c.offset is not None)
+    """dx may be grad or plus. sums: (C,), of dx as it is stored."""
+    if x.numel() == 0:
+        if sums is not None:
+            sums.zero_()
+        return
+    images, pixels, (own, *strides) = walk([x, grad, plus, dx], apart=c.gate is not None or c.offset is not None)
     grid, shares, tile = _grid(x, images, pixels)
-    channels = x.shape[1]
-    partial = None if sums is None else scratch((grid[0], 2, channels), sums.dtype, x.device)
+    partial = None if sums is None else scratch((grid[0], x.shape[1]), sums.dtype, x.device)
     with torch.cuda.device_of(x):
         norm_act_bwd_kernel.of(x.stride(1) == 1)[grid](
-            *(grad, x, c.scale, c.shift, c.mean, c.gate, c.offset, line, dx, partial),
-            *(shares, pixels, channels, *strides),
+            *(grad, x, c.table, c.gate, c.offset, line, plus, dx, partial, shares, pixels, x.shape[1], own, *strides),
             ACTIVATION=activation,
             SUM_TYPE=sum_type(x),
             **tile._asdict(),
         )
-    if partial is not None and sums is not None:
-        torch.sum(partial, 0, out=sums)
+    if partial is not None:
+        sum_parts(partial[None], [sums])
 
 
 def _grid(x: Tensor, images: int, pixels: int) -> tuple[tuple[int, int], int, Tile]:

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 from torch._subclasses.fake_tensor import FakeTensor
 
-from vision_ops.ops import _registration
+from vision_ops.ops import _allocation
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))  # for `interpreter`
 sys.path.insert(0, str(Path(__file__).parent))  # for `harness`
@@ -52,11 +52,10 @@ def poisoned(function):
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Every output is full of NaN before its kernel runs: what a kernel forgets to write shows."""
-    monkeypatch.setattr(_registration, "gradient_like", poisoned(_registration.gradient_like))
-    allocate = _registration.allocate
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vision_ops") and getattr(module, "allocate", None) is allocate:
-            monkeypatch.setattr(module, "allocate", poisoned(allocate))
+    for function in (_allocation.allocate, _allocation.gradient_like):
+        for name, module in list(sys.modules.items()):
+            if name.startswith("vision_ops") and getattr(module, function.__name__, None) is function:
+                monkeypatch.setattr(module, function.__name__, poisoned(function))
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ def _find(path: str) -> Any:
 BelowAutograd = _find("_C._AutoDispatchBelowAutograd")
 DisableAutocast = _find("_C._DisableAutocast")
 
-# What compiled kernels ask about tensors: DLPack's, which is public; PyTorch 2.11 has it, its future may have another.
-exchanges_tensors = hasattr(Tensor, "__dlpack_c_exchange_api__")
+# DLPack's exchange in C, by which compiled kernels ask about tensors. It is public, and may get another version.
+exchanges_tensors = _find("Tensor.__dlpack_c_exchange_api__") is not None
 
 # Calls past the dispatcher: who would see them, and which tensors are ordinary ones.
 _of_calls = (
@@ -40,6 +40,14 @@ def _perhaps_one() -> int:
 
 
 dispatch_modes = dispatch_modes or _perhaps_one
+
+
+def _lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    for t, end in zip(tensors, ends, strict=True):
+        t.lerp_(end, weight)
+
+
+lerp_all: Callable[..., None] = _find("_foreach_lerp_") or _lerp_all  # one launch on a GPU
 
 
 def short_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 # Before our binaries: they then share the OpenMP threads of torch, whatever the file name of its libgomp.
 import torch
@@ -136,7 +136,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # How the bindings take a tensor: (address, dtype, N, C, H, W, and their strides). They read a CPU's tensors themselves,
 # in a tenth of the time, a map or vector from the tensor, others from (tensor, Reading of csrc/tensors.h). The caller
 # keeps the tensor alive.
-View = tuple[Any, ...] | Tensor | None
+View: TypeAlias = tuple[Any, ...] | Tensor | None
 _read_by_kernels = _internals.exchanges_tensors
 _CHANNELS, _TOKENS, _MATRIX = 1, 2, 3
 
@@ -149,8 +149,7 @@ def view(t: Tensor | None) -> View:
 
 
 def channels_view(t: Tensor | None) -> View:
-    """What there is for every channel, contiguous: weights (C, 1, K, K) as a (1, C, 1, K*K) view, (C,) as (1, C, 1, 1).
-    """
+    """Numbers of channels, contiguous: weights (C, 1, K, K) as a (1, C, 1, K*K) view, (C,) as a (1, C, 1, 1) one."""
     if t is None:
         return None
     if _read_by_kernels and t.is_cpu:

@@ -28,6 +28,13 @@ void stack(Tensor4& t) {
   t.size[0] = 1;
 }
 
+// Calls f(a number of the type of x, one of that of y): the same, or a half type beside float32.
+template <class F>
+VOPS_INLINE void with_types(const Tensor4& x, const Tensor4& y, const F& f) {
+  if (x.dtype == y.dtype) return with_type_of_sums<float>(x.dtype, [&](auto type) { f(type, type); });
+  y.dtype == kBFloat16 ? f(float(), bf16()) : f(float(), f16());
+}
+
 // Rows of images, cut so that a task's packed panels fit the cache; where the way is kPlanes, a row is a tile.
 struct Work {
   Way way;
@@ -80,17 +87,18 @@ Error run_forward(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Te
         pack_rows(x, n, channels, part.begin, part.end, tile, block_step);
         const Panel<A> panel = packed_panel(tile, part.begin, work.width, block_step);
         const Panel<const A> in = packed_panel<const A>(tile, part.begin, work.width, block_step);
-        forward_channels<A, A>(norm, in, panel, part);
+        forward_channels<A, A, A>(norm, in, panel, part);
         unpack_rows<A>(tile, block_step, y, n, channels, part.begin, part.end);
       } else if constexpr (sizeof(A) == sizeof(float)) {
-        with_type_of_sums<A>(x.dtype, [&](auto type) {
-          typedef decltype(type) T;
+        with_types(x, y, [&](auto in, auto out) {
+          typedef decltype(in) T;
+          typedef decltype(out) Out;
           if (way == kChannels) {
-            return forward_channels<T, A>(norm, tensor_panel<const T>(x, n, 0), tensor_panel<T>(y, n, 0), part);
+            return forward_channels<T, Out, A>(norm, tensor_panel<const T>(x, n, 0), tensor_panel<Out>(y, n, 0), part);
           }
           for_each_tile(part.begin, part.end, [&](int64_t p, int count, auto vectors, auto full) {
-            forward_tile<T, decltype(vectors)::value, decltype(full)::value>(norm, planes<const T>(x, n, p),
-                                                                             planes<T>(y, n, p), count, tile);
+            forward_tile<T, Out, decltype(vectors)::value, decltype(full)::value>(norm, planes<const T>(x, n, p),
+                                                                                  planes<Out>(y, n, p), count, tile);
           });
         });
       }
@@ -131,19 +139,20 @@ Error run_backward(const Tensor4& dy, const Tensor4& x, const Tensor4& w, const 
           const Panel<const A> in = packed_panel<const A>(tile, part.begin, work.width, block_step);
           const Panel<const A> grad = packed_panel<const A>(grads, part.begin, work.width, block_step);
           const Panel<A> out = packed_panel(tile, part.begin, work.width, block_step);
-          backward_channels<A, A>(norm, grad, in, &out, to, part);
+          backward_channels<A, A, A>(norm, grad, in, &out, to, part);
           if (dx.data) unpack_rows<A>(tile, block_step, dx, n, channels, part.begin, part.end);
         } else if constexpr (sizeof(A) == sizeof(float)) {
-          with_type_of_sums<A>(x.dtype, [&](auto type) {
-            typedef decltype(type) T;
+          with_types(x, dy, [&](auto in, auto of_y) {
+            typedef decltype(in) T;
+            typedef decltype(of_y) Grad;
             if (way == kChannels) {
               const Panel<T> out = dx.data ? tensor_panel<T>(dx, n, 0) : Panel<T>{};
-              return backward_channels<T, A>(norm, tensor_panel<const T>(dy, n, 0), tensor_panel<const T>(x, n, 0),
-                                             dx.data ? &out : nullptr, to, part);
+              return backward_channels<Grad, T, A>(norm, tensor_panel<const Grad>(dy, n, 0),
+                                                   tensor_panel<const T>(x, n, 0), dx.data ? &out : nullptr, to, part);
             }
             for_each_tile(part.begin, part.end, [&](int64_t p, int count, auto vectors, auto full) {
-              backward_tile<T, decltype(vectors)::value, decltype(full)::value>(
-                  norm, planes<const T>(dy, n, p), planes<const T>(x, n, p), planes<T>(dx, n, p), count, to, tile);
+              backward_tile<Grad, T, decltype(vectors)::value, decltype(full)::value>(
+                  norm, planes<const Grad>(dy, n, p), planes<const T>(x, n, p), planes<T>(dx, n, p), count, to, tile);
             });
           });
         }

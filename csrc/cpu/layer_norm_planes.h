@@ -46,8 +46,8 @@ VOPS_INLINE void copy_tile(const Norm<float>& norm, Planes<const T> x, int n, fl
   for (int k = 0; k < V; k++) mean[k] *= norm.inverse_count();
 }
 
-template <class T, int V, bool kFull>
-void forward_tile(const Norm<float>& norm, Planes<const T> x, Planes<T> y, int n, float* copy) {
+template <class T, class Out, int V, bool kFull>
+void forward_tile(const Norm<float>& norm, Planes<const T> x, Planes<Out> y, int n, float* copy) {
   Float mean[V], rstd[V] = {};
   copy_tile<T, V, kFull>(norm, x, n, copy, mean);
   for (int64_t c = 0; c < norm.channels; c++) {
@@ -67,8 +67,8 @@ void forward_tile(const Norm<float>& norm, Planes<const T> x, Planes<T> y, int n
 }
 
 // dx.data and sums, [channel][2][lane], may be null.
-template <class T, int V, bool kFull>
-void backward_tile(const Norm<float>& norm, Planes<const T> dy, Planes<const T> x, Planes<T> dx, int n, float* sums,
+template <class Grad, class T, int V, bool kFull>
+void backward_tile(const Norm<float>& norm, Planes<const Grad> dy, Planes<const T> x, Planes<T> dx, int n, float* sums,
                    float* copy) {
   float* grads = copy + norm.channels * V * kLanes;
   Float mean[V], rstd[V] = {}, mean_g[V] = {}, slope[V] = {};

@@ -73,8 +73,8 @@ VOPS_INLINE void inverse_deviations(const Norm<A>& norm, Vec<A> squares, A* rstd
   store(rstd, inverse_sqrt(squares * norm.inverse_count() + (A)norm.eps));
 }
 
-template <class T, class A>
-VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, const Group<T, A>& y) {
+template <class T, class Out, class A>
+VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, const Group<Out, A>& y) {
   Statistics<A> s;
   means(norm, x, s.mean);
   Vec<A> squares[kLanes];
@@ -93,7 +93,7 @@ VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, 
   inverse_deviations(norm, lane_sums(squares), s.rstd);
   for (int p = 0; p < x.count; p++) {
     const Pixel<const T, A> in = x.pixel(p);
-    const Pixel<T, A> out = y.pixel(p);
+    const Pixel<Out, A> out = y.pixel(p);
     const A mean = s.mean[p], rstd = s.rstd[p];
     auto normalized = [&](Vec<A> v, int64_t i) {
       return (v - mean) * rstd * load(norm.weight + i * kLanes) + load(norm.bias + i * kLanes);
@@ -106,8 +106,8 @@ VOPS_INLINE void forward_group(const Norm<A>& norm, const Group<const T, A>& x, 
 
 // With g = dy * w and d = x - mean: dx = rstd * (g - mean(g) - d * rstd^2 * mean(g * d)). Adds dy * d * rstd and dy to
 // the panels of `sums`, [block][2][lane], unless it is null.
-template <class T, class A>
-VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy, const Group<const T, A>& x,
+template <class Grad, class T, class A>
+VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const Grad, A>& dy, const Group<const T, A>& x,
                                 const Group<T, A>* dx, A* sums) {
   Statistics<A> s;
   means(norm, x, s.mean);
@@ -115,7 +115,8 @@ VOPS_INLINE void backward_group(const Norm<A>& norm, const Group<const T, A>& dy
   for (int p = 0; p < kLanes; p++) {
     Vec<A> sum[3] = {};
     if (p < x.count) {
-      const Pixel<const T, A> in = x.pixel(p), grad = dy.pixel(p);
+      const Pixel<const T, A> in = x.pixel(p);
+      const Pixel<const Grad, A> grad = dy.pixel(p);
       const A mean = s.mean[p];
       sum_blocks<A, 3>(norm, sum, [&](int64_t i, bool ragged, Vec<A>(&to)[3]) {
         const Vec<A> d = ragged ? first_lanes<A>(in.last(i, norm.tail()) - mean, norm.tail()) : in.block(i) - mean;
@@ -180,29 +181,30 @@ VOPS_INLINE void for_each_group(Pixels pixels, int64_t most, const F& f) {
   }
 }
 
-template <class T, class A>
-void forward_channels(const Norm<A>& norm, const Panel<const T>& x, const Panel<T>& y, RowRange rows) {
+template <class T, class Out, class A>
+void forward_channels(const Norm<A>& norm, const Panel<const T>& x, const Panel<Out>& y, RowRange rows) {
   const bool joined = gapless(x) && gapless(y);
   const Pixels pixels = joined ? Pixels{{rows.begin, rows.begin + 1}, rows.size() * x.width} : Pixels{rows, x.width};
   for_each_group(pixels, kLanes, [&](int64_t row, int64_t column, int count) {
-    forward_group<T, A>(norm, group_of<A>(x, row, column, count), group_of<A>(y, row, column, count));
+    forward_group<T, Out, A>(norm, group_of<A>(x, row, column, count), group_of<A>(y, row, column, count));
   });
 }
 
-template <class T, class A>
-void backward_channels(const Norm<A>& norm, const Panel<const T>& dy, const Panel<const T>& x, const Panel<T>* dx,
+template <class Grad, class T, class A>
+void backward_channels(const Norm<A>& norm, const Panel<const Grad>& dy, const Panel<const T>& x, const Panel<T>* dx,
                        A* sums, RowRange rows) {
   const bool joined = gapless(dy) && gapless(x) && (!dx || gapless(*dx));
   const Pixels pixels = joined ? Pixels{{rows.begin, rows.begin + 1}, rows.size() * x.width} : Pixels{rows, x.width};
   // As many pixels as the first-level cache holds, x and dy.
   const int64_t most = clamp64(4096 / norm.channels, 2, kLanes);
   for_each_group(pixels, most, [&](int64_t row, int64_t column, int count) {
-    const Group<const T, A> grad = group_of<A>(dy, row, column, count), in = group_of<A>(x, row, column, count);
+    const Group<const Grad, A> grad = group_of<A>(dy, row, column, count);
+    const Group<const T, A> in = group_of<A>(x, row, column, count);
     if (dx) {
       const Group<T, A> out = group_of<A>(*dx, row, column, count);
-      backward_group<T, A>(norm, grad, in, &out, sums);
+      backward_group<Grad, T, A>(norm, grad, in, &out, sums);
     } else {
-      backward_group<T, A>(norm, grad, in, nullptr, sums);
+      backward_group<Grad, T, A>(norm, grad, in, nullptr, sums);
     }
   });
 }

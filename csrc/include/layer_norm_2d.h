@@ -5,7 +5,7 @@
 
 namespace vops {
 
-// Weights, biases and their gradients are (1, C, 1, 1) views.
+// Weights, biases and their gradients are (1, C, 1, 1) views; y and dy may be of a half type beside a float32 x.
 struct LayerNorm2dOps {
   Error (*forward)(const Tensor4& x, const Tensor4& w, const Tensor4& b, const Tensor4& y, double eps);
   // Any gradient may be absent. Statistics are computed again; dw and db are bitwise repeatable, whatever the threads.

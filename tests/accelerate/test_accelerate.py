@@ -30,11 +30,11 @@ OFFICIAL = {
     ),
     "XCABlock": (
         lambda: Tokens(standins.XCABlock(DIM, 0.3)),
-        {"block": "scaled_residual mlp", "block.attn": "xca", "block.local_mp": "dwconv"},
+        {"block": "xca scaled_residual mlp", "block.local_mp": "dwconv"},
     ),
     "HorNet": (
         lambda: standins.Block(DIM, 0.3),
-        {"": "scaled_residual mlp", "norm1": "layer_norm_2d", "gnconv": "gnconv"},
+        {"": "gnconv mlp"},
     ),
     "HorNet with a global filter": (
         lambda: standins.Block(DIM, 0.3, standins.GlobalLocalFilter),

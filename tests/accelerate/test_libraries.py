@@ -12,7 +12,7 @@ SIDE = 64
 # The classes of modules that run fused, and how many of each.
 SMALL = {
     "edgenext_xx_small": {"ConvBlock": 9, "SplitTransposeBlock": 3, "CrossCovarianceAttn": 3, "LayerNorm2d": 5},
-    "xcit_nano_12_p16_224": {"XCABlock": 12, "XCA": 12, "LPI": 12},
+    "xcit_nano_12_p16_224": {"XCABlock": 12, "LPI": 12},
     "convnext_atto": {"ConvNeXtBlock": 12, "LayerNorm2d": 5},
     "convnextv2_atto": {"ConvNeXtBlock": 12, "LayerNorm2d": 5},
     "convnext_atto, linear": {"ConvNeXtBlock": 12, "LayerNorm2d": 5},

@@ -8,7 +8,7 @@ import torch
 from harness import HALF, Case, check_against_reference, laid_out
 
 from vision_ops import _native, fused_dwconv, reference
-from vision_ops.ops import _registration
+from vision_ops.ops import _allocation
 from vision_ops.ops.dwconv import convolve_backward_cuda, convolve_cuda
 
 FLOATS = (torch.float32, *HALF)
@@ -181,8 +181,8 @@ def test_mutations_are_caught(name, monkeypatch):
 def test_outputs_are_poisoned(engine):
     """The checks rely on it for CUDA as for the CPU."""
     x = torch.randn(1, 4, 3, 3)
-    assert _registration.allocate_channels_last(x.shape, x).isnan().all()
-    assert _registration.workspace(64, x).isnan().all()
+    assert _allocation.allocate_channels_last(x.shape, x).isnan().all()
+    assert _allocation.workspace(64, x).isnan().all()
 
 
 @pytest.mark.slow

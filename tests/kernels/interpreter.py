@@ -89,7 +89,7 @@ def run(op: _registration.FusedOp, *given: Any) -> Tensor:
     """The op's CUDA implementation, forward and backward, on CPU tensors. `given` is all its arguments in order."""
     tensors = given[: op._tensors]
     lengths = tuple(len(t) if isinstance(t, list) else None for t in tensors)
-    return _OnCPU.apply(op, lengths, *_registration._flat(tensors), *given[op._tensors :])
+    return _OnCPU.apply(op, lengths, *op.tensors(given), *given[op._tensors :])
 
 
 def redirect(monkeypatch: pytest.MonkeyPatch, cuda: Any, convolves: bool = True) -> None:

@@ -31,7 +31,7 @@ from vision_ops.kernels import (
     scaled_residual,
     shift_split_attention,
 )
-from vision_ops.ops.batch_norm_act import Coefficients
+from vision_ops.ops._batch_norm import Coefficients, Ends
 
 ARCHS = (80, 90, 100)
 
@@ -368,18 +368,22 @@ def batch_norm(channels: int, size: int, dtype: torch.dtype, last: bool, by_imag
     """by_image: with gates and sums of every image, as squeeze and excitation takes them."""
     x, y, grad = (absent(128, channels, size, size, dtype=dtype, channels_last=last) for _ in range(3))
     wide = torch.promote_types(dtype, torch.float32)
-    scale, shift, mean = (absent(channels, dtype=wide) for _ in range(3))
-    pair, images = absent(2, channels, dtype=wide), absent(128, channels, dtype=wide)
-    c = Coefficients(scale, shift, mean, *((images, images) if by_image else (None, None)))
+    table, line, gate = (absent(rows, channels, dtype=wide) for rows in (5, 2, 128))
+    weight, bias, dweight, dbias = (absent(channels, dtype=wide) for _ in range(4))
+    c, ends = Coefficients(table), Ends(line, dweight, dbias, x.numel() // channels)
     activation = "gelu" if by_image or channels != 96 else None
     if by_image:
-        batch_norm_act.forward(x, c._replace(gate=None, offset=None), activation, None, images)
-        batch_norm_act.backward_gate(grad, x, c._replace(gate=None, offset=None), activation, images)
+        c, sums = Coefficients(table, gate, gate), absent(128, 5, channels, dtype=wide)
+        batch_norm_act.forward(x, Coefficients(table), activation, y, gate)
+        batch_norm_act.backward_images(grad, x, Coefficients(table, gate), activation, sums, y)
+        batch_norm_act.finish(sums, c, ends)
     else:
-        batch_norm_act.moments(x, scale, shift)
-    batch_norm_act.forward(x, c, activation, y)
-    batch_norm_act.backward_sums(grad, x, c, activation, pair)
-    batch_norm_act.backward_input(grad, x, c, activation, pair, grad)
+        batch_norm_act.prepare(x, weight, bias, None, None, table, 1e-3)
+        batch_norm_act.prepare(None, weight, bias, dweight, dbias, table, 1e-3)
+        batch_norm_act.forward(x, c, activation, y)
+        batch_norm_act.backward_sums(grad, x, c, activation, ends, y)
+        batch_norm_act.backward_input(None, x, c, None, line, grad, y)
+    batch_norm_act.backward_input(grad, x, c, activation, line, grad)
 
 
 def batch_norms() -> Iterator[Launch]:

@@ -1,7 +1,11 @@
 """Kernels are called past the dispatcher, but only for ordinary tensors where nothing in the thread looks at ops."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from every_op import every_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision_ops import _native, fused_layer_norm_2d, fused_split_cascade
@@ -38,6 +42,22 @@ def test_direct_and_through_the_dispatcher(calls, monkeypatch):
     monkeypatch.setattr(_op, "direct", lambda tensors: None)
     for a, b in zip(step(*given), direct, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", ["layer_norm_2d", "split_cascade"])
+def test_a_gradient_is_freed_without_garbage_collection(op):
+    case = every_op(size=7)[op]
+    leaves = case.leaves()
+    y = case.run(leaves, "fused")
+    grad = torch.randn_like(y)
+    kept = weakref.ref(grad)
+    gc.disable()
+    try:
+        torch.autograd.grad(y, leaves[0], grad)
+        del grad
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_dispatch_modes_see_the_ops(calls):

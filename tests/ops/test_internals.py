@@ -22,6 +22,7 @@ NAMES = [
     "_C._are_functorch_transforms_active",
     "autograd._profiler_enabled",
     "autograd.forward_ad._current_level",
+    "Tensor.__dlpack_c_exchange_api__",
 ]
 
 BELOW = NAMES[0]
@@ -102,7 +103,7 @@ for names in {groups}:
     check()
     print(sys.modules["vision_ops._internals"].calls_directly)
 """
-DIRECTLY = {"_C._DisableAutocast", "_C._are_functorch_transforms_active", "autograd.forward_ad._current_level"}
+DIRECTLY = {"_C._DisableAutocast", "_C._are_functorch_transforms_active", *NAMES[-2:]}
 
 
 # The first import in a process says how the dispatcher's ops are differentiated.

@@ -11,6 +11,7 @@ from harness import (
 )
 
 from vision_ops import _native, explain, fused_layer_norm_2d, nn, reference
+from vision_ops.ops import layer_norm_2d
 
 
 def make(shape, *, dtype=torch.float32, parameter_dtype=None, layout="contiguous", eps=1e-6):
@@ -74,6 +75,27 @@ def test_float32_parameters_beside_half_input(dtype):
         exact = reference.layer_norm_2d(x.float(), weight, bias).to(dtype)
         # Rounded once: another way to sum the statistics moves it by one step at most.
         torch.testing.assert_close(case.run(case.tensors, "fused"), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+@pytest.mark.skipif(_native.cpu is None, reason=str(_native.cpu_missing))
+@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layouts_of_half_values_beside_a_float32_map(shape, layout, half):
+    """What products read and write in half-blocks under autocast: as if it were converted, to the bit."""
+    x, weight, bias = make(shape, layout=layout).tensors
+    norm = layer_norm_2d.cpu_norm()
+    y, rounded = torch.empty_like(x), torch.full_like(x, torch.nan, dtype=half)
+    for out in (y, rounded):
+        norm.run(x, weight, bias, out, 1e-6)
+    assert torch.equal(rounded, y.to(half))
+    grad, plus = torch.randn_like(x).to(half), torch.randn_like(x)
+    found = []
+    for given in (grad.float(), grad):
+        results = [torch.full_like(t, torch.nan) for t in (x, weight, bias)]
+        norm.run_backward(given, x, weight, *results, 1e-6, plus)
+        found.append(results)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.usefixtures("each_device")

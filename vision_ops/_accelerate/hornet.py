@@ -13,7 +13,19 @@ from ..ops.global_filter import fused_global_filter
 from ..ops.gnconv import fused_gnconv
 from ..ops.scaled_residual import fused_scaled_residual
 from .forward import Plan
-from .layers import Unfit, as_own, drop_path, find, has, norm_last, path_scale, same_conv, width
+from .layers import (
+    Unfit,
+    as_own,
+    drop_path,
+    find,
+    has,
+    norm_first,
+    norm_last,
+    path_scale,
+    same_conv,
+    width,
+    within,
+)
 from .mlp import mlp_layers, run_mlp
 
 
@@ -38,10 +50,10 @@ def gnconv(block: nn.Module) -> Plan | None:
     return Plan(_gnconv, Layers("gnconv", {**into, **ends}), options, ("gnconv",))
 
 
-def _gnconv(block: nn.Module, found: list[Any], options: dict[str, Any], x: Tensor) -> Tensor:
+def _gnconv(block: nn.Module, found: list[Any], options: dict[str, Any], x: Tensor, **half: Any) -> Tensor:
     into, out, pws = found[:4], found[4:6], found[6:]
     given = *into, pws[::2], pws[1::2], *out
-    return fused_gnconv(x, *given, scale=options["scale"])
+    return fused_gnconv(x, *given, scale=options["scale"], **half)
 
 
 def _recursion(block: Any, found: list[Any], options: dict[str, Any], x: Tensor) -> Tensor:
@@ -68,7 +80,8 @@ def _filter(block: Any, found: list[Any], options: dict[str, Any], x: Tensor) ->
 
 
 def hor_block(block: nn.Module) -> Plan | None:
-    """norm1 and the gated convolution are called, with a fused residual; norm2 and the MLP are one op."""
+    """A gated convolution that is one op takes norm1 and the residual with it, any other is called; norm2 and the MLP
+    are one op."""
     if not has(block, "norm1", "gnconv", "norm2", "pwconv1", "act", "pwconv2", "gamma1", "gamma2", "drop_path"):
         return None
     channels = width(block, "norm2", "gamma2")
@@ -77,15 +90,29 @@ def hor_block(block: nn.Module) -> Plan | None:
         raise Unfit(f"{own[0]} is the only gamma")
     mlp, act = mlp_layers(block, "pwconv1", "act", "pwconv2", channels)
     layers = {"norm2": norm_last(find(block, "norm2")), **mlp, "drop_path": drop_path(find(block, "drop_path"))}
-    options = {"channels": channels, "activation": act, "scaled": bool(own)}
-    return Plan(_hor_block, Layers("mlp", layers, own=tuple(own)), options, ("scaled_residual", "mlp"))
+    options: dict[str, Any] = {"channels": channels, "activation": act, "scaled": bool(own), "gnconv": None}
+    try:
+        gated = gnconv(find(block, "gnconv"))
+    except Unfit:
+        gated = None
+    if gated is None or gated.run is not _gnconv:
+        return Plan(_hor_block, Layers("mlp", layers, own=tuple(own)), options, ("scaled_residual", "mlp"))
+    layers |= {"norm1": norm_first(find(block, "norm1")), **within("gnconv", block, gated.layers.layers)}
+    options |= {"gnconv": gated.options}
+    return Plan(_hor_block, Layers("gnconv", layers, own=tuple(own)), options, ("gnconv", "mlp"))
 
 
 def _hor_block(block: Any, found: list[Any], options: dict[str, Any], x: Tensor) -> Tensor:
     gamma1, gamma2 = (found.pop(0), found.pop(0)) if options["scaled"] else (None, None)
-    y = block.gnconv(block.norm1(x))
-    x = fused_scaled_residual(x, y, gamma1, path_scale(block.drop_path, y))
-    pixels, norm = x.permute(0, 2, 3, 1), (found[0], found[1], block.norm2.eps)
-    scale = path_scale(block.drop_path, x)
-    y = run_mlp(pixels, found[2:6], options, norm=norm, gamma=gamma2, residual=pixels, path_scale=scale)
+    (norm_weight, norm_bias, *mlp), gated = found[:6], found[6:]
+    if options["gnconv"] is None:
+        y = block.gnconv(block.norm1(x))
+        x = fused_scaled_residual(x, y, gamma1, path_scale(block.drop_path, y))
+    else:
+        tail = {"gamma": gamma1, "residual": x, "path_scale": path_scale(block.drop_path, x)}
+        norm = {"norm_weight": gated[0], "norm_bias": gated[1], "eps": block.norm1.eps}
+        x = _gnconv(block.gnconv, gated[2:], options["gnconv"], x, **norm, **tail)
+    pixels, scale = x.permute(0, 2, 3, 1), path_scale(block.drop_path, x)
+    of_pixels = norm_weight, norm_bias, block.norm2.eps
+    y = run_mlp(pixels, mlp, options, norm=of_pixels, gamma=gamma2, residual=pixels, path_scale=scale)
     return y.permute(0, 3, 1, 2)

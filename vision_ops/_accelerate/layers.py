@@ -65,6 +65,11 @@ def foreign(layer: nn.Module, **attributes: Any) -> Layer:
     return Layer(register(type(layer)), tuple(found.items()))
 
 
+def within(name: str, block: nn.Module, layers: dict[str, Layer]) -> dict[str, Layer]:
+    """A part of a block and the layers in it, by their names in the block."""
+    return {name: foreign(find(block, name)), **{f"{name}.{layer}": kind for layer, kind in layers.items()}}
+
+
 def same_conv(conv: Any, channels: int, name: str, kernel_size: int | None = None) -> Layer:
     """A depthwise convolution that keeps the size, of any odd kernel if none is given."""
     if kernel_size is None:

@@ -9,7 +9,7 @@ from ..ops.dwconv import fused_dwconv
 from ..ops.scaled_residual import fused_scaled_residual
 from ..ops.xca import fused_xca
 from .forward import Plan
-from .layers import Unfit, as_own, drop_path, find, gelu, has, norm_last, path_scale, same_conv, width
+from .layers import Unfit, as_own, drop_path, find, gelu, has, norm_last, path_scale, same_conv, width, within
 from .mlp import container_layers, run_mlp
 
 
@@ -26,9 +26,9 @@ def xca(block: nn.Module) -> Plan | None:
     return Plan(_xca, Layers("xca", layers, own=own), {"channels": channels, "heads": heads}, ("xca",), ndim=3)
 
 
-def _xca(block: nn.Module, found: list[Any], options: dict[str, Any], x: Tensor) -> Tensor:
+def _xca(block: nn.Module, found: list[Any], options: dict[str, Any], x: Tensor, **half: Any) -> Tensor:
     temperature, weight, bias, *proj = found
-    return fused_xca(x, weight, bias, temperature, *proj, num_heads=options["heads"])
+    return fused_xca(x, weight, bias, temperature, *proj, num_heads=options["heads"], **half)
 
 
 def lpi(block: nn.Module) -> Plan | None:
@@ -47,7 +47,8 @@ def _lpi(block: Any, found: list[Any], options: dict[str, Any], x: Tensor, heigh
 
 
 def xca_block(block: nn.Module) -> Plan | None:
-    """The attention and LPI are called, with fused residuals; norm2 and the MLP are one op."""
+    """The attention is one op with norm1 and its residual, norm2 and the MLP another; LPI is called. Dropout in the
+    attention is no part of the op: then it is called, too."""
     gammas = "gamma1", "gamma3", "gamma2"
     if not has(block, *gammas, "norm1", "attn", "norm3", "local_mp", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2"):
         return None
@@ -61,18 +62,41 @@ def xca_block(block: nn.Module) -> Plan | None:
     mlp, act = container_layers(block, "mlp", channels)
     layers = {"norm2": norm_last(find(block, "norm2")), **mlp}
     layers |= {name: drop_path(find(block, name)) for name in paths}
-    options = {"channels": channels, "activation": act, "paths": paths}
-    kernel = Layers("mlp", layers, own=tuple(own))
-    return Plan(_block, kernel, options, ("scaled_residual", "mlp"), ndim=3, size=True)
+    options: dict[str, Any] = {"channels": channels, "activation": act, "paths": paths, "attn": None}
+    attention = _attention(find(block, "attn"))
+    if attention is None:
+        kernel = Layers("mlp", layers, own=tuple(own))
+        return Plan(_block, kernel, options, ("scaled_residual", "mlp"), ndim=3, size=True)
+    layers |= {"norm1": norm_last(find(block, "norm1")), **within("attn", block, attention.layers.layers)}
+    options |= {"attn": attention.options}
+    kernel = Layers("xca", layers, own=(*own, *(f"attn.{name}" for name in attention.layers.own)))
+    return Plan(_block, kernel, options, ("xca", "scaled_residual", "mlp"), ndim=3, size=True)
+
+
+def _attention(attn: Any) -> Plan | None:
+    """That of a block's attention, if it has no dropout."""
+    try:
+        plan = xca(attn) if isinstance(attn, nn.Module) else None
+    except Unfit:
+        return None
+    drops = [find(attn, name) for name in ("attn_drop", "proj_drop")]
+    return None if plan is None or any(getattr(drop, "p", 0) for drop in drops) else plan
 
 
 def _block(block: Any, found: list[Any], options: dict[str, Any], x: Tensor, height: int, width: int) -> Tensor:
-    gamma1, gamma3, gamma2, norm_weight, norm_bias, *weights = found
+    (gamma1, gamma3, gamma2), rest = found[:3], found[3:]
     path1, path3, path2 = (find(block, name) for name in options["paths"])
-    x = _residual(x, block.attn(block.norm1(x)), gamma1, path1)
+    temperature = [] if options["attn"] is None else [rest.pop(0)]
+    (norm_weight, norm_bias, *mlp), of_attention = rest[:6], rest[6:]
+    if options["attn"] is None:
+        x = _residual(x, block.attn(block.norm1(x)), gamma1, path1)
+    else:
+        tail = {"gamma": gamma1, "residual": x, "path_scale": path_scale(path1, x)}
+        norm = {"norm_weight": of_attention[0], "norm_bias": of_attention[1], "eps": block.norm1.eps}
+        x = _xca(block.attn, temperature + of_attention[2:], options["attn"], x, **norm, **tail)
     x = _residual(x, block.local_mp(block.norm3(x), height, width), gamma3, path3)
-    pixels, norm, scale = x[:, None], (norm_weight, norm_bias, block.norm2.eps), path_scale(path2, x)
-    y = run_mlp(pixels, weights[:4], options, norm=norm, gamma=gamma2, residual=pixels, path_scale=scale)
+    pixels, of_pixels, scale = x[:, None], (norm_weight, norm_bias, block.norm2.eps), path_scale(path2, x)
+    y = run_mlp(pixels, mlp, options, norm=of_pixels, gamma=gamma2, residual=pixels, path_scale=scale)
     return y[:, 0]
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import resolve_backend
+from ..ops._batch_norm import wide
 from ..ops._checks import autocast_enabled
-from ..ops.batch_norm_act import Norm, fused_batch_norm_act
+from ..ops.batch_norm_act import fused_batch_norm_act
 from ..ops.dwconv import fused_dwconv
 from ..ops.mlp import fused_mlp
 from ..ops.scaled_residual import fused_scaled_residual
@@ -112,8 +113,9 @@ def evaluated(block: nn.Module, kernel: Layers | None, x: Tensor, *, name: str) 
     parameters = None if kernel is None or norm.training else kernel.tensors(block, x)
     if parameters is None or resolve_backend(None) == "reference" or autocast_enabled(x):
         return None
-    c = Norm.of(x, parameters, norm.eps).coefficients()
-    return c.scale, c.shift
+    weight, bias, mean, variance = (t.to(wide(x)) for t in parameters)
+    scale = weight * (variance + norm.eps).rsqrt()
+    return scale, torch.addcmul(bias, scale, mean, value=-1)
 
 
 def convolve_normalize(

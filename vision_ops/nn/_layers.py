@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._internals import global_hooks, graph_tensors
-from ..dispatch import Explanation, resolve_backend
+from ..dispatch import resolve_backend
 
 # What graphs are made of stands for tensors, unlike DTensors and the packed weights of quantized layers.
 _PLAIN_TENSORS = (Tensor, nn.Parameter, *graph_tensors)
@@ -239,7 +239,7 @@ class Layers:
     def _words(self, block: nn.Module, x: Any, i: int, what: str) -> str:
         if what == "input":
             return f"x is a {type(x).__name__}, not a tensor"
-        if what in _OF_ALL:
+        if what in OF_ALL:
             return what
         if i < 0:
             *path, leaf = what.split(".")
@@ -261,7 +261,7 @@ class Layers:
 
 _ACTIVE = "active"
 _GLOBAL_HOOKS, _UNFUSED = "there are hooks for all modules", "fused=False"
-_OF_ALL = _GLOBAL_HOOKS, _UNFUSED
+OF_ALL = _GLOBAL_HOOKS, _UNFUSED  # reasons that are no layer's
 _STATES = {"hooks": "has hooks", "forward": "has a forward of its own", _ACTIVE: "is active"}
 
 
@@ -284,36 +284,3 @@ def _difference(t: Any, device: torch.device, shape: tuple[int, ...] | None = No
     if shape is not None and t.shape != shape:
         return f"has shape {tuple(t.shape)}, not {shape}"
     return "is one too many"
-
-
-def explain_module(module: nn.Module, x: Any) -> Explanation:
-    """What every block of a module runs for x, and which layer is the reason where a block calls its layers."""
-    backend = resolve_backend(None)
-    parts: dict[str, str] = {}
-    cannot: list[str] = []
-    computed: set[str] = set()  # the modules that an op stands for: parts of them are not asked
-    for prefix, block in module.named_modules():
-        called: dict[str, str] = {}
-        for kernel in vars(block).values():
-            if not isinstance(kernel, Layers) or not (kernel.layers or kernel.own):
-                continue
-            names = list(kernel.layers)
-            paths = [f"{prefix}.{name}".strip(".") for name in names or [""]]
-            if computed.issuperset(paths):
-                continue
-            reasons = kernel.reasons(block, x)
-            if not reasons:
-                computed.update(paths)
-                parts[_part(prefix, block, names)] = "PyTorch" if backend == "reference" else f"fused_{kernel.op}"
-                continue
-            called.update(zip(paths, names or [""], strict=True))
-            cannot += [reason if reason in _OF_ALL else f"{prefix}.{reason}".strip(".") for reason in reasons]
-        left = [name for path, name in called.items() if path not in computed]
-        if left:
-            parts[_part(prefix, block, left)] = "nothing: a ValueError" if backend == "fused" else "their own forward"
-    return Explanation(type(module).__name__, backend, parts, list(dict.fromkeys(cannot)), [])
-
-
-def _part(prefix: str, block: nn.Module, names: list[str]) -> str:
-    names = [name for name in names if name]
-    return f"{prefix or type(block).__name__}{' (' + ', '.join(names) + ')' if names else ''}"

@@ -10,7 +10,8 @@ from .. import _internals
 from .._internals import holds_transformed
 
 if TYPE_CHECKING:
-    from ._registration import FusedOp, Kernels
+    from ._devices import Kernels
+    from ._registration import FusedOp
 
 
 def _flat(nested: Sequence[Any]) -> list[Any]:
@@ -23,12 +24,12 @@ def _flat(nested: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _any_requires_grad(arguments: Sequence[Any]) -> bool:
+def any_requires_grad(arguments: Sequence[Any]) -> bool:
     for a in arguments:
         if isinstance(a, Tensor):
             if a.requires_grad:
                 return True
-        elif isinstance(a, (list, tuple)) and _any_requires_grad(a):
+        elif isinstance(a, (list, tuple)) and any_requires_grad(a):
             return True
     return False
 

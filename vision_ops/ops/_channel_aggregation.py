@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._allocation import allocate, empty
 from ._parameters import Convert, converted
 from ._pointwise import linear
-from ._registration import allocate, empty
 
 _LINE_BYTES = 64  # of a cache
 

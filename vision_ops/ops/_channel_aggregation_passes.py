@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._allocation import allocate, workspace
 from ._channel_aggregation import Arguments, Chunk, Chunks, Device, Parts, Total, output
+from ._devices import without_autocast
 from ._maps import channels_last_dense, product_dense
 from ._parameters import convert, convert_cuda
 from ._pointwise import channel_sums, linear, linear_to, multiplies_as_is, weight_gradient
-from ._registration import allocate, without_autocast, workspace
 from .dwconv import convolve_backward_cuda, convolve_backward_torch, convolve_cuda, convolve_torch, convolves_cuda
 from .gated_recursion import cuda_gates
 

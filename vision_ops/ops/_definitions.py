@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _internals
-from ._autograd import _any_requires_grad, _flat, gradients, keep
+from ._autograd import _flat, any_requires_grad, gradients, keep
 
 
 @dataclass
@@ -65,13 +65,13 @@ def implement(d: Definition) -> None:
         return
 
     def autograd(*given: Any) -> Any:
-        if torch.is_grad_enabled() and _any_requires_grad(given):
+        if torch.is_grad_enabled() and any_requires_grad(given):
             return d.op._function.apply(None, d.op.arguments(*given), *d.op.tensors(given))
         with _internals.BelowAutograd():
             return d.forward(*given)
 
     def refuse_autograd(*given: Any) -> list[Tensor]:
-        if torch.is_grad_enabled() and _any_requires_grad(given):
+        if torch.is_grad_enabled() and any_requires_grad(given):
             raise RuntimeError(_not_twice(d))
         with _internals.BelowAutograd():
             return d.backward(*given)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._allocation import allocate_contiguous
 from ._heads import by_head, sum_tokens, wide
 from ._pointwise import linear_tokens, multiplies_tokens, weight_gradient_tokens
-from ._registration import allocate_contiguous
 from .cross_covariance import Attention, empty_attention, gram_gradient
 
 _CENTRED_ELEMENTS = 1 << 19  # held at a time, or one sample

@@ -14,13 +14,18 @@ from torch import Tensor
 from .. import _native
 from ..reference.layer_norm_2d import layer_norm_2d, layer_norm_pixels
 from ..reference.scaled_residual import scaled
+from ._allocation import allocate, empty, gradient_like, memory_format
 from ._checks import autocast_dtype, check_beside, check_eps, check_parameter, check_path_scale, check_vector
+from ._devices import Kernels
 from ._maps import as_map, as_tokens, empty_tokens, pixel_dense
-from ._registration import FusedOp, Kernels, allocate, empty, gradient_like, memory_format
+from ._registration import FusedOp
 from .layer_norm_2d import MOST_CHANNELS, cpu_norm, cuda_norm
 from .scaled_residual import FoldedWeight, cpu_tail, cuda_tail, sum_dtype
 
-_PASSES = {"CPU": (cpu_norm, cpu_tail), "CUDA": (cuda_norm, cuda_tail)}
+_PASSES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "CPU": (cpu_norm, cpu_tail),
+    "CUDA": (cuda_norm, cuda_tail),
+}
 
 
 class HalfBlock:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._registration import allocate_contiguous
+from ._allocation import allocate_contiguous
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._allocation import allocate, memory_format
 from ._pointwise import multiplies_as_is, operand
-from ._registration import allocate, memory_format
 
 
 def pixel_dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._registration import allocate
+from ._allocation import allocate
 
 Convert = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float]], None]
 

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ._registration import CREW_WORK, allocate_channels_last, memory_format
+from ._allocation import allocate_channels_last, memory_format
+from ._devices import CREW_WORK
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, plus: Tensor | None = None) -> None:
     """out = weight x + bias at every pixel of (N, C, H, W), plus another tensor of its shape, which may be out.
 
-    Where x and out differ in layout, the product changes it.
+    weight: (O, I), or (N, O, I) for each image of a channels_last out. Where x and out differ in layout, the product
+    changes it.
     """
     if _multiplies(x, out, plus):
         _multiply(x, weight, bias, out, _NOTHING if plus is None else _PLUS, other=plus)
     elif plus is None:
         _torch_linear(x, weight, bias, out)
-    elif plus is out and bias is None and (pair := _matrices(x, out)):
+    elif plus is out and bias is None and weight.ndim == 2 and (pair := _matrices(x, out)):
         pair[1].addmm_(pair[0], operand(weight.to(x.dtype)).t())
     else:
         product = torch.empty_like(out) if plus is out else out
@@ -180,10 +182,8 @@ def _multiply(
     gamma: Tensor | None = None,
     path_scale: Tensor | None = None,
 ) -> bool:
-    scales = None, None
-    if gamma is not None or path_scale is not None:
-        scales = _vector(gamma), None if path_scale is None else _native.vectors_view(path_scale.view(-1, 1))
-    end = combine, activation, _native.view(other), _native.view(kept), *scales
+    of_images = None if path_scale is None else _native.vectors_view(path_scale.view(-1, 1))
+    end = combine, activation, _native.view(other), _native.view(kept), _vector(gamma), of_images
     given = _native.view(x), _native.matrix_view(weight), _vector(bias)
     _native.cpu_kernels().pointwise(*given, end, _native.view(out))
     return True
@@ -235,14 +235,14 @@ def _lined(t: Tensor) -> bool:
 
 def _torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     weight, bias = operand(weight.to(x.dtype)), None if bias is None else operand(bias.to(x.dtype))
-    if pair := _matrices(x, out):
+    if weight.ndim == 2 and (pair := _matrices(x, out)):
         if bias is None:
             torch.mm(pair[0], weight.t(), out=pair[1])
         else:
             torch.addmm(bias, pair[0], weight.t(), out=pair[1])
         return
     rows, to = _pixels(x), _pixels(out)
-    many = weight.expand(len(x), *weight.shape)
+    many = weight.expand(len(x), *weight.shape[-2:])
     if to.stride(2) == 1:
         left, right, column = rows, many.transpose(1, 2), bias
     else:

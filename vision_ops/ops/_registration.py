@@ -19,14 +19,12 @@ from torch import Tensor
 from .. import _internals, _native
 from .._internals import dispatch_modes, function_modes, is_transformed, is_wrapper, profiler_enabled
 from ..dispatch import Explanation, Question, resolve_backend
-from ._autograd import _any_requires_grad, _flat, function_of
+from ._allocation import gradient_like
+from ._autograd import _flat, any_requires_grad, function_of
 from ._checks import autocast_enabled
 from ._definitions import define, implement
+from ._devices import Kernels
 from ._flops import count_flops
-
-# forward(arguments) -> y, or (y, *what the op saves); backward(grads, grad_y, arguments, *saved), which writes into
-# grads: one for each tensor argument, a list for a list, None where none is needed.
-Kernels = tuple[Callable[[Any], Any], Callable[..., None]]
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -40,118 +38,6 @@ _SCHEMA_TYPES = {
     str: "str",
     str | None: "str?",
 }
-
-
-def memory_format(t: Tensor) -> torch.memory_format:
-    """The format of what is computed from t: channels_last where its channels are neighbours, slices included."""
-    return torch.contiguous_format if t.is_contiguous() or t.stride(1) != 1 else torch.channels_last
-
-
-def allocate(
-    shape: Sequence[int],
-    like: Tensor,
-    memory_format: torch.memory_format = torch.contiguous_format,
-    dtype: torch.dtype | None = None,
-    strides: Sequence[int] | None = None,
-) -> Tensor:
-    """Where every output of every kernel comes from; the tests fill it with NaN. strides: in place of a format."""
-    if strides is None:
-        if memory_format is torch.contiguous_format:
-            return like.new_empty(shape, dtype=dtype)
-        _, c, h, w = shape
-        strides = h * w * c, 1, w * c, c
-    # Half the time of torch.empty with a format.
-    return like.new_empty_strided(shape, strides, dtype=dtype)
-
-
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An output in the memory format of `like`, for the kernels and for the fakes alike."""
-    return allocate(shape, like, memory_format(like))
-
-
-def allocate_contiguous(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return allocate(shape, like, dtype=dtype)
-
-
-def channels_dense(t: Tensor) -> bool:
-    """Whether neighbouring channels are neighbours in memory, as the march kernels of CUDA want."""
-    return t.stride(1) == 1 or t.shape[1] == 1
-
-
-def to_channels_dense(t: Tensor) -> Tensor:
-    return t if channels_dense(t) else t.contiguous(memory_format=torch.channels_last)
-
-
-def allocate_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
-    return allocate(shape, like, torch.channels_last)
-
-
-def workspace(size: int, like: Tensor) -> Tensor:
-    return allocate((size // like.element_size(),), like)
-
-
-def gradient_like(t: Tensor, grad: Tensor) -> Tensor:
-    """An empty gradient of t, in the layout of `grad`, that of y, where t has none of its own."""
-    if t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)):
-        return torch.empty_like(t)  # takes half the time
-    if not any(t.stride()) and t.shape == grad.shape:
-        return allocate(t.shape, t, memory_format(grad) if t.ndim == 4 else torch.contiguous_format)
-    return empty(t.shape, t) if t.ndim == 4 and t.shape[1] > 1 else allocate(t.shape, t)
-
-
-def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """For kernels that call PyTorch's GEMMs: FusedOp has cast what is to be cast."""
-
-    disabled = _internals.DisableAutocast
-
-    @functools.wraps(kernel)
-    def run(*args: Any) -> Any:
-        with disabled() if disabled else torch.autocast(_arguments_in(args)[0].device.type, enabled=False):
-            return kernel(*args)
-
-    return run
-
-
-def _arguments_in(args: Sequence[Any]) -> Any:
-    """The NamedTuple among what a kernel takes."""
-    for a in args:
-        if isinstance(a, tuple):
-            return a
-    raise TypeError("a kernel takes the arguments of its op")
-
-
-# Multiply-adds of a pass from which it runs on several threads: kSerialWork in csrc/cpu/runtime.cpp. So much pays for a
-# crew (measured on two threads).
-CREW_WORK = 1 << 19
-
-
-def with_crew(kernel: Callable[..., Any], pays: Callable[[Tensor], bool]) -> Callable[..., Any]:
-    """For CPU kernels of several passes: the threads are woken once. PyTorch's ops run on one thread meanwhile.
-
-    pays: whether that is faster, given the first of the op's arguments, which are a NamedTuple.
-    """
-
-    @functools.wraps(kernel)
-    def run(*args: Any) -> Any:
-        return _native.cpu_kernels().with_crew(kernel, *args) if pays(_arguments_in(args)[0]) else kernel(*args)
-
-    return run
-
-
-def on_devices(
-    forward: Callable[..., Any],
-    backward: Callable[..., None],
-    *,
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
-    crew: Callable[[Tensor], bool] | None = None,
-) -> dict[str, Kernels]:
-    """The kernels of an op whose forward and backward take what gives the passes of a device. crew: see `with_crew`;
-    it is for CPUs."""
-    on_cpu: Kernels = functools.partial(forward, cpu), functools.partial(backward, cpu)
-    if crew is not None:
-        on_cpu = with_crew(on_cpu[0], crew), with_crew(on_cpu[1], crew)
-    return {"CPU": on_cpu, "CUDA": (functools.partial(forward, cuda), functools.partial(backward, cuda))}
 
 
 fused_ops: dict[str, "FusedOp"] = {}  # by name
@@ -172,8 +58,8 @@ class FusedOp:
 
     passes: the tensor whose gradient is that of y, which is handed on. constants: tensors that have none. unread: given
     the arguments and which of their tensors need a gradient, those that the backward kernel does not read, which are
-    not kept. parts: which part of the op
-    runs where, for `explain`; without it the op is one part. FLOPs are counted from the reference (`_flops.py`).
+    not kept. parts: which part of the op runs where, for `explain`; without it the op is one part. FLOPs are counted
+    from the reference (`_flops.py`).
     """
 
     def __init__(
@@ -257,7 +143,7 @@ class FusedOp:
     def _run(self, arguments: Any) -> Any:
         tensors = self.tensors(arguments)
         kernels = self.direct(tensors)
-        if torch.is_grad_enabled() and _any_requires_grad(tensors):
+        if torch.is_grad_enabled() and any_requires_grad(tensors):
             return (self._function.apply if kernels is None else self._short_apply)(kernels, arguments, *tensors)
         if kernels is None:
             return self._forward(*arguments)
@@ -394,14 +280,3 @@ class FusedOp:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-
-
-def device_reasons(x: Tensor, kernels: Mapping[str, Kernels], *, triton: bool = False) -> list[str]:
-    """Why the kernels cannot run on the device of x. triton: its kernels serve CUDA."""
-    kind = _native.device_kind(x)
-    if kind == "cpu":
-        return [_native.cpu_missing] if _native.cpu_missing else []
-    if kind == "cuda":
-        missing = _native.triton_missing(x.device.index) if triton else _native.gpu_missing(x.device.index)
-        return [missing] if missing else []
-    return [] if kind.upper() in kernels else [f"there is no kernel for device {kind!r}"]

@@ -1,18 +1,28 @@
 """Batch norm with the activation behind it, in the blocks of MOAT, MogaNet and bn_hs EdgeNeXt."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _native, reference
+from .. import reference
 from ..reference.dwconv import ACTIVATIONS
+from ._allocation import allocate, empty, memory_format
+from ._batch_norm import (
+    BatchNorm,
+    Coefficients,
+    Ends,
+    cpu_batch_norm,
+    cuda_batch_norm,
+    empty_table,
+    prepare,
+    track,
+)
 from ._checks import check_eps, check_momentum, check_parameter, check_tensor
+from ._devices import device_reasons, on_devices
 from ._maps import pixel_dense
-from ._registration import FusedOp, allocate, device_reasons, empty, memory_format, on_devices
-from .dwconv import ACTIVATION_CODES
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):
@@ -30,154 +40,30 @@ def _reference(a: _Arguments) -> Tensor:
     return reference.batch_norm_act(a.x, a.weight, a.bias, a.mean, a.variance, training=a.mean is None, **options)
 
 
-def wide(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+def _output(a: _Arguments) -> tuple[Tensor, Tensor]:
+    """y, and the table of the norm."""
+    return empty(a.x.shape, a.x), empty_table(a.x, a.x.shape[1])
 
 
-def _output(a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the batch's mean and biased variance, or nothing of them."""
-    size = a.x.shape[1] if a.mean is None else 0
-    mean, variance = (allocate((size,), a.x, dtype=wide(a.x)) for _ in range(2))
-    return empty(a.x.shape, a.x), mean, variance
-
-
-class Coefficients(NamedTuple):
-    """z = scale * x + shift, of every channel; gate and offset, if there are, of every image's. In the type of sums."""
-
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-    gate: Tensor | None = None
-    offset: Tensor | None = None
-
-
-class BatchNorm(NamedTuple):
-    """The passes of a device, as in csrc/include/batch_norm_act.h. Tensors are all in one format, pixel_dense."""
-
-    moments: Callable[[Tensor, Tensor, Tensor], None]
-    run: Callable[..., None]
-    backward_gate: Callable[..., None]
-    backward_sums: Callable[..., None]
-    backward_input: Callable[..., None]
-
-
-def _moments(x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    _native.cpu_kernels().batch_norm_moments(_native.view(x), *map(_native.channels_view, (mean, variance)))
-
-
-def _views(c: Coefficients) -> list[Any]:
-    return [*map(_native.channels_view, c[:3]), *map(_native.vectors_view, c[3:])]
-
-
-def _run(x: Tensor, c: Coefficients, activation: str | None, y: Tensor | None, sums: Tensor | None = None) -> None:
-    code = ACTIVATION_CODES[activation]
-    _native.cpu_kernels().batch_norm_act(_native.view(x), _views(c), _native.view(y), _native.vectors_view(sums), code)
-
-
-def _backward_gate(grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, sums: Tensor) -> None:
-    given = _native.view(grad), _native.view(x), _views(c), _native.vectors_view(sums)
-    _native.cpu_kernels().batch_norm_act_backward_gate(*given, ACTIVATION_CODES[activation])
-
-
-def _backward_sums(grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, sums: Tensor) -> None:
-    given = _native.view(grad), _native.view(x), _views(c), _native.vectors_view(sums)
-    _native.cpu_kernels().batch_norm_act_backward_sums(*given, ACTIVATION_CODES[activation])
-
-
-def _backward_input(grad: Tensor, x: Tensor, c: Coefficients, activation: str | None, line: Tensor, dx: Tensor) -> None:
-    given = _native.view(grad), _native.view(x), _views(c), _native.vectors_view(line), _native.view(dx)
-    _native.cpu_kernels().batch_norm_act_backward_input(*given, ACTIVATION_CODES[activation])
-
-
-@functools.cache
-def cpu_batch_norm() -> BatchNorm:
-    return BatchNorm(_moments, _run, _backward_gate, _backward_sums, _backward_input)
-
-
-def cuda_batch_norm() -> BatchNorm:
-    from ..kernels import batch_norm_act as triton
-
-    return BatchNorm(triton.moments, triton.forward, triton.backward_gate, triton.backward_sums, triton.backward_input)
-
-
-class Norm(NamedTuple):
-    """A batch norm of known statistics, in the type of sums."""
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    variance: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, x: Tensor, tensors: Sequence[Tensor], eps: float) -> "Norm":
-        weight, bias, mean, variance = (t.to(wide(x)) for t in tensors)
-        return cls(weight, bias, mean, variance, eps)
-
-    def inverse_deviation(self) -> Tensor:
-        return (self.variance + self.eps).rsqrt()
-
-    def coefficients(self, gate: Tensor | None = None, offset: Tensor | None = None) -> Coefficients:
-        scale = self.weight * self.inverse_deviation()
-        return Coefficients(scale, torch.addcmul(self.bias, scale, self.mean, value=-1), self.mean, gate, offset)
-
-    def gradients(self, sums: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> None:
-        """From those of dz and of dz * (x - mean)."""
-        if dweight is not None:
-            dweight.copy_(sums[1] * self.inverse_deviation())
-        if dbias is not None:
-            dbias.copy_(sums[0])
-
-    def line(self, sums: Tensor | None, count: int) -> Tensor:
-        """Slope and constant of the part of dx that comes by way of a batch's statistics; none of constant ones."""
-        line = allocate((2, len(self.weight)), self.weight)
-        if sums is None:
-            return line.zero_()
-        inverse = self.inverse_deviation()
-        torch.mul(sums[0], self.weight * inverse / -count, out=line[1])
-        torch.mul(sums[1], self.weight * inverse.pow(3) / -count, out=line[0])
-        return line
-
-
-def measure(device: BatchNorm, x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """The statistics of a batch; of none they are those that change nothing."""
-    if x.numel():
-        device.moments(x, mean, variance)
-    else:
-        mean.zero_(), variance.zero_()
-
-
-def _norm(a: _Arguments, mean: Tensor, variance: Tensor) -> Norm:
-    if a.mean is None or a.variance is None:
-        return Norm.of(a.x, (a.weight, a.bias, mean, variance), a.eps)
-    return Norm.of(a.x, (a.weight, a.bias, a.mean, a.variance), a.eps)
-
-
-def _forward(on: Callable[[], BatchNorm], a: _Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    device, (y, mean, variance) = on(), _output(a)
+def _forward(on: Callable[[], BatchNorm], a: _Arguments) -> tuple[Tensor, Tensor]:
+    device, (y, table) = on(), _output(a)
     x = pixel_dense(a.x, memory_format(a.x))
-    if a.mean is None:
-        measure(device, x, mean, variance)
-    device.run(x, _norm(a, mean, variance).coefficients(), a.activation, y)
-    return y, mean, variance
+    prepare(device, x, a[1:3] if a.mean is None else a[1:5], table, a.eps)
+    device.run(x, Coefficients(table), a.activation, y)
+    return y, table
 
 
-def _backward(
-    on: Callable[[], BatchNorm], grads: list[Any], grad: Tensor, a: _Arguments, mean: Tensor, variance: Tensor
-) -> None:
+def _backward(on: Callable[[], BatchNorm], grads: list[Any], grad: Tensor, a: _Arguments, table: Tensor) -> None:
     dx, dweight, dbias, *_ = grads
     device, wanted = on(), memory_format(a.x)
-    x, grad = pixel_dense(a.x, wanted), pixel_dense(grad, wanted)
-    norm = _norm(a, mean, variance)
-    c, sums = norm.coefficients(), None
-    if a.mean is None or dweight is not None or dbias is not None:
-        sums = allocate((2, len(norm.weight)), norm.weight)
-        device.backward_sums(grad, x, c, a.activation, sums)
-        norm.gradients(sums, dweight, dbias)
+    x, grad, c = pixel_dense(a.x, wanted), pixel_dense(grad, wanted), Coefficients(table)
+    line = allocate((2, x.shape[1]), table) if a.mean is None and dx is not None else None
+    ends = Ends(line, dweight, dbias, x.numel() // x.shape[1])
+    if ends.wanted():
+        device.backward_sums(grad, x, c, a.activation, ends)
     if dx is None:
         return
     found = dx if pixel_dense(dx, wanted) is dx else empty(x.shape, x)
-    line = norm.line(sums if a.mean is None else None, max(1, x.numel() // x.shape[1]))
     device.backward_input(grad, x, c, a.activation, line, found)
     if found is not dx:
         dx.copy_(found)
@@ -217,7 +103,7 @@ _op = FusedOp(
     predicate=_predicate,
     triton=True,
     autocast=False,
-    saved=(Tensor.contiguous, Tensor.contiguous),
+    saved=(Tensor.contiguous,),
     constants=("mean", "variance"),
 )
 
@@ -278,11 +164,11 @@ def fused_batch_norm_act(
     def in_pytorch() -> Tensor:
         return reference.batch_norm_act(x, weight, bias, running_mean, running_var, training=True, **options)
 
-    y, *measured = _op.with_saved(
+    y, *tables = _op.with_saved(
         x, weight, bias, None, None, float(eps), activation, backend=backend, reference=in_pytorch
     )
-    if measured:
-        track((running_mean, running_var), measured, x.numel() // channels, momentum)
+    if tables:
+        track((running_mean, running_var), tables, [x.numel() // channels], momentum)
     return y
 
 
@@ -298,18 +184,3 @@ def check_count(x: Tensor, stride: int = 1) -> None:
     n, _, h, w = x.shape
     if n * -(-h // stride) * -(-w // stride) == 1:
         raise ValueError(f"x must have more than one value per channel in training, got shape {tuple(x.shape)}")
-
-
-def track(running: Sequence[Tensor | None], measured: Sequence[Tensor], count: int, momentum: float) -> None:
-    """Moves running mean and variance towards a batch's; those of an empty one change nothing."""
-    if count == 0:
-        return
-    mean, variance = measured
-    with torch.no_grad():
-        for moving, batch in zip(running, (mean, variance * (count / (count - 1))), strict=True):
-            if moving is None:
-                continue
-            if moving.dtype == batch.dtype:
-                moving.lerp_(batch, momentum)
-            else:
-                moving.copy_(moving.to(batch.dtype).lerp_(batch, momentum))

@@ -9,10 +9,11 @@ from .. import _native, reference
 from . import _channel_aggregation_passes as passes
 from ._channel_aggregation import Arguments, output
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sigma, check_tensor
+from ._devices import device_reasons, on_devices
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense
 from ._pointwise import crew_pays, products
-from ._registration import FusedOp, device_reasons, on_devices
+from ._registration import FusedOp
 from .dwconv import convolution_name
 
 

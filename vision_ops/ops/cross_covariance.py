@@ -1,24 +1,20 @@
 """XCiT's attention between the channels of each head, without its projections."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _native, reference
+from .. import reference
 from . import _heads
-from ._checks import autocast_enabled, check_parameter, check_tensor
+from ._allocation import allocate, allocate_contiguous
+from ._attention import check_qkv, triton_reasons
+from ._checks import check_parameter
+from ._devices import CREW_WORK, device_reasons, on_devices, without_autocast
 from ._heads import wide
-from ._registration import (
-    CREW_WORK,
-    FusedOp,
-    allocate,
-    allocate_contiguous,
-    device_reasons,
-    with_crew,
-    without_autocast,
-)
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):
@@ -126,14 +122,26 @@ def attend_backward(
 # --- The op
 
 
-def _forward(a: _Arguments, kernels: ModuleType) -> Tensor:
-    y = _output(a)
+def cpu_heads() -> ModuleType:
+    return _heads
+
+
+def cuda_heads() -> ModuleType:
+    from ..kernels import cross_covariance
+
+    return cross_covariance
+
+
+@without_autocast
+def _forward(heads: Callable[[], ModuleType], a: _Arguments) -> Tensor:
+    y, kernels = _output(a), heads()
     kernels.apply(attend(kernels, a.q, a.k, a.temperature).weights, a.v, y)
     return y
 
 
-def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, kernels: ModuleType) -> None:
-    dq, dk, dv, dtemperature = grads
+@without_autocast
+def _backward(heads: Callable[[], ModuleType], grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
+    (dq, dk, dv, dtemperature), kernels = grads, heads()
     attention = attend(kernels, a.q, a.k, a.temperature)
     if dv is not None:
         kernels.apply(attention.weights, grad, dv, transposed=True)
@@ -147,47 +155,12 @@ def _crew_pays(q: Tensor) -> bool:
     return q.numel() * q.shape[2] > CREW_WORK
 
 
-_forward_in_crew, _backward_in_crew = (with_crew(run, _crew_pays) for run in (_forward, _backward))
-
-
-@without_autocast
-def _forward_cpu(a: _Arguments) -> Tensor:
-    return _forward_in_crew(a, _heads)
-
-
-@without_autocast
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
-    _backward_in_crew(grads, grad, a, _heads)
-
-
-def _forward_cuda(a: _Arguments) -> Tensor:
-    from ..kernels import cross_covariance
-
-    return _forward(a, cross_covariance)
-
-
-def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments) -> None:
-    from ..kernels import cross_covariance
-
-    _backward(grads, grad, a, cross_covariance)
-
-
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
-_MOST_CHANNELS = 96  # of a head, of whose matrix a Triton program holds some rows in registers
-
-
-def triton_reasons(x: Tensor, channels: int) -> list[str]:
-    """Why the Triton kernels cannot take x with so many channels in a head."""
-    if _native.device_kind(x) != "cuda":
-        return []
-    reasons = ["the Triton kernels do not take float64"] if x.dtype == torch.float64 else []
-    if channels > _MOST_CHANNELS:
-        reasons.append(f"the Triton kernels take at most {_MOST_CHANNELS} channels in a head, x has {channels}")
-    return reasons
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_heads, cuda=cuda_heads, crew=_crew_pays)
+MOST_CHANNELS = 96  # of a head, of whose matrix a Triton program holds some rows in registers
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.q, _KERNELS, triton=True) + triton_reasons(a.q, a.q.shape[2]), []
+    return device_reasons(a.q, _KERNELS, triton=True) + triton_reasons(a.q, a.q.shape[2], MOST_CHANNELS), []
 
 
 _op = FusedOp(
@@ -231,11 +204,6 @@ def fused_cross_covariance(
 
     XCiT (arXiv 2106.09681), XCA in xcit.py of facebookresearch/xcit.
     """
-    check_tensor("q", q, "B, heads, d, N")
-    for name, t in (("k", k), ("v", v)):
-        check_tensor(name, t, "B, heads, d, N")
-        check_parameter(name, t, tuple(q.shape), "as q", q, "q")
-        if t.dtype != q.dtype and not autocast_enabled(q):
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
+    check_qkv(q, k, v, "B, heads, d, N")
     check_temperature(temperature, q.shape[1], q, "q")
     return _op(q, k, v, temperature, backend=backend)

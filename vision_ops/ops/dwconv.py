@@ -9,17 +9,10 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.dwconv import ACTIVATIONS, four_paddings
+from ._allocation import allocate_channels_last, channels_dense, empty, memory_format, to_channels_dense, workspace
 from ._checks import autocast_enabled, check_integer, check_kernel, check_parameter, check_tensor
-from ._registration import (
-    FusedOp,
-    allocate_channels_last,
-    channels_dense,
-    device_reasons,
-    empty,
-    memory_format,
-    to_channels_dense,
-    workspace,
-)
+from ._devices import device_reasons
+from ._registration import FusedOp
 
 _MOST = 2**24  # of stride, dilation and padding: products with sizes stay within 64 bits
 ACTIVATION_CODES = {None: 0, "gelu": 1, "silu": 2}

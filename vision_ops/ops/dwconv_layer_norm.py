@@ -6,15 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import allocate, allocate_channels_last, channels_dense, to_channels_dense
 from ._checks import check_eps, check_kernel, check_parameter, check_tensor
-from ._registration import (
-    FusedOp,
-    allocate,
-    allocate_channels_last,
-    channels_dense,
-    device_reasons,
-    to_channels_dense,
-)
+from ._devices import device_reasons
+from ._registration import FusedOp
 from .dwconv import convolve_backward_cuda, convolve_cuda
 from .layer_norm_2d import MOST_CHANNELS
 

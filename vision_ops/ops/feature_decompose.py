@@ -9,10 +9,13 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.dwconv import ACTIVATIONS
+from ._allocation import allocate, empty, memory_format
+from ._autograd import any_requires_grad
 from ._checks import check_sigma, check_tensor
+from ._devices import device_reasons, on_devices
 from ._maps import pixel_dense
 from ._pointwise import crew_pays
-from ._registration import FusedOp, _any_requires_grad, allocate, device_reasons, empty, memory_format, on_devices
+from ._registration import FusedOp
 from .dwconv import ACTIVATION_CODES
 
 
@@ -112,7 +115,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     # A compiled graph must not depend on the size.
     if cannot or torch.compiler.is_compiling() or x.dtype == torch.float64:
         return cannot, []
-    trains = torch.is_grad_enabled() and _any_requires_grad(a[:2])
+    trains = torch.is_grad_enabled() and any_requires_grad(a[:2])
     small = _native.device_kind(x) == "cpu" and x.dtype == torch.float32 and trains and x.numel() < 150_000
     return cannot, ["PyTorch is faster to train on few elements"] if small else []  # measured, AVX-512
 

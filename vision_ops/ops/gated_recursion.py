@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import empty, memory_format
+from ._autograd import any_requires_grad
 from ._checks import autocast_enabled, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._devices import device_reasons, on_devices, without_autocast
 from ._maps import pixel_dense
 from ._pointwise import (
     channel_sums,
@@ -19,15 +22,7 @@ from ._pointwise import (
     products,
     weight_gradient,
 )
-from ._registration import (
-    FusedOp,
-    _any_requires_grad,
-    device_reasons,
-    empty,
-    memory_format,
-    on_devices,
-    without_autocast,
-)
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):
@@ -217,7 +212,7 @@ def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
     cannot = device_reasons(a.pwa, _KERNELS, triton=True)
     if cannot or _native.device_kind(a.pwa) != "cpu" or multiplies(a.pwa):
         return cannot, []
-    if torch.is_grad_enabled() and _any_requires_grad(a):
+    if torch.is_grad_enabled() and any_requires_grad(a):
         return [], ["on CPUs PyTorch trains faster, keeping every p_k where the kernels compute them again"]
     if _native.cpu_kernels().isa != "avx512":
         return [], ["PyTorch is faster on CPUs without AVX-512"]

@@ -10,8 +10,10 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference._resize import resize_backward
 from ..reference.global_filter import resize_filter
+from ._allocation import empty, workspace
 from ._checks import check_parameter, check_tensor
-from ._registration import FusedOp, device_reasons, empty, without_autocast, workspace
+from ._devices import device_reasons, without_autocast
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):

@@ -7,20 +7,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import reference
+from ._allocation import allocate, allocate_channels_last, empty
 from ._checks import check_kernel, check_parameter, check_pointwise, check_sequence, check_tensor
+from ._devices import device_reasons, on_devices, without_autocast
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
 from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import crew_pays, linear, operand, weight_gradient
-from ._registration import (
-    FusedOp,
-    allocate,
-    allocate_channels_last,
-    device_reasons,
-    empty,
-    on_devices,
-    without_autocast,
-)
+from ._registration import FusedOp
 from .dwconv import (
     convolution_name,
     convolve,

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import empty, memory_format
+from ._autograd import any_requires_grad
 from ._checks import check_eps, check_parameter, check_tensor
-from ._registration import FusedOp, _any_requires_grad, device_reasons, empty, memory_format, on_devices
+from ._devices import device_reasons, on_devices
+from ._registration import FusedOp
 from .scaled_residual import add, cpu_tail
 
 MOST_CHANNELS = 2048  # that the registers of a Triton program hold
@@ -49,8 +52,13 @@ def cuda_norm() -> Norm:
     return Norm(triton.forward, triton.backward)
 
 
+def _beside(x: Tensor, t: Tensor) -> bool:
+    """Whether the kernels read or write t beside x."""
+    return t.dtype == x.dtype or (x.dtype == torch.float32 and t.dtype.itemsize == 2)
+
+
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, eps: float) -> None:
-    like_x = y if y.dtype == x.dtype else empty(x.shape, x)
+    like_x = y if _beside(x, y) else empty(x.shape, x)
     _native.run("layer_norm_2d", x, weight, bias, like_x, eps)
     if like_x is not y:
         y.copy_(like_x)
@@ -66,7 +74,8 @@ def _norm_backward(
     eps: float,
     plus: Tensor | None = None,
 ) -> None:
-    _native.run("layer_norm_2d_backward", grad.to(x.dtype), x, weight, dx, dweight, dbias, eps)
+    grad = grad if _beside(x, grad) else grad.to(x.dtype)
+    _native.run("layer_norm_2d_backward", grad, x, weight, dx, dweight, dbias, eps)
     if plus is not None and dx is not None:
         add(cpu_tail(), plus, dx)
 
@@ -93,7 +102,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
         return False
     count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
     wide = _native.cpu_kernels().isa == "avx512"
-    if not torch.is_grad_enabled() or not _any_requires_grad(a[:3]):
+    if not torch.is_grad_enabled() or not any_requires_grad(a[:3]):
         return count < (60_000 if wide else 300_000)
     if not wide:
         return single

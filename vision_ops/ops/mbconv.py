@@ -7,21 +7,24 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from . import _mbconv
+from . import _mbconv, _mbconv_backward
+from ._batch_norm import track
 from ._checks import (
     check_eps,
     check_integer,
     check_momentum,
     check_parameter,
+    check_path_scale,
     check_pointwise,
     check_sequence,
     check_tensor,
 )
+from ._devices import device_reasons, on_devices
 from ._maps import channels_last_dense
 from ._mbconv import Arguments
 from ._pointwise import crew_pays, products
-from ._registration import FusedOp, device_reasons, on_devices
-from .batch_norm_act import check_count, check_running, track
+from ._registration import FusedOp
+from .batch_norm_act import check_count, check_running
 from .dwconv import convolution_name
 
 
@@ -39,7 +42,7 @@ def _reference(a: Arguments) -> Tensor:
     )
 
 
-_KERNELS = on_devices(_mbconv.forward, _mbconv.backward, cpu=_mbconv.cpu, cuda=_mbconv.cuda, crew=crew_pays)
+_KERNELS = on_devices(_mbconv.forward, _mbconv_backward.backward, cpu=_mbconv.cpu, cuda=_mbconv.cuda, crew=crew_pays)
 
 
 def _predicate(a: Arguments) -> tuple[list[str], list[str]]:
@@ -63,6 +66,7 @@ _op = FusedOp(
     triton=True,
     constants=("path_scale",),
     uncast=("x", "pre_norm", "expand_norm", "depthwise_norm", "path_scale"),
+    wide=("dw_weight", "se", "shrink_weight", "shrink_bias", "shortcut_weight", "shortcut_bias"),
     saved=(channels_last_dense, channels_last_dense, *(Tensor.contiguous,) * 4),
     parts=_parts,
 )
@@ -144,10 +148,7 @@ def fused_mbconv(
             check_parameter("shortcut[1]", shortcut[1], (outputs,), "O", x)
     elif outputs != channels:
         raise ValueError(f"shrink_weight must have the {channels} rows of x's channels without shortcut, got {outputs}")
-    if path_scale is not None:
-        check_parameter("path_scale", path_scale, (x.shape[0],), "N", x)
-        if path_scale.requires_grad:
-            raise ValueError("path_scale must not require a gradient: it is a constant")
+    check_path_scale(path_scale, x)
     norms: list[list[Any]] = [list(norm) for norm in (pre_norm, expand_norm, depthwise_norm)]
     given = [t for norm in norms for t in norm[:2]] + [x, expand_weight, dw_weight, shrink_weight, shrink_bias]
     given += [*(se or ()), *(shortcut or ())]
@@ -169,8 +170,7 @@ def fused_mbconv(
     )
     if training and saved:
         pixels = x.shape[0] * x.shape[2] * x.shape[3], saved[1].shape[0] * saved[1].shape[2] * saved[1].shape[3]
-        for norm, statistics, count in zip(norms, saved[2:5], (pixels[0], *pixels), strict=True):
-            track(norm[2:], tuple(statistics), count, momentum)
+        track([t for norm in norms for t in norm[2:]], saved[2:5], (pixels[0], *pixels), momentum)
     return y
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from .. import _native, reference
 from ..reference.mlp import ACTIVATIONS
 from ..reference.scaled_residual import scaled
+from ._allocation import allocate, allocate_channels_last, empty, memory_format
+from ._autograd import any_requires_grad
 from ._checks import (
     autocast_dtype,
     check_beside,
@@ -19,6 +21,7 @@ from ._checks import (
     check_tensor,
     check_vector,
 )
+from ._devices import device_reasons, on_devices, without_autocast
 from ._maps import as_map, empty_tokens, pixel_dense, product_dense
 from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import ACTIVATIONS as ACTIVATION_CODES
@@ -32,17 +35,7 @@ from ._pointwise import (
     products,
     weight_gradient,
 )
-from ._registration import (
-    FusedOp,
-    _any_requires_grad,
-    allocate,
-    allocate_channels_last,
-    device_reasons,
-    empty,
-    memory_format,
-    on_devices,
-    without_autocast,
-)
+from ._registration import FusedOp
 from .layer_norm_2d import MOST_CHANNELS, Norm, cpu_norm, cuda_norm
 from .scaled_residual import FoldedWeight, Tail, add, cpu_tail, cuda_tail, sum_dtype
 
@@ -406,5 +399,5 @@ def fused_mlp(
         check_beside("residual", residual, x, "..., C")
     weights = (fc1_weight.flatten(1), fc1_bias, fc2_weight.flatten(1), fc2_bias)
     given = (x, *weights, norm_weight, norm_bias, gamma, None if residual is x else residual, path_scale)
-    keep = torch.is_grad_enabled() and _any_requires_grad(given)
+    keep = torch.is_grad_enabled() and any_requires_grad(given)
     return _op(*given, float(eps), activation, residual is x, keep, autocast_dtype(x), backend=backend)

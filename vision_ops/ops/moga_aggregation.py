@@ -8,20 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import allocate, allocate_channels_last, empty
 from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
+from ._devices import device_reasons, on_devices, without_autocast
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
 from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import channel_sums, crew_pays, linear, linear_to, products, tf32_allowed, weight_gradient
-from ._registration import (
-    FusedOp,
-    allocate,
-    allocate_channels_last,
-    device_reasons,
-    empty,
-    on_devices,
-    without_autocast,
-)
+from ._registration import FusedOp
 from .dwconv import convolution_name, convolves_cuda
 from .feature_decompose import Decomposition, cpu_decomposition, cuda_decomposition, flat, image_means
 from .gated_recursion import cuda_gates

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import empty, memory_format
+from ._autograd import any_requires_grad
 from ._checks import autocast_enabled, check_parameter, check_tensor
+from ._devices import device_reasons, on_devices
 from ._maps import pixel_dense
-from ._registration import FusedOp, _any_requires_grad, device_reasons, empty, memory_format, on_devices
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):
@@ -94,7 +97,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
     if _native.device_kind(gate) != "cpu" or gate.dtype == torch.float64:
         return False
     short = memory_format(gate) == torch.contiguous_format and gate.shape[2] * gate.shape[3] < 100
-    trains = torch.is_grad_enabled() and _any_requires_grad(a[:2])
+    trains = torch.is_grad_enabled() and any_requires_grad(a[:2])
     return short or (trains and gate.numel() < 150_000)
 
 

@@ -8,16 +8,10 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.multi_order_dwconv import split_channels
+from ._allocation import allocate_channels_last, channels_dense, empty, to_channels_dense, workspace
 from ._checks import check_integer, check_kernel, check_parameter, check_sequence, check_tensor
-from ._registration import (
-    FusedOp,
-    allocate_channels_last,
-    channels_dense,
-    device_reasons,
-    empty,
-    to_channels_dense,
-    workspace,
-)
+from ._devices import device_reasons
+from ._registration import FusedOp
 from .dwconv import convolve_backward_torch, convolve_torch
 
 

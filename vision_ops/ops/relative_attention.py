@@ -1,18 +1,20 @@
 """MOAT's attention between the positions of a map, or of its windows, without its projections."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from ..reference._resize import resize, resize_backward
 from . import _relative
-from ._checks import autocast_enabled, check_integer, check_parameter, check_sequence, check_tensor
+from ._allocation import allocate, allocate_contiguous
+from ._attention import check_qkv, triton_reasons
+from ._checks import check_integer, check_parameter, check_sequence
+from ._devices import device_reasons, on_devices
 from ._heads import wide
-from ._registration import FusedOp, allocate, allocate_contiguous, device_reasons
+from ._registration import FusedOp
 from ._relative import Geometry
 
 
@@ -92,56 +94,38 @@ def _geometry(a: _Arguments) -> Geometry:
     return Geometry(*a[4:])
 
 
-def _forward(a: _Arguments, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+def cpu_attention() -> ModuleType:
+    return _relative
+
+
+def cuda_attention() -> ModuleType:
+    from ..kernels import relative_attention
+
+    return relative_attention
+
+
+def _forward(attention: Callable[[], ModuleType], a: _Arguments) -> tuple[Tensor, Tensor]:
     y, lse = _output(a)
     if y.numel():
-        kernels.forward(a.q, a.k, a.v, resized(a.bias_table, _geometry(a), a.q), _geometry(a), y, lse)
+        attention().forward(a.q, a.k, a.v, resized(a.bias_table, _geometry(a), a.q), _geometry(a), y, lse)
     return y, lse
 
 
-def _backward(grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse: Tensor, kernels: ModuleType) -> None:
+def _backward(
+    attention: Callable[[], ModuleType], grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse: Tensor
+) -> None:
     if grad.numel():
-        attend_backward(kernels, grad, *a[:4], _geometry(a), None, lse, grads)
+        attend_backward(attention(), grad, *a[:4], _geometry(a), None, lse, grads)
     elif grads[3] is not None:
         grads[3].zero_()
 
 
-def _forward_cpu(a: _Arguments) -> tuple[Tensor, Tensor]:
-    return _forward(a, _relative)
-
-
-def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse: Tensor) -> None:
-    _backward(grads, grad, a, lse, _relative)
-
-
-def _forward_cuda(a: _Arguments) -> tuple[Tensor, Tensor]:
-    from ..kernels import relative_attention
-
-    return _forward(a, relative_attention)
-
-
-def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, lse: Tensor) -> None:
-    from ..kernels import relative_attention
-
-    _backward(grads, grad, a, lse, relative_attention)
-
-
-_KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
-_MOST_CHANNELS = 64  # of a head, of which a Triton program holds some queries and keys
-
-
-def triton_reasons(x: Tensor, channels: int) -> list[str]:
-    """Why the Triton kernels cannot take x with so many channels in a head."""
-    if x.device.type != "cuda":
-        return []
-    reasons = ["the Triton kernels do not take float64"] if x.dtype == torch.float64 else []
-    if channels > _MOST_CHANNELS:
-        reasons.append(f"the Triton kernels take at most {_MOST_CHANNELS} channels in a head, x has {channels}")
-    return reasons
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_attention, cuda=cuda_attention)
+MOST_CHANNELS = 64  # of a head, of which a Triton program holds some queries and keys
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.q, _KERNELS, triton=True) + triton_reasons(a.q, a.q.shape[3]), []
+    return device_reasons(a.q, _KERNELS, triton=True) + triton_reasons(a.q, a.q.shape[3], MOST_CHANNELS), []
 
 
 _op = FusedOp(
@@ -216,12 +200,7 @@ def fused_relative_attention(
     MOAT (arXiv 2210.01820), Attention in model/layers/moat_attention.py of google-research/deeplab2, which indexes its
     table likewise, but computes the bias once and for all.
     """
-    check_tensor("q", q, "B, heads, N, d")
-    for name, t in (("k", k), ("v", v)):
-        check_tensor(name, t, "B, heads, N, d")
-        check_parameter(name, t, tuple(q.shape), "as q", q, "q")
-        if t.dtype != q.dtype and not autocast_enabled(q):
-            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {t.dtype}")
+    check_qkv(q, k, v, "B, heads, N, d")
     for name, side in (("height", height), ("width", width)):
         check_integer(name, side, 1)
     if height * width != q.shape[2]:

@@ -7,27 +7,24 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import _native, reference
-from . import _relative
-from ._checks import check_integer, check_parameter, check_tensor
+from ._allocation import allocate_contiguous
+from ._attention import check_projection, check_tokens, triton_reasons
+from ._devices import device_reasons, on_devices, without_autocast
 from ._half_block import HalfBlock
 from ._maps import as_map, empty_tokens, product_dense
 from ._pointwise import crew_pays, linear, linear_to, products, weight_gradient
-from ._registration import (
-    FusedOp,
-    allocate_contiguous,
-    device_reasons,
-    on_devices,
-    without_autocast,
-)
+from ._registration import FusedOp
 from ._relative import Geometry
 from .relative_attention import (
+    MOST_CHANNELS,
     attend_backward,
     check_scale,
     check_table,
     check_window,
+    cpu_attention,
+    cuda_attention,
     empty_lse,
     resized,
-    triton_reasons,
 )
 
 
@@ -79,16 +76,6 @@ def _heads(t: Tensor, a: _Arguments) -> Tensor:
 def _geometry(a: _Arguments) -> Geometry:
     _, height, width, _ = a.x.shape
     return Geometry(height, width, a.window_height, a.window_width, a.scale)
-
-
-def _cpu() -> ModuleType:
-    return _relative
-
-
-def _cuda() -> ModuleType:
-    from ..kernels import relative_attention
-
-    return relative_attention
 
 
 @without_autocast
@@ -148,11 +135,12 @@ def _crew_pays(x: Tensor) -> bool:
     return crew_pays(as_map(x))
 
 
-_KERNELS = on_devices(_forward, _backward, cpu=_cpu, cuda=_cuda, crew=_crew_pays)
+_KERNELS = on_devices(_forward, _backward, cpu=cpu_attention, cuda=cuda_attention, crew=_crew_pays)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.x, _KERNELS, triton=True) + triton_reasons(a.x, a.x.shape[3] // a.num_heads), []
+    cannot = device_reasons(a.x, _KERNELS, triton=True)
+    return cannot + triton_reasons(a.x, a.x.shape[3] // a.num_heads, MOST_CHANNELS), []
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
@@ -223,22 +211,16 @@ def fused_relative_self_attention(
 
     MOAT (arXiv 2210.01820), Attention in model/layers/moat_attention.py of google-research/deeplab2.
     """
-    check_tensor("x", x, "B, H, W, C")
-    check_integer("num_heads", num_heads, 1)
-    _, height, width, c = x.shape
-    if c % num_heads:
-        raise ValueError(f"x must have a multiple of num_heads={num_heads} channels, got {c}")
+    c = check_tokens(x, "B, H, W, C", num_heads)
     weights = {"q": (q_weight, q_bias), "k": (k_weight, k_bias), "v": (v_weight, v_bias), "o": (o_weight, o_bias)}
     for name, (weight, bias) in weights.items():
-        check_parameter(f"{name}_weight", weight, (c, c), "C, C", x)
-        if bias is not None:
-            check_parameter(f"{name}_bias", bias, (c,), "C", x)
+        check_projection(name, weight, bias, c, "C", x)
     if bias_table is not None:
         check_table(bias_table, num_heads, x, "x")
     check_window(window_size)
     check_scale(scale)
     given = x, *(t for pair in weights.values() for t in pair), bias_table
-    window = (height, width) if window_size is None else window_size
+    window = x.shape[1:3] if window_size is None else window_size
     scale = (c // num_heads) ** -0.5 if scale is None else float(scale)
     tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
     norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ._allocation import allocate
+from ._autograd import any_requires_grad
 from ._checks import check_parameter, check_tensor
+from ._devices import Kernels, device_reasons, with_crew, without_autocast
 from ._half_block import HalfBlock
 from ._parameters import convert, convert_cuda, converted
 from ._pointwise import (
@@ -16,7 +19,7 @@ from ._pointwise import (
     products_of_tokens,
     weight_gradient_tokens,
 )
-from ._registration import FusedOp, Kernels, _any_requires_grad, allocate, device_reasons, with_crew, without_autocast
+from ._registration import FusedOp
 from .shift_split_attention import (
     CPUPasses,
     check_split_mlps,
@@ -243,4 +246,4 @@ def fused_s2_attention(
     given = x, mlp1_weight, mlp1_bias, mlp2_weight, mlp2_bias, split_mlp1_weight, split_mlp2_weight
     tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
     norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
-    return _half(given, torch.is_grad_enabled() and _any_requires_grad(given), **norm, **tail)
+    return _half(given, torch.is_grad_enabled() and any_requires_grad(given), **norm, **tail)

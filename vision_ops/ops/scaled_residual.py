@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import allocate, memory_format
 from ._checks import check_beside, check_path_scale, check_tensor, check_vector
+from ._devices import device_reasons, on_devices
 from ._maps import pixel_dense
-from ._registration import FusedOp, allocate, device_reasons, memory_format, on_devices
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
+from ._allocation import allocate
 from ._checks import check_parameter, check_tensor
-from ._registration import FusedOp, Kernels, allocate, device_reasons, with_crew, without_autocast
+from ._devices import Kernels, device_reasons, with_crew, without_autocast
+from ._registration import FusedOp
 
 
 class _Arguments(NamedTuple):

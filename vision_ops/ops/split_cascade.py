@@ -8,15 +8,10 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..reference.split_cascade import cascade_widths
+from ._allocation import allocate_channels_last, channels_dense, empty, to_channels_dense
 from ._checks import check_parameter, check_sequence, check_tensor
-from ._registration import (
-    FusedOp,
-    allocate_channels_last,
-    channels_dense,
-    device_reasons,
-    empty,
-    to_channels_dense,
-)
+from ._devices import device_reasons
+from ._registration import FusedOp
 from .dwconv import convolve_backward_cuda, convolve_cuda
 
 

@@ -9,7 +9,10 @@ from torch import Tensor
 from .. import _native, reference
 from .._internals import statically_known_true
 from . import _gram_xca, _heads
-from ._checks import autocast_enabled, check_integer, check_parameter, check_tensor
+from ._allocation import allocate_contiguous
+from ._attention import check_projection, check_tokens, triton_reasons
+from ._checks import autocast_enabled
+from ._devices import device_reasons, with_crew, without_autocast
 from ._half_block import HalfBlock
 from ._heads import by_head, wide
 from ._parameters import convert, convert_cuda, converted
@@ -21,16 +24,17 @@ from ._pointwise import (
     tf32_allowed,
     weight_gradient_tokens,
 )
-from ._registration import FusedOp, allocate_contiguous, device_reasons, with_crew, without_autocast
+from ._registration import FusedOp
 from .cross_covariance import (
+    MOST_CHANNELS,
     Attention,
     attend,
     attend_backward,
     check_temperature,
+    cuda_heads,
     empty_matrices,
     kept_attention,
     sum_samples,
-    triton_reasons,
 )
 
 
@@ -210,23 +214,20 @@ def _backward_cpu(grads: list[Tensor | None], grad: Tensor, a: _Arguments, *save
 
 @without_autocast
 def _forward_cuda(a: _Arguments) -> tuple[Tensor, ...]:
-    from ..kernels import cross_covariance
-
-    return _forward(a, cross_covariance)
+    return _forward(a, cuda_heads())
 
 
 @without_autocast
 def _backward_cuda(grads: list[Tensor | None], grad: Tensor, a: _Arguments, *saved: Tensor) -> None:
-    from ..kernels import cross_covariance
-
-    _backward(grads, grad, a, cross_covariance, *saved)
+    _backward(grads, grad, a, cuda_heads(), *saved)
 
 
 _KERNELS = {"CPU": (_forward_cpu, _backward_cpu), "CUDA": (_forward_cuda, _backward_cuda)}
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
-    return device_reasons(a.x, _KERNELS, triton=True) + triton_reasons(a.x, a.x.shape[2] // a.num_heads), []
+    cannot = device_reasons(a.x, _KERNELS, triton=True)
+    return cannot + triton_reasons(a.x, a.x.shape[2] // a.num_heads, MOST_CHANNELS), []
 
 
 def _parts(a: _Arguments) -> dict[str, str]:
@@ -297,18 +298,10 @@ def fused_xca(
 
     XCiT (arXiv 2106.09681), XCA in xcit.py of facebookresearch/xcit.
     """
-    check_tensor("x", x, "B, N, C")
-    check_integer("num_heads", num_heads, 1)
-    c = x.shape[2]
-    if c % num_heads:
-        raise ValueError(f"x must have a multiple of num_heads={num_heads} channels, got {c}")
-    check_parameter("qkv_weight", qkv_weight, (3 * c, c), "3C, C", x)
-    if qkv_bias is not None:
-        check_parameter("qkv_bias", qkv_bias, (3 * c,), "3C", x)
+    c = check_tokens(x, "B, N, C", num_heads)
+    check_projection("qkv", qkv_weight, qkv_bias, 3 * c, "3C", x)
     check_temperature(temperature, num_heads, x, "x")
-    check_parameter("proj_weight", proj_weight, (c, c), "C, C", x)
-    if proj_bias is not None:
-        check_parameter("proj_bias", proj_bias, (c,), "C", x)
+    check_projection("proj", proj_weight, proj_bias, c, "C", x)
     given = x, qkv_weight, qkv_bias, temperature, proj_weight, proj_bias
     tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}
     norm: dict[str, Any] = {"norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps}
