@@ -151,7 +151,7 @@ def _or_allocate(t: Tensor, like: Tensor) -> Tensor:
 
 def _rows(weight: Tensor) -> Tensor:
     """A matrix as a map, whose channels are its rows."""
-    return weight.unsqueeze(0).unsqueeze(3)  # a third of what indexing takes
+    return weight[None, :, :, None]
 
 
 def _forward(device: Callable[[], Tail], a: _Arguments) -> Tensor:
