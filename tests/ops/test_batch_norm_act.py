@@ -11,6 +11,7 @@ from harness import (
     laid_out,
     relative_error,
 )
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from vision_ops import explain, fused_batch_norm_act, reference, use_backend
 from vision_ops.ops._batch_norm import MEAN, VARIANCE, cpu_batch_norm, prepare
@@ -127,6 +128,25 @@ def test_a_second_derivative_moves_no_running_statistics():
     (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     first.square().sum().backward()
     assert torch.equal(running[0], before) and x.grad is not None
+
+
+def test_checkpoints_move_running_statistics_again():
+    """As PyTorch's norm moves them, but that a recomputation ends where the last op has saved all."""
+    x, moved = torch.randn(4, 6, 5, 5, requires_grad=True), {}
+    for backend, early in (("reference", True), ("fused", False), ("fused", True)):
+        first, last = ((torch.zeros(6), torch.ones(6)) for _ in range(2))
+
+        def step(t, backend=backend, first=first, last=last):
+            for running in (first, last):
+                t = fused_batch_norm_act(t, torch.ones(6), torch.zeros(6), *running, training=True, backend=backend)
+            return t
+
+        with set_checkpoint_early_stop(early):
+            checkpoint(step, x, use_reentrant=False).square().sum().backward()
+        moved[backend, early] = first[0], last[0]
+    for found, expected in zip(moved["fused", False], moved["reference", True], strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(moved["fused", True][0], moved["reference", True][0])
 
 
 def test_reference_is_the_definition():
