@@ -182,14 +182,17 @@ def check_gradients(case: Case, second: bool = True, fast: bool = False) -> None
 
 
 def check_bits_of_needs(case: Case) -> None:
-    """What a gradient is does not depend on which others are asked for."""
+    """What a gradient is does not depend on which others are asked for: of each tensor alone, and of all but it."""
     together, grad = outputs(case, "fused")
     graded = [i for i, t in enumerate(case.leaves()) if t is not None and t.requires_grad]
-    for which, expected in zip(graded, together[1:], strict=True):
-        leaves = [t if t is None else t.detach().requires_grad_(i == which) for i, t in enumerate(case.tensors)]
-        y = case.run(leaves, "fused")
-        (found,) = torch.autograd.grad(y, [leaves[which]], grad)
-        assert torch.equal(y, together[0]) and torch.equal(found, expected), which
+    expected = dict(zip(graded, together[1:], strict=True))
+    for one in graded:
+        for wanted in ([one], [i for i in graded if i != one]):
+            leaves = [t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(case.tensors)]
+            y = case.run(leaves, "fused")
+            found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad) if wanted else ()
+            assert torch.equal(y, together[0]), wanted
+            assert all(torch.equal(g, expected[i]) for g, i in zip(found, wanted, strict=True)), wanted
 
 
 def check_bitwise_repeatable(case: Case, other_threads: Sequence[int] = (1, 3)) -> None:

@@ -129,7 +129,7 @@ def test_the_budget_is_kept(patience):
 
 def test_a_part_that_is_interrupted_can_still_tell_what_it_has(monkeypatch):
     monkeypatch.setattr(runner, "GRACE", 20.0)
-    code = "turn()\ntry: time.sleep(60)\nexcept KeyboardInterrupt: tell(calls=7)"
+    code = "try: turn(); time.sleep(60)\nexcept KeyboardInterrupt: tell(calls=7)"
     assert run([part("sanitizer", code, limit=0.5, alone=True)])["sanitizer"].results == [{"calls": 7}]
 
 
