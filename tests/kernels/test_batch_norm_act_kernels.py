@@ -125,3 +125,9 @@ def test_mbconv(interpreter, convolution, dtype, layout, outputs, stride, traini
     slack = {torch.float64: 50, torch.float32: 6}.get(dtype, 2)
     case = make_block(interpreter, (2, 8, 7, 6), outputs, stride=stride, training=training, dtype=dtype, layout=layout)
     check_against_reference(case, layout, slack=slack)
+
+
+def test_float32_values_beside_half_weights(interpreter):
+    """As autocast gives them: the stream of residuals is not cast."""
+    case = make_block(interpreter, (2, 8, 7, 6), dtype=torch.bfloat16)
+    check_against_reference(Case(case.run, [case.tensors[0].float(), *case.tensors[1:]]), slack=2)
