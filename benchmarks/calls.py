@@ -48,8 +48,9 @@ COLUMNS = ("dispatch", *PARTS, "bindings", "kernel")
 LEGEND = (
     "Microseconds of one call, backend fused, one image of few pixels, float32, channels_last, one thread; medians. "
     "Checks: of the arguments. Lists: tensors in and out of lists. Layout: finding and making it. Output: empty "
-    "results, gradients and workspaces. Views: what C++ is told of tensors. Products: PyTorch's GEMMs. Bindings: C++ "
-    "calls on no images. Kernel: the rest of C++. Dispatch: all else, in training autograd, too."
+    "results, gradients and workspaces. Views: what C++ is told of tensors that it does not read itself. Products: "
+    "PyTorch's GEMMs. Bindings: C++ calls on no images. Kernel: the rest of C++. Dispatch: all else, in training "
+    "autograd, too."
 )
 CALLS, ROUNDS = 200, 40
 SIDE = {"size": 4, "tokens": 16}

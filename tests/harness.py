@@ -1,7 +1,7 @@
 """What every op is tested for. A test describes its op as a Case; the checks are the same for all."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,27 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "cropped", "transposed", "expanded")
+
+
+def heads_laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
+    """(B, heads, N, d): contiguous, a view of a (B, N, 3C) tensor, with gaps everywhere, turned, or of one sample."""
+    b, heads, n, d = shape
+    if layout == "token_major":
+        return torch.randn(b, n, 3, heads, d, dtype=dtype)[:, :, 1].transpose(1, 2)
+    if layout == "strided":
+        return torch.randn(b, heads + 1, n + 3, 2 * d, dtype=dtype)[:, 1:, 2 : n + 2, ::2]
+    if layout == "channel_major":
+        return torch.randn(b, heads, d, n, dtype=dtype).transpose(2, 3)
+    t = torch.randn(1 if layout == "expanded" else b, heads, n, d, dtype=dtype)
+    return t.expand(shape)
+
+
+HEADS_LAYOUTS = ("contiguous", "token_major", "strided", "channel_major", "expanded")
+
+
+def float64_is_left_out(parameters: Mapping[str, object]) -> str | None:
+    """`not_on_gpus` of a module whose ops leave float64 to PyTorch."""
+    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
 
 
 def outputs(case: Case, backend: str, grad: Tensor | None = None) -> tuple[list[Tensor], Tensor]:

@@ -103,7 +103,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
     count, channels, single = x.numel(), x.shape[1], x.dtype == torch.float32
     wide = _native.cpu_kernels().isa == "avx512"
     if not torch.is_grad_enabled() or not any_requires_grad(a[:3]):
-        return count < (60_000 if wide else 300_000)
+        return count < (10_000 if wide else 300_000)
     if not wide:
         return single
     return (count < 180_000 and (single or channels >= 128)) or (count < 320_000 and single and channels >= 128)

@@ -98,7 +98,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
         return False
     short = memory_format(gate) == torch.contiguous_format and gate.shape[2] * gate.shape[3] < 100
     trains = torch.is_grad_enabled() and any_requires_grad(a[:2])
-    return short or (trains and gate.numel() < 150_000)
+    return short or gate.numel() < (100_000 if trains else 30_000)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:

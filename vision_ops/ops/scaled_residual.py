@@ -188,7 +188,7 @@ def _torch_is_faster(a: _Arguments) -> bool:
     )
 
 
-_FEW_ELEMENTS = 30_000
+_FEW_ELEMENTS = 60_000
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
