@@ -138,10 +138,10 @@ def fused_batch_norm_act(
         backend: as in `vision_ops.use_backend`.
 
     Statistics are float32 (float64 for float64), those of some pixels at a time about their own mean, merged. Gradients
-    are bitwise repeatable and come in each argument's own dtype; backward keeps the arguments and five
-    numbers of every channel. Without a kernel for the device, `reference.batch_norm_act` runs; so it does on CPUs where PyTorch's own
-    is faster: for small tensors and float64, and without activation but for contiguous ones in training (`explain`
-    tells). Statistics over several processes are SyncBatchNorm's, which is left to PyTorch.
+    are bitwise repeatable and come in each argument's own dtype; backward keeps the arguments and five numbers of every
+    channel. Without a kernel for the device, `reference.batch_norm_act` runs; so it does on CPUs where PyTorch's own is
+    faster: for small tensors and float64, and without activation but for contiguous ones in training (`explain` tells).
+    Statistics over several processes are SyncBatchNorm's, which is left to PyTorch.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or a batch has one value per channel in training.
