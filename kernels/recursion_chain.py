@@ -169,7 +169,7 @@ def chain_bwd_kernel(
                 if k == ORDER - 1:
                     store_map(p_ptr, ddw_strides, n, pixel, at, u * q, there)
                 du = dp * q
-                _add_up(own + STARTS[k] + c, tl.sum(du, axis=0), c < WIDTHS[k], block > begin)
+                _add_up(own + STARTS[k] + c, tl.sum(du, axis=0), c < WIDTHS[k], block - begin)
                 rounded = du.to(weight.dtype)
                 before = tl.dot(rounded, tl.trans(weight), before)
                 store_map(du_ptr, du_strides, n, pixel, of_du, rounded, there)
@@ -180,7 +180,7 @@ def chain_bwd_kernel(
                 store_map(ddw_ptr, ddw_strides, n, pixel, row, before * pwa, of_before)
                 before *= load_map(dw_ptr, dw_strides, n, pixel, row, of_before).to(tl.float32)
                 store_map(dpwa_ptr, dpwa_strides, n, pixel, row, before, of_before)
-                _add_up(own + first, tl.sum(before, axis=0), first < WIDTHS[0], block > begin)
+                _add_up(own + first, tl.sum(before, axis=0), first < WIDTHS[0], block - begin)
 
 
 @triton.jit
@@ -200,9 +200,10 @@ def _linear(p, weight, bias_ptr, c, width):
 
 
 @triton.jit
-def _add_up(at, values, inside, more):
-    """To what the threads themselves have stored there, if there is more than values."""
-    before = tl.load(at, mask=inside & more, other=0.0)
+def _add_up(at, values, inside, blocks):
+    """To what the threads themselves have stored there, if there were blocks before."""
+    # A comparison of scalars is no mask in the interpreter of Triton 3.9.
+    before = tl.load(at, mask=inside & (tl.zeros_like(values).to(tl.int32) + blocks > 0), other=0.0)
     tl.store(at, before + values, mask=inside)
 
 

@@ -28,6 +28,19 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `harness`
 import unwritten
 
 
+def pytest_report_header():
+    return None if torch.cuda.is_available() else "no GPU that torch can use: what is marked gpu is left out"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without a GPU what needs one is left out, not skipped a thousand times; whoever asks for it hears why it cannot
+    run."""
+    if torch.cuda.is_available() or "gpu" in config.option.markexpr:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
 def poisoned(function):
     def fill(*args, **kwargs):
         t = function(*args, **kwargs)

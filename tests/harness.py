@@ -1,7 +1,7 @@
 """What every op is tested for. A test describes its op as a Case; the checks are the same for all."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,27 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 LAYOUTS = ("contiguous", "channels_last", "channel_slice", "cropped", "transposed", "expanded")
+
+
+def heads_laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
+    """(B, heads, N, d): contiguous, a view of a (B, N, 3C) tensor, with gaps everywhere, turned, or of one sample."""
+    b, heads, n, d = shape
+    if layout == "token_major":
+        return torch.randn(b, n, 3, heads, d, dtype=dtype)[:, :, 1].transpose(1, 2)
+    if layout == "strided":
+        return torch.randn(b, heads + 1, n + 3, 2 * d, dtype=dtype)[:, 1:, 2 : n + 2, ::2]
+    if layout == "channel_major":
+        return torch.randn(b, heads, d, n, dtype=dtype).transpose(2, 3)
+    t = torch.randn(1 if layout == "expanded" else b, heads, n, d, dtype=dtype)
+    return t.expand(shape)
+
+
+HEADS_LAYOUTS = ("contiguous", "token_major", "strided", "channel_major", "expanded")
+
+
+def float64_is_left_out(parameters: Mapping[str, object]) -> str | None:
+    """`not_on_gpus` of a module whose ops leave float64 to PyTorch."""
+    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
 
 
 def outputs(case: Case, backend: str, grad: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
@@ -161,14 +182,17 @@ def check_gradients(case: Case, second: bool = True, fast: bool = False) -> None
 
 
 def check_bits_of_needs(case: Case) -> None:
-    """What a gradient is does not depend on which others are asked for."""
+    """What a gradient is does not depend on which others are asked for: of each tensor alone, and of all but it."""
     together, grad = outputs(case, "fused")
     graded = [i for i, t in enumerate(case.leaves()) if t is not None and t.requires_grad]
-    for which, expected in zip(graded, together[1:], strict=True):
-        leaves = [t if t is None else t.detach().requires_grad_(i == which) for i, t in enumerate(case.tensors)]
-        y = case.run(leaves, "fused")
-        (found,) = torch.autograd.grad(y, [leaves[which]], grad)
-        assert torch.equal(y, together[0]) and torch.equal(found, expected), which
+    expected = dict(zip(graded, together[1:], strict=True))
+    for one in graded:
+        for wanted in ([one], [i for i in graded if i != one]):
+            leaves = [t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(case.tensors)]
+            y = case.run(leaves, "fused")
+            found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad) if wanted else ()
+            assert torch.equal(y, together[0]), wanted
+            assert all(torch.equal(g, expected[i]) for g, i in zip(found, wanted, strict=True)), wanted
 
 
 def check_bitwise_repeatable(case: Case, other_threads: Sequence[int] = (1, 3)) -> None:

@@ -291,9 +291,9 @@ def test_kernels_of_every_instruction_set(isa):
     assert run("from vision_ops import _native; print(_native.cpu.isa)", VISION_OPS_CPU_ISA=isa).stdout.strip() == isa
     if isa == _native.cpu.isa:
         return
-    select = "(matches_reference or layouts or dtypes or activations or linear) and not cuda"
+    select = "(matches_reference or layouts or dtypes or activations or linear) and not emulated"
     tests = str(Path(__file__).parent / "ops")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not slow", tests, "-k", select]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not slow and not gpu", tests, "-k", select]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

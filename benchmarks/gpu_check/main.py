@@ -59,6 +59,7 @@ class Keeper:
         self._start, self._date = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._commit = machine.commit()
         self._outcomes: list[Outcome] = []
+        self._seconds = 0.0  # until the last of them
 
     @property
     def status(self) -> int:
@@ -66,16 +67,16 @@ class Keeper:
 
     def keep(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
-        passed = time.monotonic() - self._start
+        self._seconds = time.monotonic() - self._start
         detail = f": {outcome.detail}" if outcome.detail else ""
-        print(f"[{passed:5.0f} s] {outcome.name}: {outcome.status}{detail}", flush=True)
+        print(f"[{self._seconds:5.0f} s] {outcome.name}: {outcome.status}{detail}", flush=True)
         facts = {
             "run": self._run,
             "date": self._date,
             "device": self._device,
             "commit": self._commit,
             "budget": self._budget,
-            "seconds": round(passed, 1),
+            "seconds": round(self._seconds, 1),
             "parts": [asdict(outcome) for outcome in self._outcomes],
         }
         replace_file(self._folder / f"{self._run}.json", lambda file: json.dump(facts, file, indent=1))
@@ -83,6 +84,6 @@ class Keeper:
 
     def screen(self) -> str:
         commit = self._commit["id"][:12] + "+dirty" * self._commit["dirty"] if self._commit else "no commit"
-        passed = f"{time.monotonic() - self._start:.0f} of {self._budget:.0f} s"
+        passed = f"{self._seconds:.0f} of {self._budget:.0f} s"
         title = f"gpu-check {self._run}, {self._device}, {commit}, {self._date}, {passed}"
         return summary.screen(title, self._outcomes)

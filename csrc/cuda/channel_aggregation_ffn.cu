@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_aggregation_kernel(Agg
         if (q <= u.begin) continue;
         float (&out)[R][V] = sum[0];  // may be overwritten: the next step reads the others
         if constexpr (BACKWARD) {
-          float slopes[R][V];
+          float gradients[R][V];
 #pragma unroll
           for (int r = 0; r < R; r++) {
             const Channels<T, V> raw = dh.at(r, q - 1);
@@ -114,12 +114,12 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) march_aggregation_kernel(Agg
             for (int v = 0; v < V; v++) {
               float slope;
               out[r][v] = gelu_and_slope(out[r][v], &slope);
-              slopes[r][v] = (channel<T, V>(raw, v) + decompose[v] * dscore[r]) * slope;
+              gradients[r][v] = (channel<T, V>(raw, v) + decompose[v] * dscore[r]) * slope;
               sums[0][v] += dscore[r] * (wanted & 1u << r ? out[r][v] : 0.f);
               sums[1][v] += dscore[r];
             }
           }
-          store_column<T, V>(wanted, du, uint32_t(a.dh.row), l, a.whole_words, slopes);
+          store_column<T, V>(wanted, du, uint32_t(a.dh.row), l, a.whole_words, gradients);
           du += a.dh.column;
         } else {
           float dot[R] = {};
@@ -222,7 +222,8 @@ Error forward(const Tensor4& f, const ChannelAggregation& p, const Tensor4& h, c
 }  // namespace
 
 bool has_aggregation_kernel(const Tensor4& f, int64_t kernel) {
-  const bool addressed = f.stride[1] == 1 && f.stride[2] < int64_t(1) << 32;
+  // Row steps are 32 bits, and those of h, with d behind it, are a little longer.
+  const bool addressed = f.stride[1] == 1 && f.stride[2] < int64_t(1) << 31;
   return f.dtype != kFloat64 && kernel == 3 && addressed && f.size[2] < kMostPoints && f.size[3] < kMostPoints;
 }
 

@@ -355,6 +355,22 @@ def test_autocast_within_twice_the_error_of_eager():
     assert error(model) <= 2 * error(plain)
 
 
+def test_explains_accelerated_modules():
+    model, x = Tokens(standins.XCABlock(DIM)), images()
+    assert not vision_ops.explain(model, x).parts
+    vision_ops.accelerate(model)
+    parts = vision_ops.explain(model, x).parts
+    assert {name.split()[0]: runs for name, runs in parts.items()} == {
+        "block": "fused_xca, fused_scaled_residual, fused_mlp",
+        "block.local_mp": "fused_dwconv",
+    }
+    model.block.norm2.register_forward_hook(lambda *args: None)
+    found = vision_ops.explain(model, x)
+    assert found.cannot == ["block.norm2 has hooks"] and "their own forward" in found.parts.values()
+    with use_backend("reference"):
+        assert "PyTorch" in vision_ops.explain(model, x).parts.values()
+
+
 def test_report_is_a_table():
     model = nn.Sequential(*(standins.ConvEncoder(DIM) for _ in range(3)), standins.ConvEncoder(DIM, kernel_size=4))
     report = vision_ops.accelerate(model)

@@ -125,3 +125,11 @@ def test_mbconv(interpreter, convolution, dtype, layout, outputs, stride, traini
     slack = {torch.float64: 50, torch.float32: 6}.get(dtype, 2)
     case = make_block(interpreter, (2, 8, 7, 6), outputs, stride=stride, training=training, dtype=dtype, layout=layout)
     check_against_reference(case, layout, slack=slack)
+
+
+def test_float32_values_beside_half_weights(interpreter):
+    """As autocast gives them: neither the stream of residuals nor norms are cast."""
+    case = make_block(interpreter, (2, 8, 7, 6))
+    norms = 0, 1, 3, 4, 6, 7  # x, too
+    tensors = [t if t is None or i in norms else t.bfloat16() for i, t in enumerate(case.tensors)]
+    check_against_reference(Case(case.run, tensors), slack=2)

@@ -63,10 +63,10 @@ def test_only_some_gradients(interpreter, size, needed):
     assert all(torch.equal(a, everything[1 + i]) for i, a in zip(needed, some, strict=True))
 
 
-@pytest.mark.parametrize("size", [(5, 5), (9, 8)], ids=str)
-def test_windows_in_chunks(interpreter, size, monkeypatch):
-    """The table's gradient is summed in two stages."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 6)
+@pytest.mark.parametrize(("size", "programs"), [((5, 5), 2), ((9, 8), 8)], ids=str)
+def test_windows_in_chunks(interpreter, size, programs, monkeypatch):
+    """The table's gradient is summed in two stages: chunks of three windows and of two."""
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
     check_against_reference(make(interpreter, size, batch=5))
 
 

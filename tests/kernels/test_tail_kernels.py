@@ -1,8 +1,10 @@
-"""The Triton kernels of `scaled_residual` and `mlp` in the interpreter."""
+"""Triton kernels in the interpreter, by the cases of `every_op`: of ops that have no file of their own here."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from every_op import every_op, half_blocks
+from every_op import NAMES, every_op, half_blocks
 from harness import Case, check_against_reference, check_autocast, check_bits_of_needs
 
 from vision_ops import fused_mlp
@@ -10,6 +12,10 @@ from vision_ops.ops import _registration
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HERE = Path(__file__).parent
+WITH_KERNELS = [name for name in NAMES if (HERE.parents[1] / "kernels" / f"{name}.py").exists()]
+OPS = [name for name in WITH_KERNELS if not (HERE / f"test_{name}_kernels.py").exists()]
+ops = pytest.mark.parametrize("name", OPS)
 
 
 @pytest.fixture
@@ -26,14 +32,14 @@ def on_gpu(interpreter, monkeypatch):
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["scaled_residual", "mlp"])
+@ops
 def test_matches_reference(name, dtype, layout):
     check_against_reference(every_op(dtype=dtype, layout=layout, size=5)[name], layout)
 
 
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("layout", ["cropped", "channel_slice", "transposed"])
-@pytest.mark.parametrize("name", ["scaled_residual", "mlp"])
+@ops
 def test_layouts_and_absent_parameters(name, layout):
     case = every_op(layout=layout, size=4, bias=False)[name]
     check_against_reference(case, "channel_slice")
@@ -51,7 +57,7 @@ def test_activations(activation, dtype):
 
 
 @pytest.mark.usefixtures("on_gpu")
-@pytest.mark.parametrize("name", ["scaled_residual", "mlp"])
+@ops
 def test_empty(name):
     case = every_op(batch=0)[name]
     leaves = case.leaves()

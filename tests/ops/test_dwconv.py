@@ -10,9 +10,7 @@ from harness import (
     Case,
     check_against_reference,
     check_bitwise_repeatable,
-    check_compiles,
     check_gradients,
-    check_opcheck,
     laid_out,
 )
 from hypothesis import HealthCheck, given, settings
@@ -81,14 +79,6 @@ def test_layouts(layout, grad_layout, any_device):
     check_against_reference(make((2, 24, 9, 11), 5, layout=layout, device=any_device), grad_layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_keeps_memory_format(layout, any_device):
-    case = make((2, 24, 9, 11), 3, layout=layout, device=any_device)
-    last = layout in ("channels_last", "channel_slice")
-    expected = torch.channels_last if last else torch.contiguous_format
-    assert case.run(case.tensors, "fused").is_contiguous(memory_format=expected)
-
-
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_float32_parameters_beside_half_input(dtype, any_device):
     case = make((2, 16, 14, 14), 5, dtype=dtype, activation="silu", device=any_device)
@@ -103,17 +93,6 @@ def test_autocast_does_not_mix_float64_with_less(device):
             with pytest.raises(TypeError, match="weight must have the dtype of x"):
                 fused_dwconv(*given)
         assert fused_dwconv(x.double(), weight.double(), backend="fused").dtype == torch.float64
-
-
-def test_autocast(device):
-    x, weight, bias = make((2, 16, 9, 9), device=device).tensors
-    weight.requires_grad_()
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y = fused_dwconv(x, weight, bias, backend="fused")
-    cast = fused_dwconv(x.bfloat16(), weight, bias, backend="fused")
-    assert y.dtype == torch.bfloat16 and torch.equal(y, cast)
-    y.sum().backward()
-    assert weight.grad.dtype == torch.float32
 
 
 def test_channel_slice_of_an_output():
@@ -161,32 +140,9 @@ def test_gradcheck():
     check_gradients(make((1, 2, 1, 3), 7, bias=False))
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)
-def test_only_the_gradients_that_are_needed(needs):
-    case = make((2, 8, 7, 7), activation="silu")
-    leaves = [t.detach().requires_grad_(n) for t, n in zip(case.tensors, needs, strict=True)]
-    case.run(leaves, "fused").square().sum().backward()
-    same = [t.detach().requires_grad_(n) for t, n in zip(case.tensors, needs, strict=True)]
-    case.run(same, "reference").square().sum().backward()
-    for a, b in zip(leaves, same, strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
 @pytest.mark.parametrize(("kernel_size", "layout"), [(3, "channels_last"), (7, "contiguous")])
 def test_bitwise_repeatable(kernel_size, layout, any_device):
     check_bitwise_repeatable(make((4, 64, 28, 28), kernel_size, layout=layout, device=any_device))
-
-
-def test_compiles(device):
-    options = {"kernel_size": 5, "activation": "gelu", "device": device}
-    check_compiles([make((2, 16, 14, 14), **options), make((2, 16, 9, 12), **options)])
-    check_compiles([make((2, 16, 14, 14), layout="channels_last", **options)], dynamic=False)
-
-
-def test_opcheck(device):
-    x, weight, bias = make((2, 8, 7, 6), device=device).tensors
-    check_opcheck("dwconv", (x, weight, bias, 2, [0, 1, 0, 1], 1, "gelu"), tensors=3)
-    check_opcheck("dwconv", (x, weight, None, 1, [1, 1, 1, 1], 1, None), tensors=3)
 
 
 def test_export_and_trace():
@@ -286,20 +242,6 @@ def test_second_order_gradients_of_dependent_arguments():
     torch.testing.assert_close(*results)
 
 
-def test_compiled_functorch_takes_the_reference():
-    x, weight, _ = make((2, 4, 7, 6)).tensors
-
-    def tangent(x):
-        return torch.func.jvp(lambda t: fused_dwconv(t, weight), (x,), (x,))[1]
-
-    def gradient(w):
-        return torch.func.grad(lambda t: fused_dwconv(x, t).square().sum())(w)
-
-    for f, argument in ((tangent, x), (gradient, weight)):
-        torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(argument), f(argument))
-
-
 X, W, B = torch.randn(2, 8, 7, 7), torch.randn(8, 1, 3, 3), torch.randn(8)
 REFUSED = {
     "rank": (ValueError, r"x must have the dimensions \(N, C, H, W\), got shape \(8, 7, 7\)", (X[0], W), {}),
@@ -359,14 +301,6 @@ def test_refuses(name):
     error, message, arguments, options = REFUSED[name]
     with pytest.raises(error, match=message):
         fused_dwconv(*arguments, **options)
-
-
-def test_without_kernels(monkeypatch):
-    monkeypatch.setattr(_native, "cpu", None)
-    monkeypatch.setattr(_native, "cpu_missing", "they were never compiled")
-    torch.testing.assert_close(fused_dwconv(X, W), reference.dwconv(X, W))
-    with pytest.raises(ValueError, match="backend='fused', but fused_dwconv cannot run: they were never compiled"):
-        fused_dwconv(X, W, backend="fused")
 
 
 @pytest.mark.slow

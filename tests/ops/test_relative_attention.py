@@ -5,14 +5,14 @@ import pytest
 import torch
 from harness import (
     HALF,
+    HEADS_LAYOUTS,
     Case,
     check_against_reference,
     check_bitwise_repeatable,
-    check_compiles,
     check_gradients,
-    check_opcheck,
+    float64_is_left_out,
+    heads_laid_out,
     outputs,
-    saved_bytes,
 )
 
 from vision_ops import explain, fused_relative_attention, reference
@@ -21,24 +21,7 @@ from vision_ops import explain, fused_relative_attention, reference
 def not_on_gpus(parameters):
     if parameters.get("options", {}).get("d", 0) > 64:
         return "the Triton kernels take at most 64 channels in a head"
-    return "the Triton kernels do not take float64" if parameters.get("dtype") == torch.float64 else None
-
-
-def tokens(shape, layout, dtype):
-    """(B, heads, N, d): contiguous, a view of a (B, N, 3C) tensor, or with gaps everywhere."""
-    b, heads, n, d = shape
-    if layout == "contiguous":
-        return torch.randn(shape, dtype=dtype)
-    if layout == "token_major":
-        return torch.randn(b, n, 3, heads, d, dtype=dtype)[:, :, 1].transpose(1, 2)
-    if layout == "strided":
-        return torch.randn(b, heads + 1, n + 3, 2 * d, dtype=dtype)[:, 1:, 2 : n + 2, ::2]
-    if layout == "channel_major":
-        return torch.randn(b, heads, d, n, dtype=dtype).transpose(2, 3)
-    return torch.randn(1, heads, n, d, dtype=dtype).expand(shape)
-
-
-LAYOUTS = ("contiguous", "token_major", "strided", "channel_major", "expanded")
+    return float64_is_left_out(parameters)
 
 
 def make(
@@ -51,7 +34,7 @@ def make(
         options = {"height": height, "width": width, "window_size": window, "scale": scale}
         return fused_relative_attention(*t, **options, backend=backend)
 
-    q, k, v = (tokens((batch, heads, height * width, d), layout, dtype) for _ in range(3))
+    q, k, v = (heads_laid_out((batch, heads, height * width, d), layout, dtype) for _ in range(3))
     return Case(run, [q, k, v, None if table is None else torch.randn(heads, *table, dtype=dtype)])
 
 
@@ -95,7 +78,7 @@ def test_dtypes(dtype, options):
 
 
 @pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", HEADS_LAYOUTS)
 @pytest.mark.parametrize("window", [None, (4, 4)], ids=str)
 @pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "expanded"])
 def test_layouts(layout, window, grad_layout):
@@ -151,36 +134,10 @@ def test_float32_table_beside_half_tokens():
     check_against_reference(case)
 
 
-def test_autocast_leaves_the_table_alone():
-    case = make()
-    leaves = [t.detach().requires_grad_() for t in case.tensors]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = case.run(leaves, "fused")
-    half = [t.bfloat16() for t in case.tensors[:3]]
-    assert y.dtype == torch.bfloat16 and torch.equal(y, case.run([*half, case.tensors[3]], "fused"))
-    y.sum().backward()
-    assert all(t.grad.dtype == torch.float32 for t in leaves)
-
-
 @pytest.mark.parametrize("table", [(3, 5), (4, 3)], ids=["as it is", "resized"])
 def test_gradcheck(table):
     check_gradients(make((2, 3), heads=2, d=3, table=table))
     check_gradients(make((2, 3), 1, 2, table=table, window=(2, 2)), second=False)
-
-
-@pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (1, 3)])
-def test_only_some_gradients(needed):
-    case = make()
-    everything, grad = outputs(case, "fused")
-    leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(case.tensors)]
-    some = torch.autograd.grad(case.run(leaves, "fused"), [leaves[i] for i in needed], grad)
-    assert all(torch.equal(a, everything[1 + i]) for i, a in zip(needed, some, strict=True))
-
-
-def test_saves_its_arguments_and_a_number_for_each_query():
-    case = make((10, 10))
-    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors) + case.tensors[0][..., 0].nbytes
 
 
 @pytest.mark.usefixtures("each_device")
@@ -195,29 +152,6 @@ def test_saves_its_arguments_and_a_number_for_each_query():
 )
 def test_bitwise_repeatable(options):
     check_bitwise_repeatable(make(**options))
-
-
-@pytest.mark.usefixtures("each_device")
-def test_compiles():
-    check_compiles([make(), make(batch=3)])
-
-
-@pytest.mark.usefixtures("each_device")
-def test_opcheck():
-    options = 3, 4, 3, 2, 0.5
-    for layout in ("contiguous", "token_major"):
-        given = *make((3, 4), 2, 6, layout=layout).tensors, *options
-        torch.library.opcheck(torch.ops.vision_ops.relative_attention.default, given)
-    check_opcheck("relative_attention", (*make((3, 4), 2, 6).tensors, *options), tensors=4)
-
-
-def test_functorch():
-    case = make((2, 3), heads=2, d=6)
-    batched = (t.unsqueeze(1) for t in case.tensors[:3])
-    vmapped = torch.func.vmap(
-        lambda q, k, v, t: fused_relative_attention(q, k, v, t, height=2, width=3), in_dims=(0, 0, 0, None)
-    )(*batched, case.tensors[3])
-    torch.testing.assert_close(vmapped[:, 0], case.run(case.tensors, "reference"))
 
 
 def test_explain():

@@ -6,17 +6,12 @@ from harness import (
     LAYOUTS,
     Case,
     check_against_reference,
-    check_bitwise_repeatable,
-    check_compiles,
-    check_gradients,
-    check_opcheck,
     laid_out,
-    saved_bytes,
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from vision_ops import _native, explain, fused_split_cascade, nn, reference
+from vision_ops import fused_split_cascade, nn, reference
 
 
 def make(shape, scales, *, bias=True, dtype=torch.float32, layout="contiguous", device="cpu"):
@@ -60,28 +55,6 @@ def test_dtypes(dtype, layout):
     check_against_reference(make((2, 44, 15, 14), 3, dtype=dtype, layout=layout))
 
 
-@pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("grad_layout", ["contiguous", "channel_slice", "expanded"])
-def test_layouts(layout, grad_layout):
-    check_against_reference(make((2, 44, 9, 11), 3, layout=layout), grad_layout)
-
-
-def test_keeps_memory_format():
-    for layout in LAYOUTS:
-        case = make((2, 24, 9, 11), 3, layout=layout)
-        last = layout in ("channels_last", "channel_slice")
-        expected = torch.channels_last if last else torch.contiguous_format
-        assert case.run(case.tensors, "fused").is_contiguous(memory_format=expected)
-
-
-@pytest.mark.usefixtures("each_device")
-def test_float32_parameters_beside_half_input():
-    case = make((2, 30, 14, 14), 3, dtype=torch.bfloat16)
-    case.tensors[1:] = [t.float() for t in case.tensors[1:]]
-    check_against_reference(case)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_level_is_zero_outside_the_image(bias):
     """With a bias, a level evaluated on the padding of the one before it is not zero."""
@@ -107,70 +80,6 @@ def test_last_split_is_copied():
     assert torch.equal(y[:, 14:], case.tensors[0][:, 14:])
 
 
-@pytest.mark.usefixtures("each_device")
-def test_gradcheck():
-    check_gradients(make((1, 8, 4, 3), 3))
-    check_gradients(make((2, 7, 3, 3), 2, bias=False, layout="channels_last"), second=False)
-
-
-@pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (4,), (0, 2), (2, 3)], ids=str)
-def test_only_the_gradients_that_are_needed(wanted):
-    case = make((2, 40, 7, 6), 3)
-    leaves = [t.detach().requires_grad_() for t in case.tensors]
-    everything = torch.autograd.grad(case.run(leaves, "fused").square().sum(), leaves)
-    tensors = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(case.tensors)]
-    found = torch.autograd.grad(case.run(tensors, "fused").square().sum(), [tensors[i] for i in wanted])
-    assert all(torch.equal(a, everything[i]) for a, i in zip(found, wanted, strict=True))
-
-
-@pytest.mark.usefixtures("each_device")
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_bitwise_repeatable(layout):
-    check_bitwise_repeatable(make((4, 100, 28, 28), 3, layout=layout))
-
-
-@pytest.mark.usefixtures("each_device")
-def test_compiles():
-    check_compiles([make((2, 20, 14, 14), 3), make((2, 20, 9, 12), 3)])
-    check_compiles([make((2, 20, 9, 7), 3, layout="channels_last")], dynamic=False)
-
-
-@pytest.mark.usefixtures("each_device")
-def test_opcheck():
-    x, w0, w1, b0, b1 = make((2, 20, 7, 6), 3).tensors
-    check_opcheck("split_cascade", (x, [w0, w1], [b0, b1]), tensors=3)
-    check_opcheck("split_cascade", (x, [w0, w1], [None, b1]), tensors=3)
-
-
-def test_autocast():
-    case = make((2, 20, 9, 9), 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, eager = (case.run(case.tensors, backend) for backend in ("fused", "reference"))
-    assert y.dtype == eager.dtype == torch.bfloat16
-    x, *parameters = case.tensors
-    assert torch.equal(y, case.run([x.bfloat16(), *parameters], "fused"))
-
-
-def test_functorch_takes_the_reference():
-    x, w0, w1, b0, b1 = make((2, 20, 7, 6), 3).tensors
-    both = [lambda t, h=h: h(t, (w0, w1), (b0, b1)) for h in (fused_split_cascade, reference.split_cascade)]
-    torch.testing.assert_close(*(torch.func.vmap(h)(x[:, None]) for h in both))
-    torch.testing.assert_close(*(torch.func.jvp(h, (x,), (x.flip(1),)) for h in both))
-
-
-def test_keeps_only_its_arguments_for_backward():
-    case = make((2, 64, 14, 14), 4)
-    assert saved_bytes(case, "fused") == sum(t.nbytes for t in case.tensors)
-    assert saved_bytes(case, "reference") > saved_bytes(case, "fused")
-
-
-def test_explains():
-    x = torch.randn(1, 8, 7, 7)
-    assert "C++" in explain("split_cascade", x).parts["split_cascade"]
-    assert explain("split_cascade", x, backend="reference").parts == {"split_cascade": "PyTorch"}
-
-
 def test_module_runs_it():
     module = nn.SDTAEncoder(20, scales=3, num_heads=4).double()
     x = torch.randn(2, 20, 7, 5, dtype=torch.float64)
@@ -188,10 +97,6 @@ REFUSED = {
     "width": (ValueError, r"weights\[1\] must have shape \(7, 1, 3, 3\) \(c, 1, 3, 3\)", (X, [W[0], W[1][:6]]), {}),
     "kernel": (ValueError, r"weights\[0\] must have shape", (X, [torch.randn(7, 1, 5, 5)] * 2), {}),
     "bias shape": (ValueError, r"biases\[0\] must have shape \(7,\) \(c\)", (X, W, [B[0][:6], B[1]]), {}),
-    "integers": (TypeError, "x must be float32", (X.int(), W), {}),
-    "dtypes": (TypeError, r"weights\[0\] must have the dtype of x", (X, [w.double() for w in W]), {}),
-    "devices": (ValueError, r"weights\[0\] must be on the device of x", (X, [w.to("meta") for w in W]), {}),
-    "backend": (ValueError, "backend must be one of", (X, W, B), {"backend": "triton"}),
 }
 
 
@@ -208,14 +113,6 @@ def test_refuses_what_the_official_class_refuses(channels, scales):
     message = rf"\(scales - 1\) \* ceil\(C / scales\) < C: {scales - 1} splits of {width} use up all {channels}"
     with pytest.raises(ValueError, match=message):
         fused_split_cascade(torch.randn(1, channels, 5, 5), [torch.randn(width, 1, 3, 3)] * (scales - 1))
-
-
-def test_without_kernels(monkeypatch):
-    monkeypatch.setattr(_native, "cpu", None)
-    monkeypatch.setattr(_native, "cpu_missing", "they were never compiled")
-    torch.testing.assert_close(fused_split_cascade(X, W, B), reference.split_cascade(X, W, B))
-    with pytest.raises(ValueError, match="fused_split_cascade cannot run: they were never compiled"):
-        fused_split_cascade(X, W, B, backend="fused")
 
 
 @pytest.mark.slow

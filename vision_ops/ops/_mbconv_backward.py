@@ -125,7 +125,7 @@ def _depthwise_backward(b: Block, to: _Grads, grad: Tensor, expanded: Tensor) ->
 
 def _folds(b: Block) -> bool:
     """Whether all of expand_norm and pre_norm follows from the product of du and x itself, and from sums of du."""
-    return b.small_weight and (b.folds or b.device.sums_wide)
+    return b.folds or (b.small_weight and b.device.sums_wide and b.dtype == b.x.dtype)
 
 
 def _through(b: Block, to: _Grads) -> bool:
@@ -212,8 +212,4 @@ def _folded_backward(b: Block, to: _Grads, du: Tensor, known: Tensor | None, plu
     else:
         b.device.norm.backward_input(None, b.x, Coefficients(b.tables[0]), None, ends.line, total, plus)
     folded = torch.mul(weight, scale, out=allocate(weight.shape, weight)).t()
-    if b.dtype == b.x.dtype:
-        return linear_to(du, folded, None, to.x, plus=total)
-    product = allocate(b.x.shape, b.x, memory_format(b.x), b.dtype)
-    linear(du, folded, None, product)
-    torch.add(total, product, out=to.x)
+    linear_to(du, folded, None, to.x, plus=total)

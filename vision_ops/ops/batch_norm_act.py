@@ -83,8 +83,8 @@ def _torch_is_faster(a: _Arguments) -> bool:
     if torch.compiler.is_compiling():  # a graph must not depend on the size
         return False
     if planes:
-        return x.shape[2] * x.shape[3] < 100 or x.numel() < 400_000
-    return x.numel() < (1_000_000 if trains else 150_000)
+        return x.shape[2] * x.shape[3] < 100 or x.numel() < 100_000
+    return x.numel() < (300_000 if trains else 150_000)
 
 
 def _predicate(a: _Arguments) -> tuple[list[str], list[str]]:
@@ -129,17 +129,19 @@ def fused_batch_norm_act(
         weight, bias: (C,), in the dtype of x, or float32 beside a half x.
         running_mean, running_var: (C,), in the dtype of weight; None for no running statistics, then training is True.
         training: whether the statistics are those of the batch, with the biased variance. The running ones then move
-            towards them, in place, by `momentum`, with the unbiased variance; else they are used, as constants.
+            towards them, in place, by `momentum`, with the unbiased variance; else they are used, as constants. The
+            recomputation of a non-reentrant torch.utils.checkpoint moves them again, as those of PyTorch's norm, but
+            for the last op in it, at which it ends; `set_checkpoint_early_stop(False)` makes it go on.
         momentum: from 0 to 1.
         eps: 0 or more; 1e-3 in MOAT, 1e-5 in MogaNet and EdgeNeXt.
         activation: None, "gelu" (the erf form) or "silu".
         backend: as in `vision_ops.use_backend`.
 
     Statistics are float32 (float64 for float64), those of some pixels at a time about their own mean, merged. Gradients
-    are bitwise repeatable and come in each argument's own dtype; backward keeps the arguments and the batch's
-    statistics. Without a kernel for the device, `reference.batch_norm_act` runs; so it does on CPUs where PyTorch's own
-    is faster: for small tensors and float64, and without activation but for contiguous ones in training (`explain`
-    tells). Statistics over several processes are SyncBatchNorm's, which is left to PyTorch.
+    are bitwise repeatable and come in each argument's own dtype; backward keeps the arguments and five numbers of every
+    channel. Without a kernel for the device, `reference.batch_norm_act` runs; so it does on CPUs where PyTorch's own is
+    faster: for small tensors and float64, and without activation but for contiguous ones in training (`explain` tells).
+    Statistics over several processes are SyncBatchNorm's, which is left to PyTorch.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or a batch has one value per channel in training.
