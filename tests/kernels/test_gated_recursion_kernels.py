@@ -54,11 +54,13 @@ def test_layouts_and_widths(interpreter, size, widths, options):
     check_against_reference(make(interpreter, size, widths, **options))
 
 
-def test_more_blocks_than_programs(interpreter, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["gates", "chain"])
+def test_more_blocks_than_programs(interpreter, dtype, monkeypatch):
     """A program of the backward pass then sums several blocks, the last one fewer or none."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 5)
+    for module in (kernels, recursion_chain):
+        monkeypatch.setattr(module, "PROGRAMS", 4)
     for layout in ("contiguous", "channels_last"):
-        check_against_reference(make(interpreter, (3, 19, 11), (24, 8), layout=layout))
+        check_against_reference(make(interpreter, (3, 19, 11), (24, 8), dtype=dtype, layout=layout))
 
 
 def test_which_chains_stay_on_chip(interpreter):

@@ -74,3 +74,15 @@ def test_only_the_gradients_that_are_asked_for(interpreter):
             tensors = [t.detach().requires_grad_(k == i) for k, t in enumerate(case.tensors)]
             (alone,) = torch.autograd.grad(case.run(tensors, "fused"), tensors[i], grad)
             assert torch.equal(alone, everything[1 + i])
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_sums_of_more_blocks_than_programs(form):
+    from vision_ops.kernels import moga_gate
+
+    grad, gate, value = (t.contiguous(memory_format=form) for t in torch.randn(3, 3, 5, 13, 17))
+    dgate, dvalue = torch.empty_like(gate), torch.empty_like(value)
+    sums = [torch.full((5,), torch.nan) for _ in range(2)]
+    moga_gate.gate_backward(grad, gate, value, True, dgate, dvalue, None, sums)
+    for found, t in zip(sums, (dgate, dvalue), strict=True):
+        torch.testing.assert_close(found, t.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
