@@ -123,8 +123,9 @@ def prepare_environment(threads: int | None) -> None:
     # Threads that spin after their work is done take the processor from the next provider's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    # It knows our ops by their names and schemas, not by what they save: another commit may have left its graphs there.
-    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+    # They know our ops by names and schemas, not by what they save: another commit may have left its graphs there.
+    for cache in ("AUTOGRAD", "FX_GRAPH"):
+        os.environ.setdefault(f"TORCHINDUCTOR_{cache}_CACHE", "0")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     keep_freed_memory()

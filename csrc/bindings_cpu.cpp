@@ -103,6 +103,13 @@ PyObject* follow_thread_count(PyObject*, PyObject* count) {
   thread_count = count;
   Py_RETURN_NONE;
 }
+PyObject* reads_tensors(PyObject*, PyObject* tensor) {
+  Tensor4 t;
+  if (read_tensor(tensor, kByDimensions, &t)) Py_RETURN_TRUE;
+  PyErr_Clear();
+  Py_RETURN_FALSE;
+}
+PyMethodDef reads_method = {"reads_tensors", reads_tensors, METH_O, nullptr};
 PyMethodDef follow_method = {"follow_thread_count", follow_thread_count, METH_O, nullptr};
 PyMethodDef with_crew_method = {"with_crew", (PyCFunction)(AnyFunction)run_with_crew, METH_FASTCALL, nullptr};
 
@@ -243,6 +250,7 @@ void define_batch_norm(PyObject* m) {
 void fill(PyObject* m) {
   if (PyModule_AddStringConstant(m, "isa", instruction_set_name())) throw PythonError();
   add_function(m, &follow_method, nullptr);
+  add_function(m, &reads_method, nullptr);
   add_function(m, &with_crew_method, nullptr);
   define(m, "pointwise", cpu_pointwise().forward);
   define(m, "pointwise_backward_weight", cpu_pointwise().backward_weight);

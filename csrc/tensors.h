@@ -39,7 +39,7 @@ inline const DlExchange* exchange_of(PyObject* tensor) {
   auto* found = (const DlExchange*)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   Py_DECREF(capsule);
   if (found && (found->major != 1 || !found->tensor_of)) {
-    PyErr_SetString(PyExc_TypeError, "takes tensors of DLPack's version 1");
+    PyErr_SetString(PyExc_TypeError, "reads tensors by version 1 of DLPack's exchange API");
     return nullptr;
   }
   return exchange = found;
@@ -58,8 +58,9 @@ inline bool read_tensor(PyObject* object, Reading how, Tensor4* t) {
                     : how == kMatrix   ? n == 2 || n == 3
                     : how == kChannels ? n == 1 || n == 4
                                        : n == 1 || n == 2 || n == 4;
-  if ((!is_bfloat16 && !is_float) || !fits) {
-    PyErr_Format(PyExc_TypeError, "takes no tensor of %d dimensions, or none of its dtype", n);
+  constexpr int kCpu = 1;
+  if ((!is_bfloat16 && !is_float) || !fits || given.device_type != kCpu) {
+    PyErr_Format(PyExc_TypeError, "takes no tensor of %d dimensions, or none of its dtype or device", n);
     return false;
   }
   const Dtype dtype = is_bfloat16 ? kBFloat16 : bits == 16 ? kFloat16 : bits == 32 ? kFloat32 : kFloat64;

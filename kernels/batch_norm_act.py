@@ -298,7 +298,8 @@ def backward_images(
 
 def _sums(grad: Tensor, x: Tensor, c: Any, activation: str | None, y: Tensor | None, count: int) -> Tensor:
     images, pixels, strides = walk([grad, x, y], apart=count == 5)
-    grid, shares, tile = _grid(x, images, pixels)
+    # Five sums of 16 values would take registers for half as many programs at a time.
+    grid, shares, tile = _grid(x, images, pixels, fewer=2 if count == 5 else 1)
     channels = x.shape[1]
     partial = scratch((grid[0], count, channels), c.table.dtype, x.device)
     with torch.cuda.device_of(x):
@@ -341,9 +342,10 @@ def backward_input(
         sum_parts(partial[None], [sums])
 
 
-def _grid(x: Tensor, images: int, pixels: int) -> tuple[tuple[int, int], int, Tile]:
-    """And the shares of an image, and the tile."""
+def _grid(x: Tensor, images: int, pixels: int, fewer: int = 1) -> tuple[tuple[int, int], int, Tile]:
+    """And the shares of an image, and the tile, which has so many times fewer values."""
     tile = map_tile(x)
+    tile = tile._replace(BLOCK_P=max(1, tile.BLOCK_P // fewer))
     blocks, columns = blocks_of(images, pixels, x.shape[1], tile)
     shares = max(1, min(blocks // images, triton.cdiv(IMAGE_PROGRAMS, images * columns)))
     return (images * shares, columns), shares, tile

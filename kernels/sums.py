@@ -26,6 +26,7 @@ class Tile(NamedTuple):
 # Launch choices, by counting: no GPU has measured them.
 FEW, MANY = Tile(1, 128, num_warps=4), Tile(32, 32, num_warps=4)  # parts; of many, lines of 128 bytes
 MOST_OF_FEW = 16
+SAMPLES = 32  # from so many on each has few parts, or not many more: the last batch of an epoch compiles nothing anew
 STAGES = tl.constexpr(4)  # of a loop that a thousand parts go through 32 times, which latency would bound
 
 
@@ -78,7 +79,7 @@ def sum_parts(
     samples, count, row = parts.shape
     lengths = lengths or [row // len(outs)] * len(outs)
     starts = tuple(sum(lengths[:k]) for k in range(len(lengths)))
-    tile = FEW if count <= MOST_OF_FEW else MANY
+    tile = FEW if count <= MOST_OF_FEW or samples >= SAMPLES else MANY
     with torch.cuda.device_of(parts):
         sum_parts_kernel[(samples, triton.cdiv(max(lengths), tile.BLOCK_C), len(outs))](
             parts,

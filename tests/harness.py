@@ -10,6 +10,7 @@ from torch import Tensor
 # Largest error relative to the largest value that no eager baseline has to justify.
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 HALF = (torch.bfloat16, torch.float16)
+FEW = 8  # sums of very many values, such as the gradient of a temperature, which may cancel
 DEVICE: str | None = None  # of all cases, for the fixture `each_device`; None leaves them where they are
 
 
@@ -149,7 +150,8 @@ def check_autocast(case: Case) -> None:
         found.append([y, *torch.autograd.grad(y, graded, grad.to(y.dtype))])
     for i, (a, b, e) in enumerate(zip(*found, exact, strict=True)):
         error, eager = relative_error(a, e), relative_error(b, e)
-        assert a.dtype == b.dtype and error <= 2 * eager + 4e-3, f"{i}: {a.dtype}, {b.dtype}, {error:.2e}, {eager:.2e}"
+        allowed = (2 if e.numel() > FEW else 4) * eager + 4e-3
+        assert a.dtype == b.dtype and error <= allowed, f"{i}: {a.dtype}, {b.dtype}, {error:.2e}, {allowed:.2e}"
 
 
 def sensitivity(case: Case, grad: Tensor, which: int, exact: Tensor, draws: int = 8) -> float:

@@ -134,10 +134,12 @@ def target(t: Tensor) -> tuple[int, int]:
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # How the bindings take a tensor: (address, dtype, N, C, H, W, and their strides). They read a CPU's tensors themselves,
-# in a tenth of the time, a map or vector from the tensor, others from (tensor, Reading of csrc/tensors.h). The caller
-# keeps the tensor alive.
+# in a tenth of the time, a map or vector from the tensor, others from (tensor, Reading of csrc/tensors.h), unless this
+# PyTorch has another version of what they read by. The caller keeps the tensor alive.
 View: TypeAlias = tuple[Any, ...] | Tensor | None
-_read_by_kernels = _internals.exchanges_tensors
+_read_by_kernels = (
+    cpu is not None and _internals.exchanges_tensors and cpu.reads_tensors(torch.empty(1, device="cpu"))
+)
 _CHANNELS, _TOKENS, _MATRIX = 1, 2, 3
 
 

@@ -28,7 +28,8 @@ VOPS_INLINE T* source(const Map<T>& map, const Tensor4& t, const Quarter& q, int
   return map.at(n, i, clamp64(j + q.step, 0, t.size[3] - 1));
 }
 
-// Calls body(n, i, scratch) for all rows of all images.
+// Calls body(n, i, scratch) for all rows of all images. What a body reads for every pixel it makes itself: what it
+// refers to would be loaded again after every store.
 template <class A, class Body>
 VOPS_INLINE Error for_each_row(const Tensor4& t, int64_t scratch, const Body& body) {
   const int64_t height = t.size[2], rows = t.size[0] * height, tasks = min64(rows, tasks_for_threads());
@@ -89,9 +90,9 @@ Error edge_sums(const Tensor4& map, const Tensor4& sums) {
   return with_type(map.dtype, [&](auto type) {
     typedef decltype(type) T;
     typedef SumOf<T> A;
-    const Map<const T> from(map);
-    const int64_t channels = map.size[1], height = map.size[2], width = map.size[3];
     return sum_images<A>(map, sums, [&](int64_t n, int64_t i, A* own) {
+      const Map<const T> from(map);
+      const int64_t channels = map.size[1], height = map.size[2], width = map.size[3];
       A *vertical = own + channels, *horizontal = vertical + channels;
       add_pixels<T, A>(from, n, i, width, channels, 1, own);
       // The same row twice would leave its rounding error.
@@ -109,13 +110,13 @@ Error weigh(const Tensor4& x, const Tensor4& weights, const Tensor4& offset, con
   return with_type(x.dtype, [&](auto type) {
     typedef decltype(type) T;
     typedef SumOf<T> A;
-    const Map<const T> from(x);
-    const Map<T> to(y);
-    const int64_t channels = y.size[1];
-    return for_each_row<A>(y, channels, [&](int64_t n, int64_t i, A* zeros) {
+    return for_each_row<A>(y, y.size[1], [&](int64_t n, int64_t i, A* zeros) {
+      const Map<const T> from(x);
+      const Map<T> to(y);
+      const int64_t channels = y.size[1], width = y.size[3];
       const A* w = small<A>(weights, n);
       const A* b = offset.data ? small<A>(offset, n) : (A*)memset(zeros, 0, channels * sizeof(A));
-      for (int64_t j = 0; j < y.size[3]; j++) {
+      for (int64_t j = 0; j < width; j++) {
         const T* p3 = from.at(n, i, j) + 2 * channels;
         T* py = to.at(n, i, j);
         for (int k = 0; k < 4; k++) {
@@ -185,10 +186,10 @@ Error run_backward_weights(const Tensor4& dy, const Tensor4& x, const Tensor4& w
   return with_type(x.dtype, [&](auto type) {
     typedef decltype(type) T;
     typedef SumOf<T> A;
-    const Map<const T> grads(dy), from(x);
-    const Map<T> to(y);
-    const int64_t channels = dy.size[1];
     return sum_images<A>(dy, sums, [&](int64_t n, int64_t i, A* own) {
+      const Map<const T> grads(dy), from(x);
+      const Map<T> to(y);
+      const int64_t channels = dy.size[1];
       for_each_pixels(dy.size[3], [&](auto count, int64_t j) {
         constexpr int kPixels = decltype(count)::value;
         const T *g[kPixels], *p[3][kPixels];
@@ -276,10 +277,10 @@ Error weigh_backward_input(const Tensor4& dy, const Tensor4& weights, const Tens
   return with_type(dy.dtype, [&](auto type) {
     typedef decltype(type) T;
     typedef SumOf<T> A;
-    const Map<const T> grads(dy);
-    const Map<T> to(dx);
-    const int64_t channels = dy.size[1], height = dy.size[2], width = dy.size[3];
-    return for_each_row<A>(dx, channels, [&](int64_t n, int64_t i, A* zeros) {
+    return for_each_row<A>(dx, dy.size[1], [&](int64_t n, int64_t i, A* zeros) {
+      const Map<const T> grads(dy);
+      const Map<T> to(dx);
+      const int64_t channels = dy.size[1], height = dy.size[2], width = dy.size[3];
       const A *w = small<A>(weights, n), *d = small<A>(dpooled, n);
       memset(zeros, 0, channels * sizeof(A));
       for (int64_t j = 0; j < width; j++) {

@@ -183,7 +183,7 @@ KEPT = {
     "channel_aggregation_ffn": 81,  # hidden channels, a cache line between pixels, a score
     "dwconv_layer_norm": 2,  # statistics
     "gnconv": 64 + 56,  # the outputs of proj_in and of the convolution
-    "mbconv": 64 + 64 + 2,  # the inputs of two norms, sums of images
+    "mbconv": 64 + 64 + 4,  # the inputs of two norms, sums of images, tables of channels
     "mlp": 96,  # of hidden channels
     "moga_aggregation": 32 + 32 + 1,  # the outputs of proj_1 and of the convolutions, means
     "relative_attention": 4,  # lse of the heads

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from every_op import every_op
+from harness import outputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vision_ops import _native, fused_layer_norm_2d, fused_split_cascade
@@ -58,6 +59,26 @@ def test_a_gradient_is_freed_without_garbage_collection(op):
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_kernels_refuse_what_they_cannot_read():
+    x, weight = torch.randn(2, 4, 5, 6), torch.ones(4)
+    kernels = _native.cpu_kernels()
+    assert kernels.reads_tensors(x)
+    for bad in (x.int(), x[0], x.to("meta"), "x"):
+        assert not kernels.reads_tensors(bad)
+        with pytest.raises((TypeError, RuntimeError)):
+            kernels.layer_norm_2d(bad, weight, weight, x, 1e-6)
+
+
+def test_tensors_as_tuples(monkeypatch):
+    """Where the kernels cannot read them."""
+    cases = every_op(size=7)
+    expected = {name: outputs(cases[name], "fused") for name in ("mlp", "xca", "s2_attention", "multi_order_dwconv")}
+    monkeypatch.setattr(_native, "_read_by_kernels", False)
+    for name, (found, grad) in expected.items():
+        for a, b in zip(outputs(cases[name], "fused", grad)[0], found, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_dispatch_modes_see_the_ops(calls):

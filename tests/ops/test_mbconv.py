@@ -260,7 +260,7 @@ REFUSED = {
     "stride": (ValueError, "stride must be from 1 to 2, got 3", {}, {"stride": 3}),
     "pool_size": (ValueError, "pool_size must be from 2 to 3, got 4", {}, {"pool_size": 4}),
     "path_scale": (ValueError, r"path_scale must have shape \(2,\) \(N\)", {}, {"path_scale": torch.ones(3)}),
-    "a gradient": (ValueError, "it is a constant", {}, {"path_scale": torch.ones(2, requires_grad=True)}),
+    "a gradient": (ValueError, "path_scale has no gradient", {}, {"path_scale": torch.ones(2, requires_grad=True)}),
 }
 
 

@@ -118,8 +118,9 @@ def test_xcit(form, size, tokens, dtype):
 @pytest.mark.parametrize("offset", [100.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_common_offset(form, dtype, offset):
-    """In second moments that are not centred it would cancel: the error at 1000 would be 6e-3 in float32."""
-    check_against_reference(make(256, 48, 4, dtype=dtype, offset=offset))
+    """In second moments that are not centred it would cancel: the error at 1000 would be 6e-3 in float32, 400 times what
+    is usual, of which some is luck."""
+    check_against_reference(make(256, 48, 4, dtype=dtype, offset=offset), slack=1.5)
 
 
 @pytest.mark.not_finite
@@ -232,7 +233,7 @@ def test_gram_form_of_more_samples_than_are_held_at_a_time(monkeypatch):
 
 def test_gram_form_needs_exact_products(tf32, monkeypatch):
     """On GPUs, where the user may let them round to TF32."""
-    on_gpu = SimpleNamespace(shape=(1, 1024, 96), device=torch.device("cuda"), dtype=torch.float32)
+    on_gpu = SimpleNamespace(shape=(1, 1024, 96), is_cpu=False, device=torch.device("cuda"), dtype=torch.float32)
     assert TAKES_GRAM(on_gpu) != tf32
     on_gpu.dtype = torch.float64
     assert TAKES_GRAM(on_gpu) and TAKES_GRAM(torch.empty(1, 1024, 96))
