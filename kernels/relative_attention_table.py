@@ -35,9 +35,9 @@ TABLE_TILE = TableTile(64, 32, num_warps=4)
 
 
 def pair_tile(positions: int, d: int, dtype: torch.dtype) -> PairTile:
-    most, stages = (MOST_PAIRS_FLOAT32, 1) if dtype == torch.float32 else (MOST_PAIRS, 2)
+    most, warps, stages = (MOST_PAIRS_FLOAT32, 2, 1) if dtype == torch.float32 else (MOST_PAIRS, 4, 2)
     side = min(most, side_of(positions))
-    return PairTile(side, side_of(d), num_warps=4 if side < 32 else 8, num_stages=stages)
+    return PairTile(side, side_of(d), num_warps=warps if side < 32 else 8, num_stages=stages)
 
 
 @counted

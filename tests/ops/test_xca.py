@@ -118,8 +118,8 @@ def test_xcit(form, size, tokens, dtype):
 @pytest.mark.parametrize("offset", [100.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_common_offset(form, dtype, offset):
-    """In second moments that are not centred it would cancel: the error at 1000 would be 6e-3 in float32, 400 times what
-    is usual, of which some is luck."""
+    """In second moments that are not centred it would cancel: the error at 1000 would be 6e-3 in float32, 400 times
+    what is usual, of which some is luck."""
     check_against_reference(make(256, 48, 4, dtype=dtype, offset=offset), slack=1.5)
 
 
