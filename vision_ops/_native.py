@@ -137,9 +137,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 # in a tenth of the time, a map or vector from the tensor, others from (tensor, Reading of csrc/tensors.h), unless this
 # PyTorch has another version of what they read by. The caller keeps the tensor alive.
 View: TypeAlias = tuple[Any, ...] | Tensor | None
-_read_by_kernels = (
-    cpu is not None and _internals.exchanges_tensors and cpu.reads_tensors(torch.empty(1, device="cpu"))
-)
+_read_by_kernels = cpu is not None and _internals.exchanges_tensors and cpu.reads_tensors(torch.empty(1, device="cpu"))
 _CHANNELS, _TOKENS, _MATRIX = 1, 2, 3
 
 
