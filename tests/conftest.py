@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-# They know our ops by their names and schemas, not by what they save: another commit may have left its graphs there.
+# It knows our ops by their names and schemas, not by what they save: another commit may have left its graphs there.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
-os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch: the processes share the cores, but what runs on several threads has to be tested on several.
     cores, workers = len(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
