@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 # Inductor knows our ops by their names and schemas, not by what they save: every state of them has a cache of its own.
-SOURCES = sorted((Path(__file__).parents[1] / "vision_ops/ops").glob("*.py"))
-state = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:12]
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/vision_ops_inductor_{os.getuid()}_{state}")
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"vision_ops_inductor_{os.getuid()}")
+    + hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted((Path(__file__).parents[1] / "vision_ops/ops").glob("*.py")))
+    ).hexdigest()[:12],
+)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch: the processes share the cores, but what runs on several threads has to be tested on several.
     cores, workers = len(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
