@@ -17,10 +17,11 @@ from ..reference.scaled_residual import scaled
 from ._allocation import allocate, empty, gradient_like, memory_format
 from ._checks import autocast_dtype, check_beside, check_eps, check_parameter, check_path_scale, check_vector
 from ._devices import Kernels
+from ._folded_weight import FoldedWeight
 from ._maps import as_map, as_tokens, empty_tokens, pixel_dense
 from ._registration import FusedOp
 from .layer_norm_2d import MOST_CHANNELS, cpu_norm, cuda_norm
-from .scaled_residual import FoldedWeight, cpu_tail, cuda_tail, sum_dtype
+from .scaled_residual import cpu_tail, cuda_tail, sum_dtype
 
 _PASSES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "CPU": (cpu_norm, cpu_tail),

@@ -22,6 +22,7 @@ from ._checks import (
     check_vector,
 )
 from ._devices import device_reasons, on_devices, without_autocast
+from ._folded_weight import FoldedWeight
 from ._maps import as_map, empty_tokens, pixel_dense, product_dense
 from ._parameters import Convert, convert, convert_cuda, converted
 from ._pointwise import ACTIVATIONS as ACTIVATION_CODES
@@ -37,7 +38,7 @@ from ._pointwise import (
 )
 from ._registration import FusedOp
 from .layer_norm_2d import MOST_CHANNELS, Norm, cpu_norm, cuda_norm
-from .scaled_residual import FoldedWeight, Tail, add, cpu_tail, cuda_tail, sum_dtype
+from .scaled_residual import Tail, add, cpu_tail, cuda_tail, sum_dtype
 
 _WEIGHTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
