@@ -9,6 +9,7 @@ from harness import (
     check_against_reference,
     check_gradients,
     laid_out,
+    outputs,
     relative_error,
 )
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -178,11 +179,31 @@ def test_compiled_running_statistics():
 
 
 X, C = torch.randn(2, 8, 7, 7), [torch.ones(8) for _ in range(4)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_with_gaps(training):
+    """PyTorch's backward pass reads what lies between the numbers of a channels_last map's weight."""
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    weight, bias, running = torch.randn(16)[::2], torch.randn(16)[1::2], (torch.zeros(8), torch.ones(8))
+
+    def run(t, backend):
+        copies = (r.to(t[0].dtype).clone() for r in running)
+        return fused_batch_norm_act(*t, *copies, training=training, backend=backend)
+
+    case = Case(run, [x, weight, bias])
+    (*found,), grad = outputs(case, "reference")
+    exact, _ = outputs(Case(run, [x, weight.contiguous(), bias.contiguous()]).to(torch.float64), "reference", grad)
+    assert all(relative_error(a, e) < 1e-5 for a, e in zip(found, exact, strict=True))
+    check_against_reference(case, "channels_last")
+
+
 REFUSED = {
     "rank": (ValueError, r"x must have the dimensions \(N, C, H, W\)", (X[0], *C), {}),
     "weight": (ValueError, r"weight must have shape \(8,\) \(C\), got \(7,\)", (X, C[0][1:], *C[1:]), {}),
     "running": (TypeError, "running_var must have the dtype of weight", (X, *C[:3], C[3].bfloat16()), {}),
     "no running": (TypeError, "running_mean must be a torch.Tensor", (X, *C[:2], None, None), {"training": False}),
+    "one running": (TypeError, "running_var must be a torch.Tensor", (X, *C[:3], None), {"training": True}),
     "momentum": (ValueError, "momentum must be from 0 to 1, got 2", (X, *C), {"momentum": 2}),
     "momentum type": (TypeError, "momentum must be a float, got NoneType", (X, *C), {"momentum": None}),
     "eps": (ValueError, "eps must be finite and at least 0", (X, *C), {"eps": -1.0}),

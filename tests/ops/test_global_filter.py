@@ -152,3 +152,11 @@ def test_repeatable_interpolation_is_interpolation(before, after, align_corners,
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, planes, grad)[0], expected_gradient)
     torch.testing.assert_close(resize_backward(grad, before, align_corners=align_corners), expected_gradient)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weight_within_a_buffer(backend):
+    """A complex view needs an even storage offset."""
+    x, buffer = torch.randn(1, 3, 8, 8), torch.randn(3 * 8 * 5 * 2 + 1)
+    weight = buffer[1:].view(3, 8, 5, 2)
+    assert torch.equal(*(fused_global_filter(x, w, backend=backend) for w in (weight, weight.clone())))

@@ -1,6 +1,6 @@
 """Batch norm with the activation behind it, in the blocks of MOAT, MogaNet and bn_hs EdgeNeXt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -152,8 +152,7 @@ def fused_batch_norm_act(
     channels = x.shape[1]
     check_parameter("weight", weight, (channels,), "C", x)
     check_parameter("bias", bias, (channels,), "C", x)
-    check_running("running_mean", running_mean, weight, training)
-    check_running("running_var", running_var, weight, training)
+    check_running(("running_mean", "running_var"), (running_mean, running_var), weight, training)
     check_momentum(momentum)
     check_eps(eps)
     if activation not in ACTIVATIONS:
@@ -174,12 +173,13 @@ def fused_batch_norm_act(
     return y
 
 
-def check_running(name: str, t: Any, weight: Tensor, training: bool) -> None:
-    if t is None and training:
+def check_running(names: Sequence[str], statistics: Sequence[Any], weight: Tensor, training: bool) -> None:
+    if training and all(t is None for t in statistics):
         return
-    check_parameter(name, t, tuple(weight.shape), "C", weight, "weight")
-    if t.dtype != weight.dtype:
-        raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {t.dtype}")
+    for name, t in zip(names, statistics, strict=True):
+        check_parameter(name, t, tuple(weight.shape), "C", weight, "weight")
+        if t.dtype != weight.dtype:
+            raise TypeError(f"{name} must have the dtype of weight, {weight.dtype}, got {t.dtype}")
 
 
 def check_count(x: Tensor, stride: int = 1) -> None:

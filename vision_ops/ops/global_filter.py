@@ -84,7 +84,7 @@ def _run_backward_fft(grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor | None
         return
     spectrum = torch.fft.rfft2(grad.to(weight.dtype), norm="ortho")
     if dx is not None:
-        filtered = spectrum * torch.view_as_complex(weight).conj()
+        filtered = spectrum * torch.complex(*weight.unbind(-1)).conj()
         dx.copy_(torch.fft.irfft2(filtered, s=x.shape[2:], norm="ortho"))
     if dweight is not None:
         product = (torch.fft.rfft2(x.to(weight.dtype), norm="ortho").conj() * spectrum).sum(0)

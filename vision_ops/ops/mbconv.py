@@ -178,8 +178,7 @@ def _check_norm(name: str, norm: Any, size: int, x: Tensor, training: bool) -> N
     check_sequence(name, norm, 4)
     for i, of in enumerate(("weight", "bias")):
         check_parameter(f"{name}[{i}] ({of})", norm[i], (size,), str(size), x)
-    for i, of in ((2, "running_mean"), (3, "running_var")):
-        check_running(f"{name}[{i}] ({of})", norm[i], norm[0], training)
+    check_running((f"{name}[2] (running_mean)", f"{name}[3] (running_var)"), norm[2:], norm[0], training)
 
 
 def _check_se(se: Any, hidden: int, x: Tensor) -> None:

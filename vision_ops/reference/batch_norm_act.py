@@ -17,4 +17,6 @@ def batch_norm_act(
     activation: str | None = None,
 ) -> Tensor:
     """act((x - mean) / sqrt(variance + eps) * weight + bias); arguments as in `fused_batch_norm_act`."""
+    # PyTorch's backward pass of channels_last maps reads a weight as if it had no gaps.
+    weight, bias = weight.contiguous(), bias.contiguous()
     return ACTIVATIONS[activation](F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))

@@ -46,5 +46,5 @@ def global_filter(x: Tensor, complex_weight: Tensor) -> Tensor:
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         if torch.onnx.is_in_onnx_export() or x.shape[0] == 0:  # an FFT refuses empty batches
             return _filter_without_fft(x, weight).to(dtype)
-        spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(weight.contiguous())
+        spectrum = torch.fft.rfft2(x, norm="ortho") * torch.complex(*weight.unbind(-1))
         return torch.fft.irfft2(spectrum, s=(height, width), norm="ortho").to(dtype)
