@@ -203,6 +203,7 @@ REFUSED = {
     "weight": (ValueError, r"weight must have shape \(8,\) \(C\), got \(7,\)", (X, C[0][1:], *C[1:]), {}),
     "running": (TypeError, "running_var must have the dtype of weight", (X, *C[:3], C[3].bfloat16()), {}),
     "no running": (TypeError, "running_mean must be a torch.Tensor", (X, *C[:2], None, None), {"training": False}),
+    "training": (TypeError, "training must be a bool, got str", (X, *C), {"training": "no"}),
     "one running": (TypeError, "running_var must be a torch.Tensor", (X, *C[:3], None), {"training": True}),
     "momentum": (ValueError, "momentum must be from 0 to 1, got 2", (X, *C), {"momentum": 2}),
     "momentum type": (TypeError, "momentum must be a float, got NoneType", (X, *C), {"momentum": None}),

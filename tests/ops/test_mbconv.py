@@ -247,6 +247,18 @@ def test_what_backward_keeps():
 
 P = [torch.ones(8) for _ in range(4)], torch.randn(32, 8), [torch.ones(32) for _ in range(4)]
 ARGUMENTS = [*P, torch.randn(32, 1, 3, 3), P[2], torch.randn(8, 32), torch.randn(8)]
+
+
+@pytest.mark.parametrize("half", HALF, ids=str)
+def test_autocast_to_the_other_half_type(half):
+    """Products are of its type, and the sum with x is float32."""
+    case = make((2, 8, 5, 6), training=True)
+    case.tensors[0] = case.tensors[0].to(half)
+    with torch.autocast("cpu", dtype=next(dtype for dtype in HALF if dtype != half)):
+        fused, eager = (case.run(case.tensors, backend) for backend in ("fused", "reference"))
+    assert fused.dtype == eager.dtype == torch.float32 and relative_error(fused, eager) < 2e-2
+
+
 X = torch.randn(2, 8, 7, 7)
 REFUSED = {
     "rank": (ValueError, r"x must have the dimensions \(N, C, H, W\)", {0: X[0]}, {}),
@@ -259,6 +271,7 @@ REFUSED = {
     "se": (ValueError, "se must be a sequence of 4, got 2", {}, {"se": (None, None)}),
     "stride": (ValueError, "stride must be from 1 to 2, got 3", {}, {"stride": 3}),
     "pool_size": (ValueError, "pool_size must be from 2 to 3, got 4", {}, {"pool_size": 4}),
+    "training": (TypeError, "training must be a bool, got int", {}, {"training": 1}),
     "path_scale": (ValueError, r"path_scale must have shape \(2,\) \(N\)", {}, {"path_scale": torch.ones(3)}),
     "a gradient": (ValueError, "path_scale has no gradient", {}, {"path_scale": torch.ones(2, requires_grad=True)}),
 }

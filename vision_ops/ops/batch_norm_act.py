@@ -19,7 +19,7 @@ from ._batch_norm import (
     prepare,
     track,
 )
-from ._checks import check_eps, check_momentum, check_parameter, check_tensor
+from ._checks import check_bool, check_eps, check_momentum, check_parameter, check_tensor
 from ._devices import device_reasons, on_devices
 from ._maps import pixel_dense
 from ._registration import FusedOp
@@ -152,6 +152,7 @@ def fused_batch_norm_act(
     channels = x.shape[1]
     check_parameter("weight", weight, (channels,), "C", x)
     check_parameter("bias", bias, (channels,), "C", x)
+    check_bool("training", training)
     check_running(("running_mean", "running_var"), (running_mean, running_var), weight, training)
     check_momentum(momentum)
     check_eps(eps)

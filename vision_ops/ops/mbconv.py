@@ -10,6 +10,7 @@ from .. import _native, reference
 from . import _mbconv, _mbconv_backward
 from ._batch_norm import track
 from ._checks import (
+    check_bool,
     check_eps,
     check_integer,
     check_momentum,
@@ -126,6 +127,7 @@ def fused_mbconv(
     check_integer("pool_size", pool_size, 2, 3)
     check_momentum(momentum)
     check_eps(eps)
+    check_bool("training", training)
     channels = x.shape[1]
     check_pointwise("expand_weight", expand_weight, (None, channels), "E, C", x)
     hidden = expand_weight.shape[0]

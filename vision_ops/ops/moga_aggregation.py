@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ._allocation import allocate, allocate_channels_last, empty
-from ._checks import check_parameter, check_pointwise, check_sigma, check_tensor
+from ._checks import check_bool, check_parameter, check_pointwise, check_sigma, check_tensor
 from ._devices import device_reasons, on_devices, without_autocast
 from ._half_block import HalfBlock
 from ._maps import channels_last_dense, product_dense
@@ -269,8 +269,7 @@ def fused_moga_aggregation(
     dw_biases = (None, None, None) if dw_biases is None else dw_biases
     check_branches("dw_weights", dw_weights, "dw_biases", dw_biases, dilations, split, x)
     check_sigma(sigma, c, "C", x)
-    if not isinstance(double_gate_act, bool):
-        raise TypeError(f"double_gate_act must be a bool, got {type(double_gate_act).__name__}")
+    check_bool("double_gate_act", double_gate_act)
     flat_given = [t for _, weight, bias in pointwise for t in (weight, bias)]
     given = x, *flat_given, sigma, list(dw_weights), list(dw_biases)
     tail: dict[str, Any] = {"gamma": gamma, "residual": residual, "path_scale": path_scale, "backend": backend}

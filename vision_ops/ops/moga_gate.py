@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _native, reference
 from ._allocation import empty, memory_format
 from ._autograd import any_requires_grad
-from ._checks import autocast_enabled, check_parameter, check_tensor
+from ._checks import autocast_enabled, check_bool, check_parameter, check_tensor
 from ._devices import device_reasons, on_devices
 from ._maps import pixel_dense
 from ._registration import FusedOp
@@ -145,6 +145,5 @@ def fused_moga_gate(
     check_parameter("value", value, gate.shape, "the shape of gate", gate, "gate")
     if value.dtype != gate.dtype and not autocast_enabled(gate):
         raise TypeError(f"value must have the dtype of gate, {gate.dtype}, got {value.dtype}")
-    if not isinstance(double_gate_act, bool):
-        raise TypeError(f"double_gate_act must be a bool, got {type(double_gate_act).__name__}")
+    check_bool("double_gate_act", double_gate_act)
     return _op(gate, value, double_gate_act, backend=backend)

@@ -30,8 +30,8 @@ def pool_same(x: Tensor, pool_size: int) -> Tensor:
 
 
 def product_type(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the products of a half x and float32 weights, and of what autocast gives: float32 x and half weights."""
-    return min(x.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+    """Of the products of a half x and float32 weights, and of what autocast gives: half weights beside any x."""
+    return min(weight.dtype, x.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def mbconv(
