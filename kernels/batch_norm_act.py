@@ -18,7 +18,6 @@ from torch import Tensor
 from . import scratch
 from ._maps import (
     IMAGE_PROGRAMS,
-    LOOP_STAGES,
     Tile,
     activated,
     blocks_of,
@@ -60,7 +59,7 @@ def moments_kernel(
     c = channels_of_program(BLOCK_C)
     mean = tl.zeros((1, BLOCK_C), SUM_TYPE)
     squares = tl.zeros((1, BLOCK_C), SUM_TYPE)
-    for first in tl.range(begin, end, BLOCK_P, num_stages=LOOP_STAGES):
+    for first in range(begin, end, BLOCK_P):
         p, there = pixels_from(first, end, BLOCK_P)
         inside = there & (c < channels)
         x = load_map(x_ptr, x_strides, n, p, c, inside).to(SUM_TYPE)
